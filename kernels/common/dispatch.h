@@ -52,44 +52,51 @@ struct Choice {
   std::string error;  // set when kernel is null
 };
 
-// The kernel that PYSEQNET_FORCE pins for this operation, or an empty string. Operation names begin with the
-// family.
-std::string forced_kernel(const char* family, const char* operation);
-bool verbose();
+// What the environment says about an operation. Read on every call: two getenv, so that a test may change its
+// mind.
+struct DispatchRequest {
+  std::string forced;  // kernel name, empty when free
+  bool verbose = false;
+};
+DispatchRequest dispatch_request(const char* family, const char* operation);
 void print_choice(const char* operation, const std::string& problem, const char* chosen,
                   const std::string& refusals);
 
-// fits(kernel) -> nullptr, or why the machine cannot run it.
+// fits(kernel) -> nullptr, or why the machine cannot run it. describe(problem) is found by the problem's
+// type.
 template <class Kernel, class Problem, class Fits>
 Choice<Kernel> choose(const char* family, const char* operation, Table<Kernel> table, const Problem& problem,
                       Fits fits) {
   Choice<Kernel> choice;
-  std::string refusals;
-  const std::string forced = forced_kernel(family, operation);
-  for (int i = 0; i < table.count && !choice.kernel; i++) {
-    const Kernel* k = table.kernels[i];
-    if (!forced.empty() && forced != k->name) continue;
-    Refusal why = fits(*k);
-    if (!why) why = k->refuses(problem);
-    if (!why) {
-      choice.kernel = k;
-    } else {
-      if (!refusals.empty()) refusals += "; ";
-      refusals += std::string(k->name) + ": " + why;
-    }
+  const DispatchRequest request = dispatch_request(family, operation);
+  auto refusal = [&](const Kernel& k) {
+    const Refusal why = fits(k);
+    return why ? why : k.refuses(problem);
+  };
+  auto asked_for = [&](const Kernel& k) { return request.forced.empty() || request.forced == k.name; };
+  int chosen = 0;
+  while (chosen < table.count && !(asked_for(*table.kernels[chosen]) && !refusal(*table.kernels[chosen])))
+    chosen++;
+  if (chosen < table.count) choice.kernel = table.kernels[chosen];
+  if (choice.kernel && !request.verbose) return choice;
+
+  std::string refusals, names;
+  bool known = request.forced.empty();
+  for (int i = 0; i < table.count; i++) {
+    const Kernel& k = *table.kernels[i];
+    names += std::string(i ? ", " : "") + k.name;
+    if (!asked_for(k)) continue;
+    known = true;
+    if (i < chosen) refusals += std::string(refusals.empty() ? "" : "; ") + k.name + ": " + refusal(k);
   }
-  const bool say = verbose();
-  if (choice.kernel && !say) return choice;
-  if (say) print_choice(operation, describe(problem), choice.kernel ? choice.kernel->name : "none", refusals);
+  if (request.verbose)
+    print_choice(operation, describe(problem), choice.kernel ? choice.kernel->name : "none", refusals);
   if (choice.kernel) return choice;
-  if (!forced.empty() && refusals.empty()) {
-    std::string names;
-    for (int i = 0; i < table.count; i++) names += std::string(i ? ", " : "") + table.kernels[i]->name;
-    choice.error = std::string(operation) + ": PYSEQNET_FORCE asks for '" + forced +
-                   "', which is not in its table: " + names;
-  } else {
+  if (!known)
+    choice.error = std::string(operation) + ": PYSEQNET_FORCE asks for '" + request.forced +
+                   "', which is not in its table: " + (names.empty() ? "(empty)" : names);
+  else
     choice.error = std::string(operation) + ": no kernel takes " + describe(problem) + " (" + refusals + ")";
-  }
   return choice;
 }
 

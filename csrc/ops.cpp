@@ -1,0 +1,29 @@
+// Every operation's schema. Raw operations are named *_forward and *_backward and are deliberately not
+// differentiable: pyseqnet/functional ties the pairs together. Extents are plain integers, since lists cost
+// an allocation each at this border; shapes that a compiler may treat as symbols are SymInt.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(pyseqnet, m) {
+  m.def(
+      "conv_forward(Tensor input, Tensor weight, Tensor? bias, int stride_h, int stride_w, int pad_top, int "
+      "pad_left, "
+      "int pad_bottom, int pad_right, int dilation_h, int dilation_w, int groups) -> Tensor");
+  m.def(
+      "conv_backward(Tensor grad_output, Tensor input, Tensor weight, int stride_h, int stride_w, int "
+      "pad_top, "
+      "int pad_left, int pad_bottom, int pad_right, int dilation_h, int dilation_w, int groups, bool "
+      "need_input, "
+      "bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "max_pool_forward(Tensor input, int kernel_h, int kernel_w, int stride_h, int stride_w, int pad_h, int "
+      "pad_w, "
+      "int dilation_h, int dilation_w, bool ceil_mode, bool with_arg) -> (Tensor, Tensor)");
+  m.def(
+      "max_pool_backward(Tensor grad_output, Tensor arg, SymInt height, SymInt width, int kernel_h, int "
+      "kernel_w, "
+      "int stride_h, int stride_w, int pad_h, int pad_w, int dilation_h, int dilation_w, bool ceil_mode) -> "
+      "Tensor");
+  m.def(
+      "max_pool_indices(Tensor arg, SymInt height, SymInt width, int kernel_h, int kernel_w, int stride_h, "
+      "int stride_w, int pad_h, int pad_w, int dilation_h, int dilation_w, bool ceil_mode) -> Tensor");
+}
