@@ -1,0 +1,269 @@
+// What the three Winograd passes share: the layout of transformed operands, the products at the 36 points,
+// and the ways in and out (strips of the image, rows of filters).
+//
+// Layout: [point][channel / PANEL][row][PANEL]. A row is a tile (x, gy, y) or an input channel (filters); all
+// strides inside a product are compile-time constants. The lanes of the last panel beyond the last channel
+// hold zero up to a multiple of VL, and nothing defined after that.
+#pragma once
+#include "common/cpu_work.h"
+#include "common/transpose.h"
+#include "common/types.h"
+#include "conv/winograd_points.h"
+
+namespace pyseqnet {
+inline namespace PYSEQNET_ISA {
+namespace winograd {
+
+constexpr int64_t PANEL = 2 * VL;  // channels of a panel: two vectors, the width of the register tile
+constexpr int MAX_ROWS =
+    VL == 16 ? 14 : 6;  // rows of the register tile: 28 of 32, 12 of 16 registers accumulate
+// A sum runs in registers over at most this many products and is then added to its cell in memory: errors
+// grow with the square root of 64 plus that of the number of such pieces, instead of that of their product.
+constexpr int64_t SUM_LENGTH = 64;
+
+PYSEQNET_INLINE int64_t least(int64_t x, int64_t y) { return x < y ? x : y; }
+PYSEQNET_INLINE int64_t most(int64_t x, int64_t y) { return x > y ? x : y; }
+PYSEQNET_INLINE int64_t within(int64_t x, int64_t low, int64_t high) { return most(low, least(x, high)); }
+PYSEQNET_INLINE int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
+
+struct Panels {
+  float* p;
+  int64_t rows;
+  int64_t point;  // distance between points
+
+  // One line more than the data: with power-of-two sizes all points would else share one cache set.
+  static int64_t point_size(int64_t channels, int64_t rows) {
+    return ceil_div(channels, PANEL) * PANEL * rows + workspace_alignment / int64_t(sizeof(float));
+  }
+  static int64_t size(int64_t channels, int64_t rows) { return points * point_size(channels, rows); }
+  Panels(float* memory, int64_t channels, int64_t rows)
+      : p(memory), rows(rows), point(point_size(channels, rows)) {}
+  int64_t panel() const { return rows * PANEL; }  // distance between panels
+  float* at(int64_t pt, int64_t row, int64_t channel) const {
+    return p + pt * point + (channel / PANEL * rows + row) * PANEL + channel % PANEL;
+  }
+};
+
+// ---- Products ----
+
+// How the left operand of a product runs: the filters' depth is channels (lanes of A, panel after panel), the
+// weight gradient's depth is tiles (rows of A).
+enum class Depth { channels, tiles };
+
+// C[R][NV vectors] = (add ? C : 0) + A B. Rows of B and C lie PANEL apart; A as Depth says.
+template <Depth over, int R, int NV>
+__attribute__((noinline)) void register_tile(const float* A, int64_t a_panel, const float* B, int64_t depth,
+                                             float* C, bool add) {
+  constexpr int64_t row_step = over == Depth::channels ? PANEL : 1,
+                    step = over == Depth::channels ? 1 : PANEL;
+  constexpr int64_t run = over == Depth::channels ? PANEL : SUM_LENGTH;  // depth that is contiguous in A
+  const int64_t run_step = over == Depth::channels ? a_panel : run * step;
+  for (int64_t d0 = 0; d0 < depth; d0 += SUM_LENGTH) {
+    vf acc[R][NV] = {};
+    for (int64_t d = d0; d < least(d0 + SUM_LENGTH, depth); d += run, A += run_step) {
+      const float* pa = A;
+      for (int64_t i = least(run, depth - d); i > 0; --i, pa += step, B += PANEL) {
+        vf b[NV];
+#pragma GCC unroll 2
+        for (int v = 0; v < NV; ++v) b[v] = load(B + v * VL);
+#pragma GCC unroll 14
+        for (int r = 0; r < R; ++r) {
+          const vf s = set1(pa[r * row_step]);
+#pragma GCC unroll 2
+          for (int v = 0; v < NV; ++v) acc[r][v] += s * b[v];
+        }
+      }
+    }
+    const bool more = add || d0 > 0;
+#pragma GCC unroll 14
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; ++v) {
+        float* c = C + r * PANEL + v * VL;
+        store(c, more ? load(c) + acc[r][v] : acc[r][v]);
+      }
+  }
+}
+
+// `rows` rows of one panel of C, `lanes` of its channels; cut evenly into register tiles.
+template <Depth over>
+PYSEQNET_INLINE void panel_product(int64_t rows, int64_t lanes, const float* A, int64_t a_panel,
+                                   const float* B, int64_t depth, float* C, bool add) {
+  const int64_t parts = ceil_div(rows, MAX_ROWS);
+  for (int64_t part = 0, r = 0; part < parts; ++part) {
+    const int64_t n = (rows - r) / (parts - part);
+    const float* a = A + r * (over == Depth::channels ? PANEL : 1);
+    with_rows<MAX_ROWS>(int(n), [&](auto count) PYSEQNET_LAMBDA {
+      constexpr int R = decltype(count)::value;
+      if (lanes > VL)
+        register_tile<over, R, 2>(a, a_panel, B, depth, C + r * PANEL, add);
+      else
+        register_tile<over, R, 1>(a, a_panel, B, depth, C + r * PANEL, add);
+    });
+    r += n;
+  }
+}
+
+// ---- Images ----
+
+template <class Pointer>
+struct Image {  // a batch of images; where they lie is in the strides
+  Pointer p;
+  Strides s;
+  int64_t C, H, W;
+};
+
+// Tiles are worked through strip by strip: a strip is a piece of a row of tiles, short enough for VL channels
+// of it to stay in the first-level cache between the gather and the transform.
+struct Tiling {
+  static constexpr int64_t longest_strip = 14;  // 6 rows x 58 columns x 64 bytes = 22 KiB
+  int64_t tile_rows, strips_a_row, strip_tiles, strips;
+  Tiling(int64_t images, int64_t P, int64_t Q) {
+    const int64_t tiles = ceil_div(Q, M);
+    tile_rows = ceil_div(P, M);
+    strips_a_row = ceil_div(tiles, longest_strip);
+    strip_tiles = ceil_div(tiles, strips_a_row);
+    strips = images * tile_rows * strips_a_row;
+  }
+  int64_t tiles() const { return strips * strip_tiles; }
+  int64_t image(int64_t strip) const { return strip / strips_a_row / tile_rows; }
+  int64_t row(int64_t strip) const { return strip / strips_a_row % tile_rows * M; }       // of outputs
+  int64_t column(int64_t strip) const { return strip % strips_a_row * strip_tiles * M; }  // of outputs
+  int64_t gather_floats() const {
+    return T * (strip_tiles * M + T - M) * VL;
+  }  // scratch of every strip function
+};
+
+// strip[r][q][VL] = channels c0 .. c0 + VL of rows h0 + r and columns w0 + q; zero outside the image.
+inline void gather_strip(const Image<const float*>& x, int64_t n, int64_t c0, int64_t h0, int64_t lines,
+                         int64_t w0, int64_t columns, float* strip) {
+  const int lanes = int(least(VL, x.C - c0));
+  const int64_t first = within(-w0, 0, columns), last = within(x.W - w0, first, columns);
+  for (int64_t r = 0; r < lines; ++r) {
+    float* line = strip + r * columns * VL;
+    const int64_t h = h0 + r;
+    const bool inside = h >= 0 && h < x.H;
+    const int64_t from = inside ? first : columns, to = inside ? last : columns;
+    for (int64_t q = 0; q < from; ++q) store(line + q * VL, vf{});
+    const float* src = x.p + n * x.s.n + c0 * x.s.c + h * x.s.h + (w0 + from) * x.s.w;
+    if (x.s.c == 1)
+      for (int64_t q = from; q < to; ++q, src += x.s.w) store(line + q * VL, load_n(src, lanes));
+    else
+      for (int64_t q = from; q < to; q += VL, src += VL)
+        transpose_block(src, x.s.c, lanes, int(least(VL, to - q)), line + q * VL, VL);
+    for (int64_t q = to; q < columns; ++q) store(line + q * VL, vf{});
+  }
+}
+
+// The way back: rows h0 + r < H and columns w0 + q < W of channels c0 .. c0 + VL.
+inline void scatter_strip(const float* strip, const Image<float*>& y, int64_t n, int64_t c0, int64_t h0,
+                          int64_t lines, int64_t w0, int64_t columns) {
+  const int lanes = int(least(VL, y.C - c0));
+  const int64_t count = least(columns, y.W - w0);
+  for (int64_t r = 0; r < least(lines, y.H - h0); ++r) {
+    const float* line = strip + r * columns * VL;
+    float* dst = y.p + n * y.s.n + c0 * y.s.c + (h0 + r) * y.s.h + w0 * y.s.w;
+    if (y.s.c == 1)
+      for (int64_t q = 0; q < count; ++q) store_n(dst + q * y.s.w, load(line + q * VL), lanes);
+    else
+      for (int64_t q = 0; q < count; q += VL)
+        transpose_block_exact(line + q * VL, VL, int(least(VL, count - q)), lanes, dst + q, y.s.c);
+  }
+}
+
+// Channels c0 .. c0 + VL of a strip of inputs (B' x B) or of output gradients (A gy A') -> rows row ... of V.
+template <class Transform>
+inline void transform_strip(const Image<const float*>& x, const Tiling& t, int64_t strip, int64_t pad_h,
+                            int64_t pad_w, int64_t c0, float* scratch, const Panels& V, int64_t row) {
+  constexpr int64_t lines = Transform::in;
+  const int64_t columns = t.strip_tiles * M + lines - M;
+  gather_strip(x, t.image(strip), c0, t.row(strip) - pad_h, lines, t.column(strip) - pad_w, columns, scratch);
+  for (int64_t j = 0; j < t.strip_tiles; ++j) {
+    const float* s = scratch + j * M * VL;
+    float* v = V.at(0, row + j, c0);
+    transform<Transform>([&](int r, int q) PYSEQNET_LAMBDA { return load(s + (r * columns + q) * VL); },
+                         [&](int r, int q, vf u) PYSEQNET_LAMBDA { store(v + (r * T + q) * V.point, u); });
+  }
+}
+
+// Rows row ... of the products -> A'mA + bias -> channels k0 .. k0 + VL of a strip of y. `at` is the channel
+// of the products that holds k0.
+inline void output_strip(const Panels& products, int64_t row, int64_t at, const float* bias, const Tiling& t,
+                         int64_t strip, int64_t k0, float* scratch, const Image<float*>& y) {
+  const int64_t columns = t.strip_tiles * M;
+  const vf shift = bias ? load_n(bias + k0, int(least(VL, y.C - k0))) : vf{};
+  for (int64_t j = 0; j < t.strip_tiles; ++j) {
+    const float* m = products.at(0, row + j, at);
+    float* s = scratch + j * M * VL;
+    transform<OutputTransform>(
+        [&](int r, int q) PYSEQNET_LAMBDA { return load(m + (r * T + q) * products.point); },
+        [&](int r, int q, vf u) PYSEQNET_LAMBDA { store(s + (r * columns + q) * VL, u + shift); });
+  }
+  scatter_strip(scratch, y, t.image(strip), k0, t.row(strip), M, t.column(strip), columns);
+}
+
+// ---- Filters ----
+
+// Filters as the products see them: `lanes` output channels side by side, `rows` summed channels below each
+// other. The input gradient sums over k, and its filters are turned by 180 degrees.
+template <class Pointer>
+struct Filters {
+  Pointer w;
+  int64_t lane, row, tap;  // strides
+  int64_t lanes, rows;
+  bool turned;
+};
+constexpr int64_t FILTER_ROWS = 16;  // filters are read in pieces of 16 x VL: 144 x VL floats of scratch
+constexpr int64_t filter_floats = FILTER_ROWS * taps * VL;
+
+// G w G' of rows r0 .. r0 + count (at most FILTER_ROWS) and lanes l0 .. l0 + VL -> rows row ... of U.
+inline void transform_filters(const Filters<const float*>& f, int64_t l0, int64_t r0, int64_t count,
+                              float* scratch, const Panels& U, int64_t row, int64_t lane) {
+  const int n = int(least(VL, f.lanes - l0));
+  const float* src = f.w + l0 * f.lane + r0 * f.row;  // scratch[r][tap][VL]
+  if (f.lane == 1) {
+    for (int64_t r = 0; r < count; ++r)
+      for (int64_t i = 0; i < taps; ++i)
+        store(scratch + (r * taps + i) * VL, load_n(src + r * f.row + i * f.tap, n));
+  } else if (f.row == 1) {
+    for (int64_t i = 0; i < taps; ++i)
+      for (int64_t r = 0; r < count; r += VL)
+        transpose_block(src + i * f.tap + r, f.lane, n, int(least(VL, count - r)),
+                        scratch + (r * taps + i) * VL, taps * VL);
+  } else {
+    const bool dense = f.row == taps;  // then the taps of all rows follow each other
+    const int64_t run = dense ? count * taps : taps;
+    for (int64_t r = 0; r < (dense ? 1 : count); ++r)
+      for (int64_t i = 0; i < run; i += VL)
+        transpose_block(src + r * f.row + i, f.lane, n, int(least(VL, run - i)),
+                        scratch + (r * taps + i) * VL, VL);
+  }
+  const int64_t first = f.turned ? taps - 1 : 0, step = f.turned ? -VL : VL;
+  for (int64_t r = 0; r < count; ++r) {
+    const float* s = scratch + (r * taps + first) * VL;
+    float* u = U.at(0, row + r, lane);
+    transform<FilterTransform>([&](int i, int j) PYSEQNET_LAMBDA { return load(s + (i * 3 + j) * step); },
+                               [&](int i, int j, vf v)
+                                   PYSEQNET_LAMBDA { store(u + (i * T + j) * U.point, v); });
+  }
+}
+
+// The way back for the weight gradient: scratch[r][tap][VL] -> rows r0 ..., lanes l0 ... of gw.
+inline void store_filters(const float* scratch, const Filters<float*>& f, int64_t l0, int64_t r0,
+                          int64_t count) {
+  const int n = int(least(VL, f.lanes - l0));
+  float* dst = f.w + l0 * f.lane + r0 * f.row;
+  if (f.tap == 1) {
+    for (int64_t i = 0; i < count * taps; i += VL)
+      transpose_block_exact(scratch + i * VL, VL, int(least(VL, count * taps - i)), n, dst + i, f.lane);
+  } else {
+    for (int64_t i = 0; i < taps; ++i)
+      for (int64_t r = 0; r < count; r += VL)
+        transpose_block_exact(scratch + (r * taps + i) * VL, taps * VL, int(least(VL, count - r)), n,
+                              dst + i * f.tap + r, f.lane);
+  }
+}
+
+}  // namespace winograd
+}  // namespace PYSEQNET_ISA
+}  // namespace pyseqnet
