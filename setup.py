@@ -66,8 +66,20 @@ class Toolchain:
         self.sanitize = os.environ.get("PYSEQNET_SANITIZE", "0") not in ("", "0")
         self.nvcc = None if self.sanitize else find_nvcc()
         self.archs = [a for a in re.split(r"[;, ]+", os.environ.get("PYSEQNET_CUDA_ARCHS", DEFAULT_CUDA_ARCHS)) if a]
-        speed = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-omit-frame-pointer"] if self.sanitize else ["-O3", "-g0"]
-        self.cxx_flags = ["-std=c++20", "-fPIC", "-fvisibility=hidden", *speed, "-Wall", "-Wextra", "-Ikernels"]
+        speed = (
+            ["-O1", "-g", "-fsanitize=address,undefined", "-fno-omit-frame-pointer"]
+            if self.sanitize
+            else ["-O3", "-g0"]
+        )
+        self.cxx_flags = [
+            "-std=c++20",
+            "-fPIC",
+            "-fvisibility=hidden",
+            *speed,
+            "-Wall",
+            "-Wextra",
+            "-Ikernels",
+        ]
         # GCC's vector extensions: ABI notes on passing vectors and false "uninitialized" reports on shuffles.
         self.kernel_flags = [
             "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
@@ -77,7 +89,11 @@ class Toolchain:
         if self.nvcc:
             archs = ", ".join(f"sm_{a}" for a in self.archs) + f" + PTX {PTX_ARCH}"
             version = self.nvcc_version()
-            self.defines = ["-DPYSEQNET_WITH_CUDA=1", f'-DPYSEQNET_CUDA_ARCHS="{archs}"', f'-DPYSEQNET_NVCC_VERSION="{version}"']
+            self.defines = [
+                "-DPYSEQNET_WITH_CUDA=1",
+                f'-DPYSEQNET_CUDA_ARCHS="{archs}"',
+                f'-DPYSEQNET_NVCC_VERSION="{version}"',
+            ]
             say(f"building with CUDA: nvcc {version}, {archs}")
         else:
             say("building for the CPU only: " + ("sanitizers" if self.sanitize else "no nvcc, or PYSEQNET_CUDA=0"))

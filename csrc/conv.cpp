@@ -34,7 +34,7 @@ ConvProblem make_problem(const Tensor& x, const Tensor& w, const Geometry& g) {
           "conv: stride, dilation and groups must be positive");
   require(g.pad_top >= 0 && g.pad_left >= 0 && g.pad_bottom >= 0 && g.pad_right >= 0,
           "conv: padding must not be negative");
-  require(filter.h > 0 && filter.w > 0, "conv: the kernel must not be empty");
+  require(filter.n > 0 && filter.h > 0 && filter.w > 0, "conv: there must be a filter, and it must not be empty");
   require(image.c == filter.c * g.groups, "conv: input channels must be weight.size(1) * groups");
   require(filter.n % g.groups == 0, "conv: output channels must be divisible by groups");
   ConvProblem p;

@@ -34,6 +34,7 @@ MaxPoolProblem make_problem(const ImageShape& image, DType dtype, Layout layout,
           "max_pool: kernel size, stride and dilation must be positive");
   require(g.pad_h >= 0 && g.pad_w >= 0 && 2 * g.pad_h <= g.kernel_h && 2 * g.pad_w <= g.kernel_w,
           "max_pool: padding must be between 0 and half the kernel size");
+  require(image.c > 0 && image.h > 0 && image.w > 0, "max_pool: only the batch may be empty");
   MaxPoolProblem p;
   p.dtype = dtype;
   p.layout = layout;

@@ -1,0 +1,102 @@
+"""The four pictures of the report."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from sklearn.metrics import ConfusionMatrixDisplay
+
+from pyseqnet.demo.speed import Row
+from pyseqnet.demo.training import History
+
+BLUE, ORANGE, GREY = "#2f6f9f", "#d9822b", "#9aa5ad"
+STYLE = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11,
+    "savefig.dpi": 130,
+}
+
+
+def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def learning_curve(history: History, goal: float, path: Path) -> None:
+    epochs = range(1, len(history.loss) + 1)
+    with plt.rc_context(STYLE):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+        left.plot(epochs, history.loss, color=BLUE)
+        left.set(title="Training loss", xlabel="epoch", yscale="log")
+        right.plot(epochs, [100 * a for a in history.train_accuracy], color=GREY, label="training, shifted images")
+        right.plot(epochs, [100 * a for a in history.test_accuracy], color=BLUE, label="test")
+        right.axhline(100 * goal, color=ORANGE, linewidth=1, linestyle="--", label=f"goal {goal:.0%}")
+        right.set(title="Accuracy, %", xlabel="epoch", ylim=(min(90.0, 100 * history.test_accuracy[0]), 100.3))
+        right.legend(frameon=False, loc="lower right")
+        _save(figure, path)
+
+
+def confusion_matrix(labels: torch.Tensor, predicted: torch.Tensor, path: Path) -> None:
+    with plt.rc_context({**STYLE, "axes.spines.top": True, "axes.spines.right": True}):
+        figure, axes = plt.subplots(figsize=(5.2, 5), layout="constrained")
+        ConfusionMatrixDisplay.from_predictions(
+            labels.numpy(), predicted.numpy(), ax=axes, cmap="Blues", colorbar=False
+        )
+        axes.set(title="Test images: digit against prediction", xlabel="predicted", ylabel="digit")
+        _save(figure, path)
+
+
+def first_layer_filters(weight: torch.Tensor, path: Path) -> None:
+    """weight (K, 1, R, S): one small picture a filter, blue negative, red positive, one scale for all."""
+    filters = weight.detach()[:, 0].numpy()
+    columns = min(8, len(filters))
+    rows = math.ceil(len(filters) / columns)
+    scale = float(np.abs(filters).max())
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(
+            rows, columns, figsize=(0.8 * columns, 0.85 * rows + 0.5), squeeze=False, layout="constrained"
+        )
+        for ax in axes.flat:
+            ax.set_axis_off()
+        for ax, picture in zip(axes.flat, filters, strict=False):
+            ax.imshow(picture, cmap="RdBu_r", vmin=-scale, vmax=scale)
+        figure.suptitle(f"The {len(filters)} filters of the first layer, red positive, blue negative", fontsize=11)
+        _save(figure, path)
+
+
+def kernel_speed(rows: list[Row], threads: int, path: Path) -> None:
+    rows = rows[::-1]  # bars are drawn from the bottom up
+    positions = np.arange(len(rows))
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(9, 0.62 * len(rows) + 1.2), layout="constrained")
+        axes.barh(
+            positions + 0.2,
+            [1e3 * r.torch for r in rows],
+            0.38,
+            color=GREY,
+            label=f"torch {torch.__version__}",
+        )
+        bars = axes.barh(positions - 0.2, [1e3 * r.ours for r in rows], 0.38, color=BLUE, label="pyseqnet")
+        notes = [f"{r.speedup:.1f}x   error {r.error:.0e} (torch {r.torch_error:.0e})" for r in rows]
+        axes.bar_label(bars, labels=notes, padding=4, fontsize=8)
+        axes.set_yticks(positions, [r.name for r in rows])
+        axes.set_xscale("log")
+        axes.set_xlim(right=4 * max(1e3 * max(r.torch, r.ours) for r in rows))
+        axes.set_title(
+            f"One training step in milliseconds, {threads} thread{'s' if threads != 1 else ''} (logarithmic)"
+        )
+        axes.legend(frameon=False, loc="lower right")
+        _save(figure, path)

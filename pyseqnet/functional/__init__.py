@@ -1,0 +1,18 @@
+"""Functions with torch.nn.functional's names and arguments, computed by pyseqnet's kernels.
+
+Each has a ``*_reference``: the same in plain torch.
+"""
+
+from pyseqnet.functional.conv import conv1d, conv1d_reference, conv2d, conv2d_reference
+from pyseqnet.functional.pool import max_pool1d, max_pool1d_reference, max_pool2d, max_pool2d_reference
+
+__all__ = [
+    "conv1d",
+    "conv1d_reference",
+    "conv2d",
+    "conv2d_reference",
+    "max_pool1d",
+    "max_pool1d_reference",
+    "max_pool2d",
+    "max_pool2d_reference",
+]

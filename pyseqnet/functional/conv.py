@@ -1,0 +1,298 @@
+"""Convolution (cross-correlation): conv1d, conv2d.
+
+LeCun, Bottou, Bengio, Haffner: Gradient-based learning applied to document recognition, 1998.
+Dumoulin, Visin: A guide to convolution arithmetic for deep learning, 2016.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyseqnet.functional._common import autocast_cast, creates_graph, explain, needs_autograd, per_dimension
+
+_forward = torch.ops.pyseqnet.conv_forward.default
+_backward = torch.ops.pyseqnet.conv_backward.default
+# Bound at import: replacing torch.nn.functional's functions by ours later cannot make the reference recurse.
+_torch_conv1d, _torch_conv2d, _torch_pad = torch.conv1d, torch.conv2d, torch.nn.functional.pad
+
+
+class _Geometry(NamedTuple):
+    """The integers of conv_forward, in its order. One dimension is an image of height 1."""
+
+    stride_h: int
+    stride_w: int
+    pad_top: int
+    pad_left: int
+    pad_bottom: int
+    pad_right: int
+    dilation_h: int
+    dilation_w: int
+    groups: int
+
+
+def _read_padding(
+    padding: str | int | Sequence[int], kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Padding before and after each dimension. 'same' puts the odd one after, as torch does."""
+    if padding == "valid":
+        zeros = (0,) * len(kernel)
+        return zeros, zeros
+    if padding == "same":
+        if any(s != 1 for s in stride):
+            raise ValueError("padding='same' is not supported for strided convolutions")
+        total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        return tuple(t // 2 for t in total), tuple(t - t // 2 for t in total)
+    if isinstance(padding, str):
+        raise ValueError(f"Invalid padding string: {padding!r}")
+    both = per_dimension(padding, len(kernel))
+    return both, both
+
+
+def _read_geometry(
+    dims: int,
+    weight: Tensor,
+    stride: int | Sequence[int],
+    padding: str | int | Sequence[int],
+    dilation: int | Sequence[int],
+    groups: int,
+) -> _Geometry:
+    if weight.dim() != dims + 2:
+        raise ValueError(f"weight must have {dims + 2} dimensions, got {weight.dim()}")
+    strides, dilations = per_dimension(stride, dims), per_dimension(dilation, dims)
+    before, after = _read_padding(padding, weight.shape[2:], strides, dilations)
+    if dims == 1:
+        return _Geometry(1, strides[0], 0, before[0], 0, after[0], 1, dilations[0], groups)
+    return _Geometry(*strides, *before, *after, *dilations, groups)
+
+
+def _reference(input: Tensor, weight: Tensor, bias: Tensor | None, g: _Geometry) -> Tensor:
+    """Plain torch, differentiable any number of times; batched input."""
+    if g.pad_top != g.pad_bottom or g.pad_left != g.pad_right:
+        amounts = (g.pad_left, g.pad_right) + ((g.pad_top, g.pad_bottom) if weight.dim() == 4 else ())
+        input = _torch_pad(input, amounts)
+        g = g._replace(pad_top=0, pad_left=0, pad_bottom=0, pad_right=0)
+    if weight.dim() == 3:
+        return _torch_conv1d(input, weight, bias, g.stride_w, g.pad_left, g.dilation_w, g.groups)
+    return _torch_conv2d(
+        input,
+        weight,
+        bias,
+        (g.stride_h, g.stride_w),
+        (g.pad_top, g.pad_left),
+        (g.dilation_h, g.dilation_w),
+        g.groups,
+    )
+
+
+class _Conv(torch.autograd.Function):
+    """ctx in forward on purpose: setup_context costs 14 us a call."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: _Geometry) -> Tensor:
+        ctx.save_for_backward(input, weight)
+        ctx.geometry = geometry
+        return _forward(input, weight, bias, *geometry)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_output,) = grads
+        input, weight = ctx.saved_tensors
+        need_input, need_weight, need_bias = ctx.needs_input_grad[:3]
+        if creates_graph():
+            wanted = [t for t, need in ((input, need_input), (weight, need_weight)) if need]
+            found: list[Tensor | None] = []
+            if wanted:
+                output = _reference(input, weight, None, ctx.geometry)
+                found = list(torch.autograd.grad(output, wanted, grad_output, create_graph=True))
+            grad_input = found.pop(0) if need_input else None
+            grad_weight = found.pop(0) if need_weight else None
+            grad_bias = grad_output.sum([0, *range(2, grad_output.dim())]) if need_bias else None
+            return grad_input, grad_weight, grad_bias, None
+        gx, gw, gb = _backward(grad_output, input, weight, *ctx.geometry, need_input, need_weight, need_bias)
+        return gx if need_input else None, gw if need_weight else None, gb if need_bias else None, None
+
+
+def _convolve(
+    dims: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int | Sequence[int],
+    padding: str | int | Sequence[int],
+    dilation: int | Sequence[int],
+    groups: int,
+) -> Tensor:
+    x, w, b = autocast_cast(input, weight, bias)
+    assert x is not None
+    assert w is not None
+    geometry = _read_geometry(dims, w, stride, padding, dilation, groups)
+    batched = x.dim() == dims + 2
+    if not batched:
+        if x.dim() != dims + 1:
+            raise ValueError(f"input must have {dims + 1} or {dims + 2} dimensions, got {x.dim()}")
+        x = x.unsqueeze(0)
+    if needs_autograd(x, w, b):
+        y: Tensor = _Conv.apply(x, w, b, geometry)
+    else:
+        y = _forward(x, w, b, *geometry)
+    return y if batched else y.squeeze(0)
+
+
+def conv1d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """Convolve a batch of sequences with a bank of filters.
+
+    Equivalent to::
+
+        torch.nn.functional.conv1d(input, weight, bias, stride, padding, dilation, groups)
+
+    Args:
+        input: ``(N, C, W)`` or ``(C, W)``; float32, bfloat16, float16 or float64; CPU or CUDA.
+        weight: ``(K, C/groups, S)``, the input's dtype and device.
+        bias: ``(K)`` or None.
+        stride, dilation: an int or a 1-tuple, in samples.
+        padding: an int, a 1-tuple, ``"valid"`` (none) or ``"same"`` (stride 1 only; an odd one goes after).
+        groups: ``C`` and ``K`` are split into this many independent parts.
+
+    Returns:
+        ``(N, K, Q)`` or ``(K, Q)``, ``Q = floor((W + padding before and after - dilation*(S-1) - 1) / stride) + 1``.
+
+    Raises:
+        What torch raises for the same arguments; TypeError for a dtype outside the four.
+
+    Differentiable twice; torch.compile sees one node. Accumulates in float32 (float64 for float64), is deterministic,
+    and on the CPU bitwise equal for any number of threads.
+
+    Paper: LeCun et al., Gradient-based learning applied to document recognition, 1998.
+    """
+    if torch.compiler.is_compiling():
+        return _convolve(1, input, weight, bias, stride, padding, dilation, groups)
+    try:
+        return _convolve(1, input, weight, bias, stride, padding, dilation, groups)
+    except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
+        call = lambda: _torch_conv1d(input, weight, bias, stride, padding, dilation, groups)  # type: ignore[call-overload]  # noqa: E731
+        explain(error, "conv1d", (input, weight, bias), call)
+
+
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """Convolve a batch of images with a bank of filters.
+
+    Equivalent to::
+
+        torch.nn.functional.conv2d(input, weight, bias, stride, padding, dilation, groups)
+
+    Args:
+        input: ``(N, C, H, W)`` or ``(C, H, W)``; float32, bfloat16, float16 or float64; CPU or CUDA. Contiguous or
+            channels-last: the output comes in the input's memory format.
+        weight: ``(K, C/groups, R, S)``, the input's dtype and device.
+        bias: ``(K)`` or None.
+        stride, dilation: an int or a pair (vertical, horizontal), in pixels.
+        padding: an int, a pair, ``"valid"`` (none) or ``"same"`` (stride 1 only; an odd one goes below and right).
+        groups: ``C`` and ``K`` are split into this many independent parts; ``groups == C`` is depthwise.
+
+    Returns:
+        ``(N, K, P, Q)`` or ``(K, P, Q)``, each extent ``floor((H + padding - dilation*(R-1) - 1) / stride) + 1``.
+
+    Raises:
+        What torch raises for the same arguments; TypeError for a dtype outside the four.
+
+    Differentiable twice; torch.compile sees one node. Accumulates in float32 (float64 for float64), is deterministic,
+    and on the CPU bitwise equal for any number of threads. 3x3 convolutions with many channels may run as Winograd
+    F(4x4,3x3) on the CPU (rms error at most 2e-6 of the largest magnitude); ``PYSEQNET_WINOGRAD=0`` turns it off.
+
+    Paper: LeCun et al., Gradient-based learning applied to document recognition, 1998.
+    """
+    if torch.compiler.is_compiling():
+        return _convolve(2, input, weight, bias, stride, padding, dilation, groups)
+    try:
+        return _convolve(2, input, weight, bias, stride, padding, dilation, groups)
+    except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
+        call = lambda: _torch_conv2d(input, weight, bias, stride, padding, dilation, groups)  # type: ignore[call-overload]  # noqa: E731
+        explain(error, "conv2d", (input, weight, bias), call)
+
+
+def conv1d_reference(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """`conv1d` in plain torch: its definition, and what its double backward differentiates."""
+    return _torch_conv1d(input, weight, bias, stride, padding, dilation, groups)  # type: ignore[call-overload,no-any-return]
+
+
+def conv2d_reference(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """`conv2d` in plain torch: its definition, and what its double backward differentiates."""
+    return _torch_conv2d(input, weight, bias, stride, padding, dilation, groups)  # type: ignore[call-overload,no-any-return]
+
+
+def _empty_as(tensor: Tensor, shape: Sequence[int], format_of: Tensor) -> Tensor:
+    """An empty tensor in the memory format that `format_of` suggests, as the C++ side allocates it."""
+    if len(shape) == 4:
+        suggested = torch._prims_common.suggest_memory_format(format_of)
+        return tensor.new_empty(shape).to(memory_format=suggested)
+    return tensor.new_empty(shape)
+
+
+@torch.library.register_fake("pyseqnet::conv_forward")
+def _conv_forward_fake(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: int) -> Tensor:
+    g = _Geometry(*geometry)
+    if input.shape[1] != weight.shape[1] * g.groups:
+        raise RuntimeError(
+            f"Given groups={g.groups}, weight of size {list(weight.shape)}, expected input{list(input.shape)} to have "
+            f"{weight.shape[1] * g.groups} channels, but got {input.shape[1]} channels instead"
+        )
+
+    def extent(size: int, taps: int, pad: int, stride: int, dilation: int) -> int:
+        return (size + pad - dilation * (taps - 1) - 1) // stride + 1
+
+    width = extent(input.shape[-1], weight.shape[-1], g.pad_left + g.pad_right, g.stride_w, g.dilation_w)
+    if input.dim() == 3:
+        return input.new_empty((input.shape[0], weight.shape[0], width))
+    height = extent(input.shape[2], weight.shape[2], g.pad_top + g.pad_bottom, g.stride_h, g.dilation_h)
+    return _empty_as(input, (input.shape[0], weight.shape[0], height, width), input)
+
+
+@torch.library.register_fake("pyseqnet::conv_backward")
+def _conv_backward_fake(
+    grad_output: Tensor, input: Tensor, weight: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    need_input, need_weight, need_bias = rest[-3:]
+
+    def nothing() -> Tensor:
+        return grad_output.new_empty(0)
+
+    gx = _empty_as(input, input.shape, input) if need_input else nothing()
+    gw = _empty_as(weight, weight.shape, weight) if need_weight else nothing()
+    gb = grad_output.new_empty(weight.shape[0]) if need_bias else nothing()
+    return gx, gw, gb
