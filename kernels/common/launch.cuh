@@ -46,14 +46,7 @@ extern __shared__ __align__(1024) unsigned char pyseqnet_dynamic_shared_[];
 #define PYSEQNET_DEVICE inline __attribute__((always_inline))
 #endif
 
-// For maths that device code and host code share.
-#ifndef PYSEQNET_HOST_DEVICE
-#ifdef __CUDACC__
-#define PYSEQNET_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define PYSEQNET_HOST_DEVICE inline __attribute__((always_inline))
-#endif
-#endif
+#include "common/numerics.h"  // PYSEQNET_HOST_DEVICE
 
 namespace pyseqnet {
 

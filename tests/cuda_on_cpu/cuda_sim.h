@@ -117,10 +117,11 @@ void note(const void* p, size_t n, bool write, bool atomic, void* pc);
   T load_relaxed(const T*);  \
   void store_relaxed(T*, T);
 CUSIM_ATOMIC_OPS(int)
-CUSIM_ATOMIC_OPS(unsigned) CUSIM_ATOMIC_OPS(unsigned long long) CUSIM_ATOMIC_OPS(float)
-    CUSIM_ATOMIC_OPS(double)
+CUSIM_ATOMIC_OPS(unsigned)
+CUSIM_ATOMIC_OPS(unsigned long long)
+CUSIM_ATOMIC_OPS(float) CUSIM_ATOMIC_OPS(double)
 #undef CUSIM_ATOMIC_OPS
-        int atomic_and(int*, int);
+    int atomic_and(int*, int);
 int atomic_or(int*, int);
 unsigned atomic_and(unsigned*, unsigned);
 unsigned atomic_or(unsigned*, unsigned);
