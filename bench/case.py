@@ -29,9 +29,7 @@ class Cost:
     extra_bytes: int = 0  # moved whatever the dtype is (argmax bytes)
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(
-            self.flops + other.flops, self.elements + other.elements, self.extra_bytes + other.extra_bytes
-        )
+        return Cost(self.flops + other.flops, self.elements + other.elements, self.extra_bytes + other.extra_bytes)
 
     def bytes(self, dtype: torch.dtype) -> int:
         return self.elements * dtype.itemsize + self.extra_bytes

@@ -44,9 +44,7 @@ def chart(path: str | pathlib.Path, mode: str = "fwdbwd") -> pathlib.Path | None
     axes.set_xlim(min(0.8, *speedups, *marks) * 0.85, max(2.0, *speedups, *marks) * 1.35)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
     axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}x" if round(value, 3) in MINOR_TICKS else "")
-    axes.set_yticks(
-        range(len(rows)), [f"{row['family']} {row['name']} {row['dtype']}" for row in rows], fontsize=8
-    )
+    axes.set_yticks(range(len(rows)), [f"{row['family']} {row['name']} {row['dtype']}" for row in rows], fontsize=8)
     axes.set_ylim(-0.7, len(rows) - 0.3)
     step = "forward and all gradients" if mode == "fwdbwd" else "forward"
     axes.set_title(

@@ -17,7 +17,7 @@ def _ratio(row: dict, label: str) -> str:
 
 def table(results: dict) -> list[str]:
     lines = [
-        "| case | shapes | dtype | ours, ms | torch eager | torch.compile | user's choice | ceiling | error |",
+        "| case | shapes | dtype | ours, ms | eager | compile | user's choice | ceiling | error |",
         "|---|---|---|--:|--:|--:|--:|--:|--:|",
     ]
     for row in results["rows"]:

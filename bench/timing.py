@@ -61,9 +61,7 @@ class CudaClock:
         return start.elapsed_time(stop) * 1e-3 / repeats
 
 
-def interleaved(
-    steps: dict[str, Step], device: torch.device, budget: float, fewest_rounds: int
-) -> dict[str, Timing]:
+def interleaved(steps: dict[str, Step], device: torch.device, budget: float, fewest_rounds: int) -> dict[str, Timing]:
     """Times every step in turn for about `budget` seconds in all."""
     clock = CudaClock() if device.type == "cuda" else CpuClock()
     repeats, round_seconds = {}, 0.0

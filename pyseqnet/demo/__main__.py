@@ -17,6 +17,7 @@ from pyseqnet.models import ImageClassifier
 
 GOAL = 0.98  # test accuracy
 CHANNELS = (32, 64)
+DROPOUT = 0.2  # before the linear layer, which holds few digits in many weights
 
 
 def _options() -> argparse.Namespace:
@@ -24,9 +25,9 @@ def _options() -> argparse.Namespace:
         prog="python -m pyseqnet.demo", description="Trains and tests a network on handwritten digits."
     )
     parser.add_argument("--out", type=Path, default=Path("demo_report"), help="folder of the report")
-    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads, default 1")
     return parser.parse_args()
 
 
@@ -46,7 +47,7 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     data = digits.load(options.seed)
-    model = ImageClassifier(1, digits.IMAGE_SIZE, CHANNELS, digits.CLASSES)
+    model = ImageClassifier(1, digits.IMAGE_SIZE, CHANNELS, digits.CLASSES, dropout=DROPOUT)
     history = training.train(model, data, options.epochs, options.seed)
     predicted = training.predict(model, data.test_images)
     mistakes = int((predicted != data.test_labels).sum())
@@ -78,7 +79,8 @@ def main() -> int:
         parameters=sum(p.numel() for p in model.parameters()),
         speed=rows,
         run={
-            "processor": f"{_processor()}, {options.threads} threads, {build['cpu_isa']} kernels",
+            "processor": f"{_processor()}, {build['cpu_isa']} kernels",
+            "threads": options.threads,
             "pyseqnet": pyseqnet.__version__,
             "torch": torch.__version__,
             "Python": platform.python_version(),

@@ -19,6 +19,7 @@ from sklearn.metrics import ConfusionMatrixDisplay
 from pyseqnet.demo.speed import Row
 from pyseqnet.demo.training import History
 
+LOWEST_ACCURACY = 80.0  # the first epochs are off the chart: the end is what is to be seen
 BLUE, ORANGE, GREY = "#2f6f9f", "#d9822b", "#9aa5ad"
 STYLE = {
     "font.size": 10,
@@ -44,7 +45,7 @@ def learning_curve(history: History, goal: float, path: Path) -> None:
         right.plot(epochs, [100 * a for a in history.train_accuracy], color=GREY, label="training, shifted images")
         right.plot(epochs, [100 * a for a in history.test_accuracy], color=BLUE, label="test")
         right.axhline(100 * goal, color=ORANGE, linewidth=1, linestyle="--", label=f"goal {goal:.0%}")
-        right.set(title="Accuracy, %", xlabel="epoch", ylim=(min(90.0, 100 * history.test_accuracy[0]), 100.3))
+        right.set(title="Accuracy, %", xlabel="epoch", ylim=(LOWEST_ACCURACY, 100.3))
         right.legend(frameon=False, loc="lower right")
         _save(figure, path)
 
@@ -52,9 +53,11 @@ def learning_curve(history: History, goal: float, path: Path) -> None:
 def confusion_matrix(labels: torch.Tensor, predicted: torch.Tensor, path: Path) -> None:
     with plt.rc_context({**STYLE, "axes.spines.top": True, "axes.spines.right": True}):
         figure, axes = plt.subplots(figsize=(5.2, 5), layout="constrained")
-        ConfusionMatrixDisplay.from_predictions(
+        shown = ConfusionMatrixDisplay.from_predictions(
             labels.numpy(), predicted.numpy(), ax=axes, cmap="Blues", colorbar=False
         )
+        for text in shown.text_.flat:  # empty cells make the mistakes stand out
+            text.set_visible(text.get_text() != "0")
         axes.set(title="Test images: digit against prediction", xlabel="predicted", ylabel="digit")
         _save(figure, path)
 
@@ -78,25 +81,25 @@ def first_layer_filters(weight: torch.Tensor, path: Path) -> None:
 
 
 def kernel_speed(rows: list[Row], threads: int, path: Path) -> None:
+    """Bars of time relative to torch, so that a row of microseconds can stand beside one of milliseconds."""
     rows = rows[::-1]  # bars are drawn from the bottom up
     positions = np.arange(len(rows))
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(9, 0.62 * len(rows) + 1.2), layout="constrained")
-        axes.barh(
-            positions + 0.2,
-            [1e3 * r.torch for r in rows],
-            0.38,
-            color=GREY,
-            label=f"torch {torch.__version__}",
+        figure, axes = plt.subplots(figsize=(9, 0.62 * len(rows) + 1.3), layout="constrained")
+        theirs = axes.barh(positions + 0.2, np.ones(len(rows)), 0.38, color=GREY, label=f"torch {torch.__version__}")
+        ours = axes.barh(positions - 0.2, [r.ours / r.torch for r in rows], 0.38, color=BLUE, label="pyseqnet")
+        axes.bar_label(
+            theirs, [f"{1e3 * r.torch:.3g} ms, error {r.torch_error:.0e}" for r in rows], padding=4, fontsize=8
         )
-        bars = axes.barh(positions - 0.2, [1e3 * r.ours for r in rows], 0.38, color=BLUE, label="pyseqnet")
-        notes = [f"{r.speedup:.1f}x   error {r.error:.0e} (torch {r.torch_error:.0e})" for r in rows]
-        axes.bar_label(bars, labels=notes, padding=4, fontsize=8)
+        axes.bar_label(
+            ours,
+            [f"{1e3 * r.ours:.3g} ms, error {r.error:.0e}, {r.speedup:.1f} times faster" for r in rows],
+            padding=4,
+            fontsize=8,
+        )
         axes.set_yticks(positions, [r.name for r in rows])
-        axes.set_xscale("log")
-        axes.set_xlim(right=4 * max(1e3 * max(r.torch, r.ours) for r in rows))
-        axes.set_title(
-            f"One training step in milliseconds, {threads} thread{'s' if threads != 1 else ''} (logarithmic)"
-        )
-        axes.legend(frameon=False, loc="lower right")
+        axes.set_xlim(0, 1.35 * max(1.0, *(r.ours / r.torch for r in rows)))
+        pinned = f"{threads} thread{'s' if threads != 1 else ''}"
+        axes.set_title(f"Time of one training step relative to torch, float32, {pinned}; shorter is better")
+        figure.legend(frameon=False, loc="outside lower right", ncols=2)
         _save(figure, path)

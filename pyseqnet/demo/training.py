@@ -12,8 +12,8 @@ from tqdm import tqdm
 from pyseqnet.demo.digits import Digits, shifted
 
 BATCH = 64
-PEAK_LEARNING_RATE = 4e-3
-WEIGHT_DECAY = 1e-2
+PEAK_LEARNING_RATE = 2e-3
+WEIGHT_DECAY = 5e-2
 
 
 @dataclass

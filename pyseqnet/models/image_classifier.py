@@ -57,7 +57,7 @@ class ImageClassifier(torch.nn.Module):
             before, height, width = filters, height // pool_size, width // pool_size
         if height < 1 or width < 1:
             raise ValueError(
-                f"image_size {image_size} is too small for {len(channels)} poolings by {pool_size}: nothing is left"
+                f"image_size {image_size} is too small: {len(channels)} poolings by {pool_size} leave nothing"
             )
         self.features = torch.nn.Sequential(*blocks)
         self.dropout = torch.nn.Dropout(dropout)
