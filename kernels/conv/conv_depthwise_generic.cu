@@ -1,0 +1,361 @@
+// Depthwise convolution (as many groups as channels and filters) on any CUDA device. Each output is R*S
+// products, so all of it is bound by memory, and by the instructions around a product; no tile of a matrix
+// product would be filled.
+//
+//   correlate        forward: a thread computes four lines of one column (one where there are fewer lines),
+//   so
+//                    that index arithmetic, weights and the test of a tap's column are shared by four. What
+//                    several outputs read comes from the L1 cache. The input gradient of stride 1 is the same
+//                    with the filter turned around.
+//   gather_strided   input gradient of a stride above 1: every pixel sums the taps that meet an output.
+//   Whether
+//                    tap r does is kept as a quotient and a remainder by the stride, which change by
+//                    constants from tap to tap.
+//   correlate_sums   weight gradient: a thread keeps the sums of nine taps over its share of the pixels;
+//   blocks
+//                    are summed as conv_generic.cuh says. Filters of more than nine taps take several blocks.
+//
+// Neighbouring threads hold neighbouring elements of the output: pixels in NCHW, channels in NHWC. Outputs
+// are numbered in the order of memory, so planes of any size fill the warps, and a thread walks that
+// numbering by constant steps.
+//@PREDICTION@
+#include "conv/conv_generic.cuh"
+
+namespace pyseqnet {
+namespace {
+
+constexpr int threads = 256;
+constexpr int64_t walk_length = 4;  // outputs or groups of lines a thread computes, one after the other
+constexpr int lines_together = 4;
+
+// One spatial axis of correlate: output i reads the input at i * stride - pad + tap * dilation.
+// Of gather_strided: pixel i reads gy at (i + pad - tap * dilation) / stride where that is whole.
+struct SpatialAxis {
+  int in, out, taps, stride, pad, dilation;
+  int back, rest;  // the dilation divided by the stride: quotient and remainder
+};
+
+// The outputs, numbered in the order of memory: (n, c, line group, column) or (n, line group, column, c).
+struct Depthwise {
+  Radix<4> radix;
+  int64_t items;
+  bool channels_last;
+  SpatialAxis h, w;
+  Strides in, out;
+  // Where the weight of tap 0, 0 of channel 0 lies, and the way to the next channel, row and column.
+  int weight_origin, weight_c, weight_h, weight_w;
+};
+
+struct Position {
+  int n, c, line, column;
+  PYSEQNET_DEVICE Position(const Depthwise& d, const Digits<4>& i)
+      : n(i.digit[0]),
+        c(d.channels_last ? i.digit[3] : i.digit[1]),
+        line(d.channels_last ? i.digit[1] : i.digit[2]),
+        column(d.channels_last ? i.digit[2] : i.digit[3]) {}
+};
+
+// Calls f(Position) for the thread's share of the outputs.
+template <class F>
+PYSEQNET_DEVICE void walk_outputs(const Depthwise& d, F&& f) {
+  const int64_t first = int64_t(blockIdx.x) * (threads * walk_length) + threadIdx.x;
+  if (first >= d.items) return;
+  Digits<4> digits = digits_of(first, d.radix.extent);
+  for (int64_t item = first; item < d.items && item < first + threads * walk_length; item += threads) {
+    f(Position(d, digits));
+    advance(digits, d.radix);
+  }
+}
+
+// fixed_taps: the number of taps of a row, where it is known to the compiler; 0 where not.
+template <class T, int lines, int fixed_taps>
+__global__ void __launch_bounds__(threads)
+    correlate(const T* __restrict__ in, const T* __restrict__ weights, const T* __restrict__ bias,
+              T* __restrict__ out, Depthwise d) {
+  using Acc = accumulator_t<T>;
+  const int taps = fixed_taps ? fixed_taps : d.w.taps;
+  walk_outputs(d, [&](Position at) {
+    const int first = at.line * lines, top = first * d.h.stride - d.h.pad,
+              left = at.column * d.w.stride - d.w.pad;
+    const T* image = in + at.n * d.in.n + at.c * d.in.c;
+    const T* weight = weights + d.weight_origin + int64_t(at.c) * d.weight_c;
+    Acc sum[lines];
+#pragma unroll
+    for (int i = 0; i < lines; i++) sum[i] = bias ? load(bias + at.c) : Acc(0);
+    for (int r = 0; r < d.h.taps; r++) {
+      bool inside[lines];
+      int64_t line[lines];
+#pragma unroll
+      for (int i = 0; i < lines; i++) {
+        const int h = top + r * d.h.dilation + i * d.h.stride;
+        inside[i] = unsigned(h) < unsigned(d.h.in);
+        line[i] = h * d.in.h;
+      }
+#pragma unroll
+      for (int s = 0; s < taps; s++) {
+        const int w = left + s * d.w.dilation;
+        if (unsigned(w) >= unsigned(d.w.in)) continue;
+        const Acc v = load(weight + r * d.weight_h + s * d.weight_w);
+#pragma unroll
+        for (int i = 0; i < lines; i++)
+          if (inside[i]) sum[i] += v * load(image + (line[i] + w * d.in.w));
+      }
+    }
+    T* result = out + at.n * d.out.n + at.c * d.out.c + at.column * d.out.w;
+#pragma unroll
+    for (int i = 0; i < lines; i++)
+      if (first + i < d.h.out) store(result + (first + i) * d.out.h, sum[i]);
+  });
+}
+
+// (pixel + pad - tap * dilation) / stride for tap = 0, 1, ...: whole where the remainder is zero.
+struct OutputOfTap {
+  int quotient, remainder;
+  PYSEQNET_DEVICE OutputOfTap(const SpatialAxis& a, int pixel) {
+    const int start = pixel + a.pad;
+    quotient = start >= 0 ? start / a.stride : -((a.stride - 1 - start) / a.stride);
+    remainder = start - quotient * a.stride;
+  }
+  PYSEQNET_DEVICE bool exists(const SpatialAxis& a) const {
+    return remainder == 0 && unsigned(quotient) < unsigned(a.in);
+  }
+  PYSEQNET_DEVICE void next_tap(const SpatialAxis& a) {
+    remainder -= a.rest;
+    quotient -= a.back;
+    if (remainder < 0) remainder += a.stride, quotient--;
+  }
+};
+
+template <class T>
+__global__ void __launch_bounds__(threads)
+    gather_strided(const T* __restrict__ gy, const T* __restrict__ weights, T* __restrict__ gx, Depthwise d) {
+  using Acc = accumulator_t<T>;
+  walk_outputs(d, [&](Position at) {
+    const T* image = gy + at.n * d.in.n + at.c * d.in.c;
+    const T* weight = weights + int64_t(at.c) * d.weight_c;
+    Acc sum = 0;
+    OutputOfTap row(d.h, at.line);
+    for (int r = 0; r < d.h.taps; r++, row.next_tap(d.h)) {
+      if (!row.exists(d.h)) continue;
+      const T* line = image + row.quotient * d.in.h;
+      OutputOfTap column(d.w, at.column);
+      for (int s = 0; s < d.w.taps; s++, column.next_tap(d.w))
+        if (column.exists(d.w))
+          sum += load(weight + r * d.weight_h + s * d.weight_w) * load(line + column.quotient * d.in.w);
+    }
+    store(gx + at.n * d.out.n + at.c * d.out.c + at.line * d.out.h + at.column * d.out.w, sum);
+  });
+}
+
+// ------------------------------------------------------------------------------------------ weight gradient
+
+constexpr int taps_together = 9;  // 3 x 3
+
+// What a tap adds to the place of an output's first pixel.
+struct Tap {
+  int64_t offset;
+  int h, w;
+};
+
+struct DepthwiseSums {
+  ChannelSums sums;
+  SpatialAxis h, w;
+  Strides x;
+};
+
+// fixed_side: 3 where the filter is 3 x 3, so that tests of rows and columns are shared among taps; else 0.
+template <class T, int fixed_side>
+__global__ void __launch_bounds__(channel_threads)
+    correlate_sums(const T* __restrict__ gy, const T* __restrict__ x, void* __restrict__ out,
+                   DepthwiseSums d) {
+  using Acc = accumulator_t<T>;
+  PYSEQNET_SHARED(Acc, memory, [taps_together][channel_threads]);
+  PYSEQNET_SHARED(Tap, taps, [taps_together]);
+  const ChannelSums& s = d.sums;
+  const int t = int(threadIdx.x), pixel_lanes = channel_threads / s.channel_lanes;
+  const int filter = d.h.taps * d.w.taps;
+  const int first_tap = int(blockIdx.x / (s.channel_blocks * s.parts)) * taps_together;
+  const int count = filter - first_tap < taps_together ? filter - first_tap : taps_together;
+  if (t < count) {
+    const int r = (first_tap + t) / d.w.taps, tap = (first_tap + t) % d.w.taps;
+    const int h = r * d.h.dilation, w = tap * d.w.dilation;
+    taps[t] = {h * d.x.h + w * d.x.w, h, w};
+  }
+  __syncthreads();
+
+  const ChannelShare mine(s, t);
+  Acc sum[taps_together] = {};
+  if (mine.channel < s.channels && mine.begin < mine.end) {
+    gy += mine.channel * s.gy.c;
+    x += mine.channel * d.x.c;
+    Digits<3> i = digits_of(mine.begin, s.pixel.extent);
+    for (int64_t pixel = mine.begin; pixel < mine.end; pixel += pixel_lanes) {
+      const Acc g = load(gy + i.digit[0] * s.gy.n + i.digit[1] * s.gy.h + i.digit[2] * s.gy.w);
+      const int top = i.digit[1] * d.h.stride - d.h.pad, left = i.digit[2] * d.w.stride - d.w.pad;
+      const int64_t corner = i.digit[0] * d.x.n + top * d.x.h + left * d.x.w;
+#pragma unroll
+      for (int k = 0; k < taps_together; k++) {
+        if (!fixed_side && k >= count) break;
+        Tap tap;
+        if constexpr (fixed_side > 0) {
+          tap.h = k / fixed_side * d.h.dilation;
+          tap.w = k % fixed_side * d.w.dilation;
+          tap.offset = tap.h * d.x.h + tap.w * d.x.w;
+        } else {
+          tap = taps[k];
+        }
+        if (unsigned(top + tap.h) < unsigned(d.h.in) && unsigned(left + tap.w) < unsigned(d.w.in))
+          sum[k] += g * load(x + corner + tap.offset);
+      }
+      advance(i, s.pixel);
+    }
+  }
+  add_pixel_lanes(sum, memory, t, s.channel_lanes);
+  if (t >= s.channel_lanes || mine.channel >= s.channels) return;
+  const int64_t part = blockIdx.x / s.channel_blocks % s.parts;
+  const int64_t first =
+      (s.accumulators_out ? part * s.channels + mine.channel : mine.channel) * filter + first_tap;
+#pragma unroll
+  for (int k = 0; k < taps_together; k++) {
+    if (k >= count) break;
+    if (s.accumulators_out)
+      static_cast<Acc*>(out)[first + k] = sum[k];
+    else
+      store(static_cast<T*>(out) + first + k, sum[k]);
+  }
+}
+
+// ------------------------------------------------------------------------------------------------ host side
+
+SpatialAxis spatial(int64_t in, int64_t out, int64_t taps, int64_t stride, int64_t pad, int64_t dilation) {
+  return {int(in),
+          int(out),
+          int(taps),
+          int(stride),
+          int(pad),
+          int(dilation),
+          int(dilation / stride),
+          int(dilation % stride)};
+}
+
+// Numbers N x C x ceil(lines / together) x columns outputs in the order of memory.
+void number_outputs(Depthwise& d, const ConvProblem& p, int64_t lines, int64_t columns, int64_t together) {
+  const int64_t groups = ceil_div(lines, together);
+  d.channels_last = p.layout == Layout::nhwc;
+  d.items = p.N * p.C * groups * columns;
+  if (d.items == 0) return;
+  if (d.channels_last)
+    d.radix = radix_of<4>({p.N, groups, columns, p.C}, threads);
+  else
+    d.radix = radix_of<4>({p.N, p.C, groups, columns}, threads);
+}
+
+LaunchConfig config_of(const Depthwise& d, void* stream) {
+  return {.grid = dim3(unsigned(ceil_div(d.items, threads * walk_length))),
+          .block = dim3(threads),
+          .stream = stream};
+}
+
+// Blocks over which the taps of a channel are shared out.
+int64_t tap_blocks(const ConvProblem& p) { return ceil_div(p.R * p.S, taps_together); }
+
+Refusal refuses(const ConvProblem& p) {
+  if (!p.depthwise()) return "not depthwise: groups, channels and filters differ in number";
+  if (p.R * p.S >= coordinate_limit) return "a filter of 2^30 taps or more";
+  if (const Refusal why = refuse_beyond_coordinates(simplified(p))) return why;
+  if (double(p.C) * double(tap_blocks(p)) > double(grid_limit)) return "more taps than a grid has blocks";
+  const double outputs = double(p.N) * double(p.C) * (double(p.P) * double(p.Q) + double(p.H) * double(p.W));
+  return outputs > double(grid_limit) * threads ? "more outputs than a grid has threads" : accepted;
+}
+
+int64_t no_workspace(const ConvProblem&) { return 0; }
+
+template <class T>
+int launch_correlate(Depthwise& d, const ConvProblem& p, const void* in, const void* w, const void* bias,
+                     void* out, void* stream) {
+  const bool together = d.h.out >= lines_together;
+  const int fixed = d.w.taps == 3 ? 3 : 0;
+  number_outputs(d, p, d.h.out, d.w.out, together ? lines_together : 1);
+  if (d.items == 0) return launch_ok;
+  const auto kernel = together ? (fixed ? correlate<T, lines_together, 3> : correlate<T, lines_together, 0>)
+                               : (fixed ? correlate<T, 1, 3> : correlate<T, 1, 0>);
+  return launch(config_of(d, stream), kernel, static_cast<const T*>(in), static_cast<const T*>(w),
+                static_cast<const T*>(bias), static_cast<T*>(out), d);
+}
+
+int launch_forward(const ConvProblem& problem, const ConvTensors& tensors, void*, void* stream) {
+  const ConvProblem p = simplified(problem);
+  Depthwise d = {};
+  d.h = spatial(p.H, p.P, p.R, p.stride_h, p.pad_h, p.dilation_h);
+  d.w = spatial(p.W, p.Q, p.S, p.stride_w, p.pad_w, p.dilation_w);
+  d.in = p.x_strides(), d.out = p.y_strides();
+  d.weight_c = int(p.R * p.S), d.weight_h = int(p.S), d.weight_w = 1;
+  return dispatch_dtype(p.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    return launch_correlate<T>(d, p, tensors.x, tensors.w, tensors.bias, tensors.y, stream);
+  });
+}
+
+int launch_input_gradient(const ConvProblem& problem, const ConvTensors& tensors, void*, void* stream) {
+  const ConvProblem p = simplified(problem);
+  Depthwise d = {};
+  d.in = p.y_strides(), d.out = p.x_strides();
+  d.weight_c = int(p.R * p.S);
+  if (p.stride_h == 1 && p.stride_w == 1) {
+    // Tap r of gx[h] is gy[h + pad - r * dilation]: the filter from its end, padded by what is left of it.
+    d.h = spatial(p.P, p.H, p.R, 1, (p.R - 1) * p.dilation_h - p.pad_h, p.dilation_h);
+    d.w = spatial(p.Q, p.W, p.S, 1, (p.S - 1) * p.dilation_w - p.pad_w, p.dilation_w);
+    d.weight_origin = int(p.R * p.S) - 1, d.weight_h = -int(p.S), d.weight_w = -1;
+    return dispatch_dtype(p.dtype, [&](auto tag) {
+      using T = typename decltype(tag)::type;
+      return launch_correlate<T>(d, p, tensors.gy, tensors.w, nullptr, tensors.gx, stream);
+    });
+  }
+  d.h = spatial(p.P, p.H, p.R, p.stride_h, p.pad_h, p.dilation_h);
+  d.w = spatial(p.Q, p.W, p.S, p.stride_w, p.pad_w, p.dilation_w);
+  d.weight_h = int(p.S), d.weight_w = 1;
+  number_outputs(d, p, p.H, p.W, 1);
+  if (d.items == 0) return launch_ok;
+  return dispatch_dtype(p.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    return launch(config_of(d, stream), gather_strided<T>, static_cast<const T*>(tensors.gy),
+                  static_cast<const T*>(tensors.w), static_cast<T*>(tensors.gx), d);
+  });
+}
+
+int64_t weight_gradient_workspace_bytes(const ConvProblem& p) {
+  return parts_bytes(p.dtype, channel_sums(p, tap_blocks(p)).parts, p.C * p.R * p.S);
+}
+
+int launch_weight_gradient(const ConvProblem& problem, const ConvTensors& tensors, void* workspace,
+                           void* stream) {
+  const ConvProblem p = simplified(problem);
+  const int64_t weights = p.C * p.R * p.S;
+  if (weights == 0) return launch_ok;
+  const DepthwiseSums d = {channel_sums(p, tap_blocks(p)),
+                           spatial(p.H, p.P, p.R, p.stride_h, p.pad_h, p.dilation_h),
+                           spatial(p.W, p.Q, p.S, p.stride_w, p.pad_w, p.dilation_w), p.x_strides()};
+  const unsigned blocks = d.sums.channel_blocks * d.sums.parts * unsigned(tap_blocks(p));
+  return dispatch_dtype(p.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const auto kernel = p.R == 3 && p.S == 3 ? correlate_sums<T, 3> : correlate_sums<T, 0>;
+    const int error = launch({.grid = dim3(blocks), .block = dim3(channel_threads), .stream = stream}, kernel,
+                             static_cast<const T*>(tensors.gy), static_cast<const T*>(tensors.x),
+                             d.sums.accumulators_out ? workspace : tensors.gw, d);
+    if (error != launch_ok || !d.sums.accumulators_out) return error;
+    return launch_sum_parts<T>(workspace, tensors.gw, weights, d.sums.parts, stream);
+  });
+}
+
+}  // namespace
+
+extern const ConvCudaKernel conv_depthwise_forward_cuda, conv_depthwise_input_gradient_cuda,
+    conv_depthwise_weight_gradient_cuda;
+const ConvCudaKernel conv_depthwise_forward_cuda = {"depthwise_generic", 80, 0, refuses, no_workspace,
+                                                    launch_forward};
+const ConvCudaKernel conv_depthwise_input_gradient_cuda = {"depthwise_generic",  80, 0, refuses, no_workspace,
+                                                           launch_input_gradient};
+const ConvCudaKernel conv_depthwise_weight_gradient_cuda = {
+    "depthwise_generic", 80, 0, refuses, weight_gradient_workspace_bytes, launch_weight_gradient};
+
+}  // namespace pyseqnet
