@@ -1,4 +1,4 @@
-"""Builds pyseqnet._C: torch-free kernels, once per instruction set and CUDA architecture, plus a thin stable-ABI binding.
+"""Builds pyseqnet._C: torch-free kernels, once per instruction set and CUDA architecture, and a thin binding.
 
 setuptools has no flags per source and torch's CUDAExtension refuses to work beside a CPU build of torch, so compiling
 is a step of our own: a list of jobs, run by MAX_JOBS threads, each skipped when its command and its inputs are those
@@ -160,8 +160,10 @@ def kernel_jobs(tools: Toolchain, folder: Path) -> list[Job]:
         if not source.name.endswith("_cpu.cpp"):
             jobs.append(Job(source, "", folder, base))
             continue
-        for isa in tools.isas(source):
-            jobs.append(Job(source, f".{isa}", folder, [*base, f"-DPYSEQNET_ISA={isa}", *ISA_FLAGS[isa]], isa))
+        jobs += [
+            Job(source, f".{isa}", folder, [*base, f"-DPYSEQNET_ISA={isa}", *ISA_FLAGS[isa]], isa)
+            for isa in tools.isas(source)
+        ]
     if tools.nvcc:
         nvcc = [
             str(tools.nvcc), "-std=c++20", "-O3", "-Ikernels", "-Xcompiler=-fPIC,-fvisibility=hidden",

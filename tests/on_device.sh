@@ -1,0 +1,80 @@
+#!/usr/bin/env bash
+# Everything a machine with a CUDA device can tell, in one command: build, conformance of every kernel with its oracle,
+# the test-suite, compute-sanitizer, benchmarks. Nothing is downloaded: it uses the python3 in PATH (torch with CUDA,
+# pybind11, numpy, pytest, hypothesis) and nvcc.
+#
+#   tests/on_device.sh RESULTS_FOLDER [step ...]      steps: build conformance pytest sanitizer bench (default: all)
+#
+# A failed step does not stop the others; the exit status is the number of failed steps. Logs go to RESULTS_FOLDER.
+set -u
+cd "$(dirname "$0")/.."
+out=${1:?usage: tests/on_device.sh RESULTS_FOLDER [step ...]}
+shift
+steps=${*:-build conformance pytest sanitizer bench}
+mkdir -p "$out" build/device
+failed=0
+export PYTHONPATH="$PWD" PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .)
+[ "$arch" = 90 ] && arch=90a
+export PYSEQNET_CUDA_ARCHS=${PYSEQNET_CUDA_ARCHS:-$arch}
+
+# step NAME SECONDS COMMAND...: runs it under a time limit, with its output in a log
+step() {
+    local name=$1 limit=$2 start status
+    shift 2
+    start=$(date +%s)
+    timeout "$limit" "$@" >"$out/$name.log" 2>&1
+    status=$?
+    printf '%-14s %s  %4d s\n' "$name" "$([ $status = 0 ] && echo ok || echo "FAILED ($status)")" $(($(date +%s) - start))
+    if [ $status != 0 ]; then
+        failed=$((failed + 1))
+        tail -n 25 "$out/$name.log"
+    fi
+}
+
+build() { python3 setup.py build_ext --inplace; }
+
+# The simulator's cases, compiled for the device: the same comparison with the oracle, on real hardware.
+device_case() { # case name
+    nvcc -x cu -std=c++20 -O2 -Ikernels -Itests/cuda_on_cpu -gencode "arch=compute_$arch,code=sm_$arch" -Xcompiler -fopenmp \
+        -DPYSEQNET_CUDA_ARCHS="\"$arch\"" "tests/cuda_on_cpu/case_$1.cpp" kernels/*/*_reference.cpp kernels/*/*.cu -lcuda -o "build/device/case_$1"
+}
+conformance() {
+    local status=0 source name
+    for source in tests/cuda_on_cpu/case_*.cpp; do
+        name=$(basename "$source" .cpp)
+        (device_case "${name#case_}" || echo "COMPILE FAILED $name") &
+    done
+    wait
+    for source in tests/cuda_on_cpu/case_*.cpp; do
+        name=$(basename "$source" .cpp)
+        echo "== $name"
+        "build/device/$name" || { echo "FAILED $name"; status=1; }
+    done
+    return $status
+}
+
+sanitizer() {
+    local status=0 tool case
+    for case in build/device/case_*; do
+        for tool in memcheck racecheck initcheck synccheck; do
+            echo "== compute-sanitizer $tool $(basename "$case")"
+            timeout 100 compute-sanitizer --tool "$tool" --error-exitcode 9 "$case" --quick 2>&1 | tail -n 15
+            [ "${PIPESTATUS[0]}" = 0 ] || status=1
+        done
+    done
+    return $status
+}
+
+for name in $steps; do
+    case $name in
+        build) step build 400 build ;;
+        conformance) step conformance 300 conformance ;;
+        pytest) step pytest 500 python3 -m pytest -q -x --maxfail=30 -p no:cacheprovider -m "cuda or not slow" -k "cuda or device" tests ;;
+        sanitizer) step sanitizer 400 sanitizer ;;
+        bench) step bench 500 python3 -m bench run --device cuda --json "$out/cuda.json" ;;
+        *) echo "unknown step: $name"; failed=$((failed + 1)) ;;
+    esac
+done
+nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem --format=csv | tee "$out/device.txt"
+exit $failed
