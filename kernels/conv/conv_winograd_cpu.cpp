@@ -31,11 +31,14 @@ namespace pyseqnet {
 inline namespace PYSEQNET_ISA {
 namespace winograd {
 
-constexpr int64_t KIB = 1024;
+constexpr int64_t KIB = 1024, MIB = 1024 * KIB;
 constexpr int64_t float_bytes = int64_t(sizeof(float));
 // Transformed inputs and products of a block of tiles: they share the second-level cache (1 MiB on the
 // machines at hand) with the filters that stream through it.
 constexpr int64_t BLOCK_BYTES = 640 * KIB;
+// A workspace is allocated for each call. Larger ones come fresh from the operating system every time
+// (glibc's limit is 32 MiB), and touching new pages costs more than the work that such an order saves.
+constexpr int64_t WORKSPACE_BYTES = 30 * MIB;
 // Enough blocks for the threads of a small machine to share the work evenly.
 constexpr int64_t ENOUGH_BLOCKS = 16;
 // A work item of the transform phases: this many channels of a strip, or rows of VL filters.
@@ -126,7 +129,7 @@ struct ByTiles {
     for (int64_t i = 0; i < count; ++i)
       for (int64_t ch = 0; ch < c.C(); ch += VL)
         transform_strip<InputTransform>(c.in, t, first + i, c.pad_h, c.pad_w, ch, s.strip, s.inputs,
-                                        i * t.strip_tiles);
+                                        i * t.strip_tiles, ch);
     for (int64_t pt = 0; pt < points; ++pt)
       for (int64_t k = 0; k < c.K(); k += PANEL)
         panel_product<Depth::channels>(count * t.strip_tiles, c.K() - k, s.inputs.at(pt, 0, 0),
@@ -152,18 +155,23 @@ struct ByTiles {
 constexpr int64_t CHANNEL_BLOCK_TILES = 96;
 constexpr int64_t CHANNEL_BLOCK_DEPTH = SUM_LENGTH;
 
+// Few tiles: their transforms are a phase of their own, and an item is one panel of output channels of a
+// block. Many tiles: an item is a block with all its channels, and the transformed inputs are private.
 struct ByChannels {
   const Convolution& c;
   int64_t pieces = ceil_div(c.C(), TRANSFORM_CHANNELS), panels = ceil_div(c.K(), PANEL);
   int64_t block_strips, blocks;
+  bool share_inputs;
 
   explicit ByChannels(const Convolution& c) : c(c) {
-    const int64_t wanted = ceil_div(c.tiling.tiles(), CHANNEL_BLOCK_TILES);
-    block_strips = most(1, ceil_div(c.tiling.strips, most(1, wanted)));
+    const int64_t wanted = most(1, ceil_div(c.tiling.tiles(), CHANNEL_BLOCK_TILES));
+    block_strips = most(1, ceil_div(c.tiling.strips, wanted));
     blocks = ceil_div(c.tiling.strips, block_strips);
+    share_inputs = blocks < ENOUGH_BLOCKS;
   }
-  Panels inputs(Carver& shared) const {
-    return Panels(shared.take<float>(Panels::size(c.C(), c.tiling.tiles())), c.C(), c.tiling.tiles());
+  Panels inputs(Carver& carver) const {
+    const int64_t tiles = (share_inputs ? c.tiling.strips : block_strips) * c.tiling.strip_tiles;
+    return Panels(carver.take<float>(Panels::size(c.C(), tiles)), c.C(), tiles);
   }
   struct Scratch {
     float* strip;
@@ -178,54 +186,77 @@ struct ByChannels {
   }
   WorkPlan plan() const {
     WorkPlan plan;
-    plan.add_phase(c.tiling.strips * pieces, TRANSFORM_GRAIN);
-    plan.add_phase(blocks * panels);
     Carver shared(nullptr), thread(nullptr);
-    inputs(shared);
     scratch(thread);
+    if (share_inputs) {
+      plan.add_phase(c.tiling.strips * pieces, TRANSFORM_GRAIN);
+      plan.add_phase(blocks * panels);
+      inputs(shared);
+    } else {
+      plan.add_phase(blocks);
+      inputs(thread);
+    }
     plan.shared_bytes = shared.used();
     plan.thread_bytes = thread.used();
     return plan;
   }
-  void transform_piece(int64_t item, const Panels& V, const Scratch& s) const {
-    const int64_t strip = item / pieces, first = item % pieces * TRANSFORM_CHANNELS;
-    for (int64_t ch = first; ch < least(first + TRANSFORM_CHANNELS, c.C()); ch += VL)
-      transform_strip<InputTransform>(c.in, c.tiling, strip, c.pad_h, c.pad_w, ch, s.strip, V,
-                                      strip * c.tiling.strip_tiles);
+  // Channels first .. first + count of a strip -> rows row ... of V.
+  void transform_piece(int64_t strip, int64_t first, int64_t count, const Panels& V, int64_t row,
+                       const Scratch& s) const {
+    for (int64_t ch = first; ch < least(first + count, c.C()); ch += VL)
+      transform_strip<InputTransform>(c.in, c.tiling, strip, c.pad_h, c.pad_w, ch, s.strip, V, row, ch);
   }
-  void convolve_panel(int64_t item, const Panels& V, const Scratch& s) const {
+  // A panel of output channels of `count` strips; their tiles are rows row ... of V.
+  void convolve_panel(int64_t panel, int64_t first, int64_t count, const Panels& V, int64_t row,
+                      const Scratch& s) const {
     const Tiling& t = c.tiling;
-    const int64_t k0 = item % panels * PANEL, lanes = least(PANEL, c.K() - k0);
-    const int64_t first = item / panels * block_strips, count = least(block_strips, t.strips - first);
+    const int64_t k0 = panel * PANEL, lanes = least(PANEL, c.K() - k0);
     for (int64_t c0 = 0; c0 < c.C(); c0 += CHANNEL_BLOCK_DEPTH) {
       const int64_t depth = least(CHANNEL_BLOCK_DEPTH, c.C() - c0);
       for (int64_t k = 0; k < lanes; k += VL)
-        for (int64_t row = 0; row < depth; row += FILTER_ROWS)
-          transform_filters(c.filters, k0 + k, c0 + row, least(FILTER_ROWS, depth - row), s.strip, s.filters,
-                            row, k);
+        for (int64_t r = 0; r < depth; r += FILTER_ROWS)
+          transform_filters(c.filters, k0 + k, c0 + r, least(FILTER_ROWS, depth - r), s.strip, s.filters, r,
+                            k);
       for (int64_t pt = 0; pt < points; ++pt)
-        panel_product<Depth::channels>(count * t.strip_tiles, lanes, V.at(pt, first * t.strip_tiles, c0),
-                                       V.panel(), s.filters.at(pt, 0, 0), depth, s.products.at(pt, 0, 0),
-                                       c0 > 0);
+        panel_product<Depth::channels>(count * t.strip_tiles, lanes, V.at(pt, row, c0), V.panel(),
+                                       s.filters.at(pt, 0, 0), depth, s.products.at(pt, 0, 0), c0 > 0);
     }
     for (int64_t i = 0; i < count; ++i)
       for (int64_t k = 0; k < lanes; k += VL)
         output_strip(s.products, i * t.strip_tiles, k, c.bias, t, first + i, k0 + k, s.strip, c.out);
   }
+  void convolve_block(int64_t block, int64_t first_panel, int64_t last_panel, const Panels& V,
+                      const Scratch& s) const {
+    const int64_t first = block * block_strips, count = least(block_strips, c.tiling.strips - first);
+    const int64_t tiles = c.tiling.strip_tiles;
+    if (!share_inputs)
+      for (int64_t i = 0; i < count; ++i) transform_piece(first + i, 0, c.C(), V, i * tiles, s);
+    for (int64_t panel = first_panel; panel < last_panel; ++panel)
+      convolve_panel(panel, first, count, V, share_inputs ? first * tiles : 0, s);
+  }
   void run(const WorkSlice& slice) const {
     Carver shared(slice.shared), thread(slice.scratch);
-    const Panels V = inputs(shared);
     const Scratch s = scratch(thread);
+    const Panels V = inputs(share_inputs ? shared : thread);
     for (int64_t item = slice.begin; item < slice.end; ++item)
-      slice.phase == 0 ? transform_piece(item, V, s) : convolve_panel(item, V, s);
+      if (!share_inputs)
+        convolve_block(item, 0, panels, V, s);
+      else if (slice.phase == 0)
+        transform_piece(item / pieces, item % pieces * TRANSFORM_CHANNELS, TRANSFORM_CHANNELS, V,
+                        item / pieces * c.tiling.strip_tiles, s);
+      else
+        convolve_block(item / panels, item % panels, item % panels + 1, V, s);
   }
 };
 
+// Filters of all channels, transformed: larger ones do not stay in the third-level cache, and by tiles they
+// are read once for every block.
+constexpr int64_t MOST_FILTER_BYTES = 12 * MIB;
 PYSEQNET_INLINE bool by_channels(const Convolution& c) {
 #ifdef TUNE
   if (const char* s = getenv("WINO_F")) return *s == 'c';
 #endif
-  return c.K() >= 4 * PANEL && c.C() >= 4 * PANEL;
+  return c.tiling.tiles() <= (c.C() + c.K()) / 2 || points * c.C() * c.K() * float_bytes > MOST_FILTER_BYTES;
 }
 
 template <ConvPass pass>
@@ -257,11 +288,12 @@ struct WeightGradient {
         pad_w(p.pad_w),
         tiling(p.N, p.P, p.Q) {}
 
-  void transform_x(int64_t strip, int64_t c, float* scratch, const Panels& V, int64_t row) const {
-    transform_strip<InputTransform>(x, tiling, strip, pad_h, pad_w, c, scratch, V, row);
+  void transform_x(int64_t strip, int64_t c, float* scratch, const Panels& V, int64_t row, int64_t at) const {
+    transform_strip<InputTransform>(x, tiling, strip, pad_h, pad_w, c, scratch, V, row, at);
   }
-  void transform_gy(int64_t strip, int64_t k, float* scratch, const Panels& Y, int64_t row) const {
-    transform_strip<OutputGradientTransform>(gy, tiling, strip, 0, 0, k, scratch, Y, row);
+  void transform_gy(int64_t strip, int64_t k, float* scratch, const Panels& Y, int64_t row,
+                    int64_t at) const {
+    transform_strip<OutputGradientTransform>(gy, tiling, strip, 0, 0, k, scratch, Y, row, at);
   }
 };
 
@@ -278,23 +310,27 @@ PYSEQNET_INLINE void transform_gradient(Read&& read, float* taps_of_row) {
 // A block of tiles reads and writes U' once: it should be as large as U', or fill the second-level cache and
 // more.
 constexpr int64_t GRADIENT_BLOCK_BYTES = 1792 * KIB;
-constexpr int64_t MOST_CHUNKS = 16;
-constexpr int64_t CHUNK_TILES = 96;                    // fewer are not worth a U' of their own
-constexpr int64_t PARTIAL_SUM_BYTES = 64 * KIB * KIB;  // all U' together, if there are more than two
+constexpr int64_t CHUNK_TILES = 96;  // fewer are not worth a U' of their own
+// An item is a chunk, or, where few chunks are allowed, the part of it that belongs to some of the filters;
+// each part transforms x again, so it is not narrower than this.
+constexpr int64_t PART_FILTERS = 128;
 
 struct GradientByTiles {
   const WeightGradient& g;
-  int64_t chunks, block_strips;
+  int64_t chunks, block_strips, part_filters, parts;
   int64_t pieces = ceil_div(g.C(), FILTER_ROWS);
 
   explicit GradientByTiles(const WeightGradient& g) : g(g) {
     const Tiling& t = g.tiling;
     const int64_t sum_bytes = Panels::size(g.K(), g.C()) * float_bytes;
-    const int64_t strip_bytes = points * (g.C() + g.K()) * float_bytes * t.strip_tiles;
-    const int64_t most_chunks = within(PARTIAL_SUM_BYTES / sum_bytes, 2, MOST_CHUNKS);
-    chunks = within(t.tiles() / CHUNK_TILES, 1, least(most_chunks, most(1, t.strips)));
-    const int64_t block_bytes = most(GRADIENT_BLOCK_BYTES, sum_bytes);
-    block_strips = within(block_bytes / strip_bytes, 1, most(1, ceil_div(t.strips, chunks)));
+    chunks = within(least(t.tiles() / CHUNK_TILES, WORKSPACE_BYTES / sum_bytes), 1,
+                    least(ENOUGH_BLOCKS, t.strips));
+    const int64_t wanted = 2 * chunks > ENOUGH_BLOCKS ? 1 : ceil_div(g.K(), PART_FILTERS);
+    part_filters = ceil_div(ceil_div(g.K(), PANEL), wanted) * PANEL;
+    parts = ceil_div(g.K(), part_filters);
+    const int64_t strip_bytes = points * (g.C() + part_filters) * float_bytes * t.strip_tiles;
+    block_strips =
+        within(most(GRADIENT_BLOCK_BYTES, sum_bytes / parts) / strip_bytes, 1, ceil_div(t.strips, chunks));
   }
   Panels sum(Carver& shared) const {
     return Panels(shared.take<float>(Panels::size(g.K(), g.C())), g.K(), g.C());
@@ -307,12 +343,12 @@ struct GradientByTiles {
     const int64_t tiles = block_strips * g.tiling.strip_tiles;
     float* strip = carver.take<float>(most(g.tiling.gather_floats(), filter_floats));
     float* x = carver.take<float>(Panels::size(g.C(), tiles));
-    float* gy = carver.take<float>(Panels::size(g.K(), tiles));
-    return {strip, Panels(x, g.C(), tiles), Panels(gy, g.K(), tiles)};
+    float* gy = carver.take<float>(Panels::size(part_filters, tiles));
+    return {strip, Panels(x, g.C(), tiles), Panels(gy, part_filters, tiles)};
   }
   WorkPlan plan() const {
     WorkPlan plan;
-    plan.add_phase(chunks);
+    plan.add_phase(chunks * parts);
     plan.add_phase(ceil_div(g.K(), VL) * pieces, TRANSFORM_GRAIN);
     Carver shared(nullptr), thread(nullptr);
     for (int64_t i = 0; i < chunks; ++i) sum(shared);
@@ -321,20 +357,22 @@ struct GradientByTiles {
     plan.thread_bytes = thread.used();
     return plan;
   }
-  void sum_chunk(int64_t chunk, const Panels& U, const Scratch& s) const {
+  void sum_chunk(int64_t chunk, int64_t part, const Panels& U, const Scratch& s) const {
     const int64_t tiles = g.tiling.strip_tiles;
     const int64_t first = chunk * g.tiling.strips / chunks, last = (chunk + 1) * g.tiling.strips / chunks;
+    const int64_t k0 = part * part_filters, filters = least(part_filters, g.K() - k0);
     for (int64_t strip = first; strip < last; strip += block_strips) {
       const int64_t count = least(block_strips, last - strip);
       for (int64_t i = 0; i < count; ++i) {
-        for (int64_t c = 0; c < g.C(); c += VL) g.transform_x(strip + i, c, s.strip, s.x, i * tiles);
-        for (int64_t k = 0; k < g.K(); k += VL) g.transform_gy(strip + i, k, s.strip, s.gy, i * tiles);
+        for (int64_t c = 0; c < g.C(); c += VL) g.transform_x(strip + i, c, s.strip, s.x, i * tiles, c);
+        for (int64_t k = 0; k < filters; k += VL)
+          g.transform_gy(strip + i, k0 + k, s.strip, s.gy, i * tiles, k);
       }
       for (int64_t pt = 0; pt < points; ++pt)
-        for (int64_t k = 0; k < g.K(); k += PANEL)
+        for (int64_t k = 0; k < filters; k += PANEL)
           for (int64_t c = 0; c < g.C(); c += PANEL)
-            panel_product<Depth::tiles>(least(PANEL, g.C() - c), g.K() - k, s.x.at(pt, 0, c), 0,
-                                        s.gy.at(pt, 0, k), count * tiles, U.at(pt, c, k), strip > first);
+            panel_product<Depth::tiles>(least(PANEL, g.C() - c), filters - k, s.x.at(pt, 0, c), 0,
+                                        s.gy.at(pt, 0, k), count * tiles, U.at(pt, c, k0 + k), strip > first);
     }
   }
   void finish_piece(int64_t item, const Panels& U, int64_t chunk_floats, const Scratch& s) const {
@@ -359,7 +397,7 @@ struct GradientByTiles {
     const Scratch s = scratch(thread);
     for (int64_t item = slice.begin; item < slice.end; ++item)
       if (slice.phase == 0)
-        sum_chunk(item, Panels(U.p + item * chunk_floats, g.K(), g.C()), s);
+        sum_chunk(item / parts, item % parts, Panels(U.p + item / parts * chunk_floats, g.K(), g.C()), s);
       else
         finish_piece(item, U, chunk_floats, s);
   }
@@ -406,11 +444,11 @@ struct GradientByChannels {
     const int64_t row = strip * g.tiling.strip_tiles;
     if (piece < x_pieces) {
       const int64_t first = piece * TRANSFORM_CHANNELS, last = least(first + TRANSFORM_CHANNELS, g.C());
-      for (int64_t c = first; c < last; c += VL) g.transform_x(strip, c, s.strip, o.x, row);
+      for (int64_t c = first; c < last; c += VL) g.transform_x(strip, c, s.strip, o.x, row, c);
     } else {
       const int64_t first = (piece - x_pieces) * TRANSFORM_CHANNELS,
                     last = least(first + TRANSFORM_CHANNELS, g.K());
-      for (int64_t k = first; k < last; k += VL) g.transform_gy(strip, k, s.strip, o.gy, row);
+      for (int64_t k = first; k < last; k += VL) g.transform_gy(strip, k, s.strip, o.gy, row, k);
     }
   }
   void sum_panel(int64_t item, const Operands& o, const Scratch& s) const {
@@ -443,7 +481,8 @@ PYSEQNET_INLINE bool by_channels(const WeightGradient& g) {
 #ifdef TUNE
   if (const char* s = getenv("WINO_G")) return *s == 'c';
 #endif
-  return g.K() * g.C() >= 16 * PANEL * PANEL;
+  const int64_t operands = g.tiling.tiles() * (g.C() + g.K()), sums = g.C() * g.K();
+  return operands * points * float_bytes <= WORKSPACE_BYTES && 4 * sums >= operands;
 }
 
 WorkPlan plan_weight_gradient(const ConvProblem& p) {

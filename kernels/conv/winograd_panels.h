@@ -134,53 +134,112 @@ struct Tiling {
   }  // scratch of every strip function
 };
 
+// The pixels of a run follow each other in a planar image; in a strip they are lines of `width` vectors,
+// `pitch` floats apart. A run is worked off in blocks of VL pixels. The last block ends with the run, over
+// pixels that are already done if need be: doing them again is cheaper than masking (masked stores above
+// all).
+struct Run {
+  int64_t pixels, width, pitch;
+  template <class Block>
+  PYSEQNET_INLINE void blocks(Block&& block) const {
+    for (int64_t i = 0; i < pixels; i += VL) {
+      const int64_t from = pixels - i < VL && pixels >= VL ? pixels - VL : i;
+      block(from, int(least(VL, pixels - from)));
+    }
+  }
+  // Calls f(j, address) for `count` pixels of a strip from pixel i on.
+  template <class F>
+  PYSEQNET_INLINE void each(float* strip, int64_t i, int count, F&& f) const {
+    float* line = strip + i / width * pitch;
+    int64_t q = i % width;
+#pragma GCC unroll 16
+    for (int j = 0; j < VL; ++j) {
+      if (j < count) f(j, line + q * VL);
+      if (++q == width) {
+        q = 0;
+        line += pitch;
+      }
+    }
+  }
+};
+PYSEQNET_INLINE void gather_run(const Run& run, const float* src, int64_t channel_stride, int lanes,
+                                float* strip) {
+  run.blocks([&](int64_t i, int count) PYSEQNET_LAMBDA {
+    vf r[VL];
+#pragma GCC unroll 16
+    for (int c = 0; c < VL; ++c) r[c] = c < lanes ? load_n(src + c * channel_stride + i, count) : vf{};
+    transpose(r);
+    run.each(strip, i, count, [&](int j, float* to) PYSEQNET_LAMBDA { store(to, r[j]); });
+  });
+}
+PYSEQNET_INLINE void scatter_run(const Run& run, float* strip, float* dst, int64_t channel_stride,
+                                 int lanes) {
+  run.blocks([&](int64_t i, int count) PYSEQNET_LAMBDA {
+    vf r[VL] = {};
+    run.each(strip, i, count, [&](int j, const float* from) PYSEQNET_LAMBDA { r[j] = load(from); });
+    transpose(r);
+#pragma GCC unroll 16
+    for (int c = 0; c < VL; ++c)
+      if (c < lanes) store_n(dst + c * channel_stride + i, r[c], count);
+  });
+}
+
 // strip[r][q][VL] = channels c0 .. c0 + VL of rows h0 + r and columns w0 + q; zero outside the image.
 inline void gather_strip(const Image<const float*>& x, int64_t n, int64_t c0, int64_t h0, int64_t lines,
                          int64_t w0, int64_t columns, float* strip) {
   const int lanes = int(least(VL, x.C - c0));
-  const int64_t first = within(-w0, 0, columns), last = within(x.W - w0, first, columns);
+  const int64_t pitch = columns * VL;
+  const int64_t top = within(-h0, 0, lines), bottom = within(x.H - h0, top, lines);
+  const int64_t left = within(-w0, 0, columns), right = within(x.W - w0, left, columns), width = right - left;
   for (int64_t r = 0; r < lines; ++r) {
-    float* line = strip + r * columns * VL;
-    const int64_t h = h0 + r;
-    const bool inside = h >= 0 && h < x.H;
-    const int64_t from = inside ? first : columns, to = inside ? last : columns;
-    for (int64_t q = 0; q < from; ++q) store(line + q * VL, vf{});
-    const float* src = x.p + n * x.s.n + c0 * x.s.c + h * x.s.h + (w0 + from) * x.s.w;
-    if (x.s.c == 1)
-      for (int64_t q = from; q < to; ++q, src += x.s.w) store(line + q * VL, load_n(src, lanes));
-    else
-      for (int64_t q = from; q < to; q += VL, src += VL)
-        transpose_block(src, x.s.c, lanes, int(least(VL, to - q)), line + q * VL, VL);
-    for (int64_t q = to; q < columns; ++q) store(line + q * VL, vf{});
+    const bool inside = r >= top && r < bottom;
+    for (int64_t q = 0; q < (inside ? left : columns); ++q) store(strip + r * pitch + q * VL, vf{});
+    for (int64_t q = inside ? right : columns; q < columns; ++q) store(strip + r * pitch + q * VL, vf{});
+  }
+  if (width == 0) return;
+  const float* src = x.p + n * x.s.n + c0 * x.s.c + (h0 + top) * x.s.h + (w0 + left) * x.s.w;
+  float* dst = strip + top * pitch + left * VL;
+  if (x.s.c == 1) {
+    for (int64_t r = top; r < bottom; ++r, src += x.s.h, dst += pitch)
+      for (int64_t q = 0; q < width; ++q) store(dst + q * VL, load_n(src + q * x.s.w, lanes));
+  } else if (width == x.W) {
+    gather_run({(bottom - top) * width, width, pitch}, src, x.s.c, lanes, dst);
+  } else {
+    for (int64_t r = top; r < bottom; ++r, src += x.s.h, dst += pitch)
+      gather_run({width, width, pitch}, src, x.s.c, lanes, dst);
   }
 }
 
 // The way back: rows h0 + r < H and columns w0 + q < W of channels c0 .. c0 + VL.
-inline void scatter_strip(const float* strip, const Image<float*>& y, int64_t n, int64_t c0, int64_t h0,
+inline void scatter_strip(float* strip, const Image<float*>& y, int64_t n, int64_t c0, int64_t h0,
                           int64_t lines, int64_t w0, int64_t columns) {
   const int lanes = int(least(VL, y.C - c0));
-  const int64_t count = least(columns, y.W - w0);
-  for (int64_t r = 0; r < least(lines, y.H - h0); ++r) {
-    const float* line = strip + r * columns * VL;
-    float* dst = y.p + n * y.s.n + c0 * y.s.c + (h0 + r) * y.s.h + w0 * y.s.w;
-    if (y.s.c == 1)
-      for (int64_t q = 0; q < count; ++q) store_n(dst + q * y.s.w, load(line + q * VL), lanes);
-    else
-      for (int64_t q = 0; q < count; q += VL)
-        transpose_block_exact(line + q * VL, VL, int(least(VL, count - q)), lanes, dst + q, y.s.c);
+  const int64_t pitch = columns * VL;
+  const int64_t width = least(columns, y.W - w0), height = least(lines, y.H - h0);
+  float* dst = y.p + n * y.s.n + c0 * y.s.c + h0 * y.s.h + w0 * y.s.w;
+  if (y.s.c == 1) {
+    for (int64_t r = 0; r < height; ++r, dst += y.s.h, strip += pitch)
+      for (int64_t q = 0; q < width; ++q) store_n(dst + q * y.s.w, load(strip + q * VL), lanes);
+  } else if (width == y.W) {
+    scatter_run({height * width, width, pitch}, strip, dst, y.s.c, lanes);
+  } else {
+    for (int64_t r = 0; r < height; ++r, dst += y.s.h, strip += pitch)
+      scatter_run({width, width, pitch}, strip, dst, y.s.c, lanes);
   }
 }
 
-// Channels c0 .. c0 + VL of a strip of inputs (B' x B) or of output gradients (A gy A') -> rows row ... of V.
+// Channels c0 .. c0 + VL of a strip of inputs (B' x B) or of output gradients (A gy A') -> rows row ...,
+// channels at ... of V.
 template <class Transform>
 inline void transform_strip(const Image<const float*>& x, const Tiling& t, int64_t strip, int64_t pad_h,
-                            int64_t pad_w, int64_t c0, float* scratch, const Panels& V, int64_t row) {
+                            int64_t pad_w, int64_t c0, float* scratch, const Panels& V, int64_t row,
+                            int64_t at) {
   constexpr int64_t lines = Transform::in;
   const int64_t columns = t.strip_tiles * M + lines - M;
   gather_strip(x, t.image(strip), c0, t.row(strip) - pad_h, lines, t.column(strip) - pad_w, columns, scratch);
   for (int64_t j = 0; j < t.strip_tiles; ++j) {
     const float* s = scratch + j * M * VL;
-    float* v = V.at(0, row + j, c0);
+    float* v = V.at(0, row + j, at);
     transform<Transform>([&](int r, int q) PYSEQNET_LAMBDA { return load(s + (r * columns + q) * VL); },
                          [&](int r, int q, vf u) PYSEQNET_LAMBDA { store(v + (r * T + q) * V.point, u); });
   }
