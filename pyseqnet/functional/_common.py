@@ -14,6 +14,8 @@ SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def per_dimension(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
     """An int or a sequence of one or ``dims`` ints, as ``dims`` ints; ValueError for anything else."""
+    if type(value) is tuple and len(value) == dims:
+        return value
     if isinstance(value, int):
         return (value,) * dims
     values = tuple(value)
@@ -24,15 +26,19 @@ def per_dimension(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
     return values
 
 
-def needs_autograd(*tensors: Tensor | None) -> bool:
+def needs_autograd(input: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> bool:
     """Whether a call must be recorded: some input wants a gradient, or forward-mode AD is at work.
 
     Calling the raw operation directly otherwise saves about 4 us; with forward-mode AD it would drop the tangents,
     while the autograd.Function raises.
     """
-    if forward_ad._current_level >= 0:  # type: ignore[attr-defined]
+    if forward_ad._current_level >= 0:
         return True
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return torch.is_grad_enabled() and (
+        input.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+    )
 
 
 def creates_graph() -> bool:
@@ -40,17 +46,17 @@ def creates_graph() -> bool:
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
-def autocast_cast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The arguments in autocast's dtype where autocast is on and would cast them (torch's policy for convolutions)."""
-    first = tensors[0]
-    assert first is not None
-    device = first.device.type
+def autocast_dtype(input: Tensor) -> torch.dtype | None:
+    """The dtype that autocast wants on the input's device, None where it is off."""
+    device = input.device.type
     if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(
-        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
-    )
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def autocast_cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """torch's policy for convolutions and matrix products: floating-point tensors are cast, float64 is left alone."""
+    return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
 
 
 def explain(error: Exception, name: str, tensors: Sequence[Any], torch_call: Callable[[], object]) -> NoReturn:

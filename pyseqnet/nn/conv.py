@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from pyseqnet import functional as F
-
 # Bound at import: replacing torch.nn.Conv2d by ours later cannot make a class its own base.
-_TorchConv1d, _TorchConv2d = torch.nn.Conv1d, torch.nn.Conv2d
-_torch_pad = torch.nn.functional.pad
+from torch.nn import Conv1d as _TorchConv1d
+from torch.nn import Conv2d as _TorchConv2d
+from torch.nn.functional import pad as _torch_pad
+
+from pyseqnet import functional as F
 
 
 class Conv1d(_TorchConv1d):

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
+from torch.nn import MaxPool1d as _TorchMaxPool1d
+from torch.nn import MaxPool2d as _TorchMaxPool2d
 
 from pyseqnet import functional as F
-
-_TorchMaxPool1d, _TorchMaxPool2d = torch.nn.MaxPool1d, torch.nn.MaxPool2d
 
 
 class MaxPool1d(_TorchMaxPool1d):
