@@ -72,6 +72,18 @@ PYSEQNET_INLINE void store_n(float* p, vf v, int n) {
   for (int i = 0; i < n; ++i) p[i] = v[i];
 #endif
 }
+// Which lanes come from the second source: those from `first` on. Made once, outside the loop that merges.
+#if defined(__AVX512F__)
+typedef __mmask16 LanesFrom;
+PYSEQNET_INLINE LanesFrom lanes_from(int first) { return (LanesFrom)(0xffffu << first); }
+PYSEQNET_INLINE vf merge(vf v, LanesFrom lanes, const float* p) {
+  return (vf)_mm512_mask_loadu_ps((__m512)v, lanes, p);
+}
+#else
+typedef vi LanesFrom;
+PYSEQNET_INLINE LanesFrom lanes_from(int first) { return iota() >= first; }
+PYSEQNET_INLINE vf merge(vf v, LanesFrom lanes, const float* p) { return lanes ? load(p) : v; }
+#endif
 PYSEQNET_INLINE vf vmax(vf a, vf b) {
 #if defined(__AVX512F__)
   return (vf)_mm512_max_ps((__m512)a, (__m512)b);
@@ -190,18 +202,6 @@ struct FlushDenormals {
   FlushDenormals() { _mm_setcsr(saved | 0x8040); }  // FTZ | DAZ
   ~FlushDenormals() { _mm_setcsr(saved); }
 #endif
-};
-
-// 64-byte aligned scratch, uninitialised.
-struct Buf {
-  float* p;
-  explicit Buf(long n) : p((float*)__builtin_malloc((n + 32) * sizeof(float))) {
-    q = (float*)(((uintptr_t)p + 63) & ~(uintptr_t)63);
-  }
-  ~Buf() { __builtin_free(p); }
-  Buf(const Buf&) = delete;
-  operator float*() { return q; }
-  float* q;
 };
 
 template <int N>

@@ -1,0 +1,296 @@
+// Correlation for planar tensors (NCHW): lanes are pixels, so results are stored where they belong, without a
+// transpose, and a few output channels waste nothing.
+//
+//   out[row][pixel] = filters[row][channel, tap] * panel[channel, tap][pixel]
+//
+// The filters are read by broadcast, row-major. The panel, 4 vectors of pixels wide, gathers what the taps of
+// those pixels see (im2col) and is swept by all filters while it lies in the second-level cache. A panel
+// vector is one load of the staged planes, or one for each image row that its pixels lie in.
+//
+// A work item is a block of pixels x a block of filters of one group. Long sums are cut into depth blocks of
+// channels, whose partial sums wait in private scratch.
+//
+// Bound: FMA; packing costs about 4 cycles for a panel vector, which then serves one multiply-add a filter.
+#pragma once
+#include "common/cpu_work.h"
+#include "conv/conv_stage.h"
+#include "conv/conv_tile.h"
+
+namespace pyseqnet {
+inline namespace PYSEQNET_ISA {
+namespace conv {
+
+// A work item should last some 40 microseconds, counted in vector multiply-adds, about three a nanosecond for
+// a machine with two 512-bit pipes and one for a modest one.
+constexpr int64_t ITEM_FMAS = 100 * 1000;
+constexpr int64_t GRAIN_FMAS = 50 * 1000;
+constexpr int64_t ENOUGH_ITEMS = 16;         // for the threads of a small machine to share them evenly
+constexpr int64_t PANEL_DEPTH = 768;         // a panel of 64 lanes takes 192 KiB of the second-level cache
+constexpr int64_t STAGE_FLOATS = 64 * 1024;  // 256 KiB, beside the panel
+constexpr int64_t SUMS_FLOATS = 64 * 1024;   // likewise
+constexpr int64_t MIN_ROW_BLOCK = 64;        // filters that share the packing of a panel
+constexpr int64_t MAX_BLOCK_VECTORS = 64;
+
+PYSEQNET_INLINE int64_t grain_of(double fmas, int64_t items) {
+  return items > 0 && fmas < double(GRAIN_FMAS) * double(items)
+             ? int64_t(double(GRAIN_FMAS) * double(items) / (fmas + 1.0)) + 1
+             : 1;
+}
+
+struct PlanarSizes {
+  int64_t block_vectors, blocks;      // of pixels
+  int64_t row_block, row_blocks;      // of filters
+  int64_t depth_block, depth_blocks;  // of channels
+  int64_t items;
+  BlockLimits limits;
+  int64_t plane;  // floats of a staged plane, at most
+};
+
+PYSEQNET_INLINE PlanarSizes planar_sizes(const Correlation& k) {
+  PlanarSizes z;
+  const int64_t vectors = ceil_div(k.pixels(), VL), depth = k.depth * k.taps();
+  z.depth_block = larger(1, PANEL_DEPTH / larger(1, k.taps()));
+  z.depth_blocks = larger(1, ceil_div(k.depth, z.depth_block));
+  z.depth_block = ceil_div(k.depth, z.depth_blocks);
+
+  const int64_t fmas = larger(1, k.rows * depth);  // for one vector of pixels
+  z.block_vectors =
+      smaller(larger(round_up(ITEM_FMAS / fmas, TILE_VECTORS), TILE_VECTORS), MAX_BLOCK_VECTORS);
+  for (;; z.block_vectors -= TILE_VECTORS) {
+    const int64_t pixels = z.block_vectors * VL;
+    z.limits = block_limits(k, pixels);
+    z.plane = staged_plane(k, z.limits);
+    if (z.block_vectors == TILE_VECTORS) break;
+    if (z.plane * z.depth_block > STAGE_FLOATS) continue;
+    if (z.depth_blocks > 1 && pixels * k.rows > SUMS_FLOATS) continue;
+    break;
+  }
+  z.blocks = ceil_div(vectors, z.block_vectors);
+  z.row_blocks = 1;
+  const int64_t shared_out = z.blocks * k.groups;
+  if (shared_out > 0 && shared_out < ENOUGH_ITEMS && fmas * smaller(vectors, z.block_vectors) > ITEM_FMAS)
+    z.row_blocks = larger(1, smaller(ceil_div(ENOUGH_ITEMS, shared_out), k.rows / MIN_ROW_BLOCK));
+  z.row_block = ceil_div(k.rows, z.row_blocks);
+  z.row_blocks = z.row_block > 0 ? ceil_div(k.rows, z.row_block) : 0;
+  z.items = z.blocks * k.groups * z.row_blocks;
+  return z;
+}
+
+// Where the pixels of a panel are stored: `length` lanes from `lane` on, `step` elements apart.
+struct OutRun {
+  int64_t lane, length, offset;
+};
+// Where the lanes of a panel vector are loaded: those from `lanes` on at planes + offset.
+struct Source {
+  int64_t offset;
+  LanesFrom lanes;
+};
+
+struct PlanarScratch {
+  Segment* segments;
+  Piece* pieces;
+  int64_t* segment_offsets;
+  int64_t* tap_offsets;
+  float *stage, *panel, *sums, *tile, *bias;
+  int64_t bytes;
+};
+PYSEQNET_INLINE PlanarScratch planar_scratch(const Correlation& k, const PlanarSizes& z, std::byte* base) {
+  Carver carver(base);
+  PlanarScratch s;
+  s.segments = carver.take<Segment>(z.limits.segments);
+  s.pieces = carver.take<Piece>(z.limits.pieces);
+  s.segment_offsets = carver.take<int64_t>(z.limits.segments);
+  s.tap_offsets = carver.take<int64_t>(k.taps());
+  s.stage = carver.take<float>(z.plane * z.depth_block + VL);
+  s.panel = carver.take<float>(z.depth_block * k.taps() * TILE_LANES);
+  s.sums = carver.take<float>(z.depth_blocks > 1 ? z.block_vectors * VL * z.row_block : 0);
+  s.tile = carver.take<float>(TILE_ROWS * TILE_LANES);
+  s.bias = carver.take<float>(z.row_block);
+  s.bytes = carver.used();
+  return s;
+}
+
+// One vector of pixels, all channels and taps: dst[channel, tap] is a vector, `stride` floats apart.
+// `sources` is how many there are, or 0: then `count` says.
+template <int sources>
+PYSEQNET_INLINE void pack_vector(const float* planes, int64_t channel_stride, int64_t channels,
+                                 const int64_t* tap_offsets, int64_t taps, const Source* source, int count,
+                                 float* dst, int64_t stride) {
+  for (int64_t c = 0; c < channels; ++c, planes += channel_stride)
+    for (int64_t t = 0; t < taps; ++t, dst += stride) {
+      const float* p = planes + tap_offsets[t];
+      vf v = load(p + source[0].offset);
+      for (int s = 1; s < (sources ? sources : count); ++s)
+        v = merge(v, source[s].lanes, p + source[s].offset);
+      store(dst, v);
+    }
+}
+
+template <class T>
+struct Planar {
+  const Correlation& k;
+  const PlanarSizes& z;
+  const T* in;
+  const float* filters;  // [group][row][channel][tap]
+  const T* bias;
+  T* out;
+  int64_t in_elements;
+  PlanarScratch s;
+  PixelBlock block{};
+  Planes planes{};
+  const float* staged = nullptr;  // this depth block's first plane
+
+  // Channels [d0, d0 + channels) of the group become readable at `staged`.
+  void stage(int64_t group, int64_t d0, int64_t channels) {
+    const T* from = in + (group * k.depth + d0) * k.in.c;
+    if (planes_in_place<T>(k)) {
+      // Whole vectors are loaded: the last one must not leave the tensor.
+      const Segment& last = block.segments[block.segment_count - 1];
+      const int64_t end = in_place_offset(k, last) + last.length + (group * k.depth + k.depth - 1) * k.in.c +
+                          (k.h.reach() - 1) * k.in.h + k.w.reach() - 1 + VL;
+      if (end <= in_elements) {
+        planes = in_place_planes(k);
+        for (int64_t i = 0; i < block.segment_count; ++i)
+          s.segment_offsets[i] = in_place_offset(k, block.segments[i]);
+        staged = (const float*)from;
+        return;
+      }
+    }
+    planes = staged_planes(k, block);
+    for (int64_t i = 0; i < block.segment_count; ++i)
+      s.segment_offsets[i] = staged_offset(planes, block, block.segments[i]);
+    stage_planes(k, block, planes, from, channels, s.stage);
+    staged = s.stage;
+  }
+
+  void pack_panel(int64_t first, int vectors, int64_t channels, int64_t segment) {
+    for (int v = 0; v < vectors; ++v) {
+      const int64_t begin = first + v * VL, end = smaller(begin + VL, block.pixels());
+      while (block.segments[segment].first + block.segments[segment].length <= begin) ++segment;
+      Source source[VL];
+      int count = 0;
+      for (int64_t g = segment; g < block.segment_count && block.segments[g].first < end; ++g) {
+        const int64_t lane = block.segments[g].first - begin;
+        source[count++] = {s.segment_offsets[g] - lane, lanes_from(lane > 0 ? int(lane) : 0)};
+      }
+      float* dst = s.panel + v * VL;
+      const int64_t stride = vectors * VL;
+      if (count == 1)
+        pack_vector<1>(staged, planes.channel, channels, s.tap_offsets, k.taps(), source, count, dst, stride);
+      else if (count == 2)
+        pack_vector<2>(staged, planes.channel, channels, s.tap_offsets, k.taps(), source, count, dst, stride);
+      else
+        pack_vector<0>(staged, planes.channel, channels, s.tap_offsets, k.taps(), source, count, dst, stride);
+    }
+  }
+
+  // The panel's pixels as runs of the output tensor (its group 0, row 0).
+  int out_runs(int64_t first, int64_t pixels, int64_t segment, OutRun* runs) const {
+    const int64_t step = out_step();
+    int count = 0;
+    for (int64_t g = segment; g < block.segment_count && block.segments[g].first < first + pixels; ++g) {
+      const Segment& sg = block.segments[g];
+      const int64_t a = larger(sg.first, first), b = smaller(sg.first + sg.length, first + pixels);
+      const int64_t offset = sg.n * k.out.n + (k.h.out_first + sg.i * k.h.out_step) * k.out.h +
+                             (k.w.out_first + (sg.j + a - sg.first) * k.w.out_step) * k.out.w;
+      if (count && runs[count - 1].offset + runs[count - 1].length * step == offset)
+        runs[count - 1].length += b - a;
+      else
+        runs[count++] = {a - first, b - a, offset};
+    }
+    return count;
+  }
+  int64_t out_step() const { return k.w.out_step * k.out.w; }
+
+  void store_rows(const float* tile, int64_t rows, int64_t lanes, const OutRun* runs, int count,
+                  T* to) const {
+    const int64_t step = out_step();
+    for (int64_t r = 0; r < rows; ++r)
+      for (int i = 0; i < count; ++i) {
+        const float* src = tile + r * lanes + runs[i].lane;
+        T* dst = to + r * k.out.c + runs[i].offset;
+        const int64_t n = runs[i].length;
+        if (step == 1) {
+          for (int64_t l = 0; l < n; l += VL) store_lanes_n(dst + l, load(src + l), n - l);
+        } else {
+          for (int64_t l = 0; l < n; ++l) round_to(dst[l * step], src[l]);
+        }
+      }
+  }
+
+  void run_item(int64_t item) {
+    const int64_t row_block = item % z.row_blocks, group = item / z.row_blocks % k.groups;
+    const int64_t index = item / z.row_blocks / k.groups;
+    const int64_t m0 = row_block * z.row_block, rows = smaller(z.row_block, k.rows - m0);
+    block = {index * z.block_vectors * VL, smaller((index + 1) * z.block_vectors * VL, k.pixels()),
+             s.segments, s.pieces};
+    split_block(k, block);
+    if (bias)
+      for (int64_t m = 0; m < rows; ++m) s.bias[m] = to_float(bias[group * k.rows + m0 + m]);
+
+    for (int64_t d = 0; d < z.depth_blocks; ++d) {
+      const int64_t d0 = d * z.depth_block, channels = smaller(z.depth_block, k.depth - d0);
+      if (channels * k.taps() > 0) {
+        stage(group, d0, channels);
+        for (int64_t r = 0, t = 0; r < k.h.taps; ++r)
+          for (int64_t c = 0; c < k.w.taps; ++c) s.tap_offsets[t++] = planes.tap(k, r, c);
+      }
+      const float* first_filter = filters + ((group * k.rows + m0) * k.depth + d0) * k.taps();
+      float* sums = s.sums;
+      int64_t segment = 0, first = 0;
+      for_even_tiles(
+          ceil_div(block.pixels(), VL), TILE_VECTORS, [&](int64_t, int64_t vectors) PYSEQNET_LAMBDA {
+            run_panel(group, m0, rows, first, int(vectors), d, channels, first_filter, sums, segment);
+            first += vectors * VL;
+            sums += rows * vectors * VL;
+          });
+    }
+  }
+
+  void run_panel(int64_t group, int64_t m0, int64_t rows, int64_t first, int vectors, int64_t d,
+                 int64_t channels, const float* first_filter, float* sums, int64_t& segment) {
+    const int64_t pixels = smaller(vectors * VL, block.pixels() - first), lanes = vectors * VL;
+    while (block.segments[segment].first + block.segments[segment].length <= first) ++segment;
+    if (channels * k.taps() > 0) pack_panel(first, vectors, channels, segment);
+    OutRun out_run[TILE_LANES];
+    const int out_run_count = out_runs(first, pixels, segment, out_run);
+    const bool last_depth = d + 1 == z.depth_blocks;
+    const bool direct = sizeof(T) == sizeof(float) && out_run_count == 1 && out_step() == 1;
+    const Run run = {0, channels * k.taps()};
+    const int tail = last_depth && direct ? int(pixels - (vectors - 1) * VL) : VL;
+    for_even_tiles(rows, tile_rows(vectors), [&](int64_t r0, int64_t r) PYSEQNET_LAMBDA {
+      const float* a[TILE_ROWS];
+      float* c[TILE_ROWS];
+      T* to = out + (group * k.rows + m0 + r0) * k.out.c;
+      for (int64_t i = 0; i < r; ++i) {
+        a[i] = first_filter + (r0 + i) * k.depth * k.taps();
+        if (!last_depth)
+          c[i] = sums + (r0 + i) * lanes;
+        else if (direct)
+          c[i] = (float*)(to + i * k.out.c + out_run[0].offset);
+        else
+          c[i] = s.tile + i * lanes;
+      }
+      run_tile(int(r), vectors,
+               {a, &run, 1, s.panel, lanes, d ? sums + r0 * lanes : nullptr, lanes,
+                bias ? s.bias + r0 : nullptr, c, tail});
+      if (last_depth && !direct) store_rows(s.tile, r, lanes, out_run, out_run_count, to);
+    });
+  }
+};
+
+// Filters as rows of [channel][tap], in float: one item is one row of one group.
+template <class T>
+void pack_planar_filters(const Correlation& k, const T* w, float* to, int64_t begin, int64_t end) {
+  for (int64_t item = begin; item < end; ++item) {
+    float* dst = to + item * k.depth * k.taps();
+    for (int64_t d = 0; d < k.depth; ++d)
+      for (int64_t r = 0; r < k.h.taps; ++r)
+        for (int64_t c = 0; c < k.w.taps; ++c)
+          *dst++ = to_float(w[k.filter_offset(item / k.rows, item % k.rows, d, r, c)]);
+  }
+}
+
+}  // namespace conv
+}  // namespace PYSEQNET_ISA
+}  // namespace pyseqnet

@@ -1,0 +1,199 @@
+// Staging: a private float copy of the part of an image that a block of outputs reads, with the borders
+// filled in. It pays for itself many times: the inner loops know neither borders nor strides nor storage
+// types, every tap of every output is one fixed offset away from the output's own position.
+//
+// Where nothing needs converting and no tap leaves the image, the image itself serves ("in place").
+//
+//   planes    [channel][slot][phase][pitch]: lanes or depth run along pixels. A strided image is dealt out
+//             into in_step phases, so that neighbouring outputs read neighbouring elements.
+//   pixels    [slot][column][channel]: depth runs along channels.
+#pragma once
+#include "common/element_lanes.h"
+#include "common/transpose.h"
+#include "conv/conv_geometry.h"
+
+namespace pyseqnet {
+inline namespace PYSEQNET_ISA {
+namespace conv {
+
+// to[c][r] = from[r][c] with conversion between storage types, nothing else is touched.
+template <class From, class To>
+PYSEQNET_INLINE void transpose_elements(const From* from, int64_t from_stride, int64_t rows, int64_t columns,
+                                        To* to, int64_t to_stride) {
+  for (int64_t r0 = 0; r0 < rows; r0 += VL)
+    for (int64_t c0 = 0; c0 < columns; c0 += VL) {
+      const From* src = from + r0 * from_stride + c0;
+      To* dst = to + c0 * to_stride + r0;
+      const int64_t nr = rows - r0, nc = columns - c0;
+      vf v[VL];
+      if (nr >= VL && nc >= VL) {
+#pragma GCC unroll 16
+        for (int i = 0; i < VL; ++i) v[i] = load_lanes(src + i * from_stride);
+        transpose(v);
+#pragma GCC unroll 16
+        for (int i = 0; i < VL; ++i) store_lanes(dst + i * to_stride, v[i]);
+      } else {
+        for (int i = 0; i < VL; ++i) v[i] = i < nr ? load_between(src + i * from_stride, 0, nc, vf{}) : vf{};
+        transpose(v);
+        for (int i = 0; i < VL && i < nc; ++i) store_lanes_n(dst + i * to_stride, v[i], nr);
+      }
+    }
+}
+
+template <int64_t step, class T>
+PYSEQNET_INLINE void copy_every(float* to, const T* from, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = to_float(from[i * step]);
+}
+template <class T>
+PYSEQNET_INLINE void copy_strided(float* to, const T* from, int64_t step, int64_t count) {
+  if (step == 1) {
+    int64_t i = 0;
+    for (; i + VL <= count; i += VL) store(to + i, load_lanes(from + i));
+    if (i < count) store_lanes_n(to + i, load_between(from + i, 0, count - i, vf{}), count - i);
+  } else if (step == 2) {
+    copy_every<2>(to, from, count);  // the compiler knows shuffles for it
+  } else {
+    for (int64_t i = 0; i < count; ++i) to[i] = to_float(from[i * step]);
+  }
+}
+PYSEQNET_INLINE void fill_zero(float* to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = 0.0f;
+}
+
+// Offsets, in elements, of a staged or in-place arrangement.
+struct Planes {
+  int64_t channel, row, phase, kept_step;
+  int64_t h_step, w_step;  // from one output to the next
+  int64_t tap(const Correlation& k, int64_t r, int64_t s) const {
+    const int64_t u = s * k.w.tap_step;
+    return r * k.h.tap_step * row + (phase ? u % k.w.in_step * phase + u / k.w.in_step : u);
+  }
+};
+
+// The part of a row that lies inside the image, as indices into a staged row whose index 0 is position
+// `position` and whose indices are `step` positions apart.
+struct Inside {
+  int64_t first, last;
+};
+PYSEQNET_INLINE Inside inside_row(int64_t position, int64_t step, int64_t extent, int64_t count) {
+  const int64_t first = position >= 0 ? 0 : ceil_div(-position, step);
+  const int64_t last = position >= extent ? 0 : (extent - 1 - position) / step + 1;
+  return {smaller(first, count), larger(smaller(first, count), smaller(last, count))};
+}
+
+PYSEQNET_INLINE int64_t staged_pitch(const Correlation& k, int64_t columns) {
+  return columns + (k.w.taps > 0 ? (k.w.taps - 1) * k.w.tap_step / k.w.in_step : 0);
+}
+PYSEQNET_INLINE int64_t staged_phases(const Correlation& k) { return k.w.kept_step(); }
+// Floats of a staged plane of any block within the limits.
+PYSEQNET_INLINE int64_t staged_plane(const Correlation& k, const BlockLimits& limits) {
+  return limits.slots * staged_phases(k) * staged_pitch(k, limits.columns);
+}
+PYSEQNET_INLINE Planes staged_planes(const Correlation& k, const PixelBlock& block) {
+  Planes planes;
+  planes.phase = staged_pitch(k, block.columns);
+  planes.row = planes.phase * staged_phases(k);
+  planes.channel = planes.row * block.slots;
+  planes.kept_step = k.h.kept_step();
+  planes.h_step = planes.kept_step * planes.row;
+  planes.w_step = 1;
+  return planes;
+}
+// Where an output's first tap lies in the staged planes.
+PYSEQNET_INLINE int64_t staged_offset(const Planes& planes, const PixelBlock& block, const Segment& s) {
+  const Piece& piece = block.pieces[s.piece];
+  return piece.slot * planes.row + (s.i - piece.i0) * planes.h_step + s.j - piece.j0;
+}
+
+// Where no element needs converting and no tap leaves the image, the image is its own stage.
+template <class T>
+PYSEQNET_INLINE bool planes_in_place(const Correlation& k) {
+  return sizeof(T) == sizeof(float) && k.in.w == 1 && k.w.in_step == 1 && k.h.inside() && k.w.inside();
+}
+PYSEQNET_INLINE Planes in_place_planes(const Correlation& k) {
+  return {k.in.c, k.in.h, 0, 1, k.h.in_step * k.in.h, 1};
+}
+PYSEQNET_INLINE int64_t in_place_offset(const Correlation& k, const Segment& s) {
+  return s.n * k.in.n + (s.i * k.h.in_step + k.h.tap_offset) * k.in.h + s.j + k.w.tap_offset;
+}
+
+// Copies channels [0, channels) of the images at `in` into `to`.
+template <class T>
+void stage_planes(const Correlation& k, const PixelBlock& block, const Planes& planes, const T* in,
+                  int64_t channels, float* to) {
+  if (k.taps() == 0) return;
+  const bool planar = k.in.w == 1;
+  for (int64_t i = 0; i < block.piece_count; ++i) {
+    const Piece& piece = block.pieces[i];
+    const int64_t slots = (piece.rows - 1) * planes.kept_step + k.h.reach();
+    const int64_t pitch = staged_pitch(k, piece.columns);
+    for (int64_t slot = 0; slot < slots; ++slot) {
+      const int64_t h =
+          (piece.i0 + slot / planes.kept_step) * k.h.in_step + slot % planes.kept_step + k.h.tap_offset;
+      for (int64_t phase = 0; phase < staged_phases(k); ++phase) {
+        float* row = to + (piece.slot + slot) * planes.row + phase * planes.phase;
+        const int64_t position = piece.j0 * k.w.in_step + k.w.tap_offset + phase;
+        Inside in_row = inside_row(position, k.w.in_step, k.w.in, pitch);
+        if (h < 0 || h >= k.h.in) in_row = {pitch, pitch};
+        const T* src = in + piece.n * k.in.n + h * k.in.h + (position + in_row.first * k.w.in_step) * k.in.w;
+        const int64_t count = in_row.last - in_row.first;
+        for (int64_t c = 0; c < channels; ++c) {
+          float* dst = row + c * planes.channel;
+          fill_zero(dst, in_row.first);
+          if (planar && count) copy_strided(dst + in_row.first, src + c * k.in.c, k.w.in_step, count);
+          fill_zero(dst + in_row.last, pitch - in_row.last);
+        }
+        if (!planar && count)
+          transpose_elements(src, k.w.in_step * k.in.w, count, channels, row + in_row.first, planes.channel);
+      }
+    }
+  }
+}
+
+// Channels-last counterpart.
+struct Pixels {
+  int64_t row, column;  // from one staged row, one position to the next
+  int64_t kept_step;
+};
+PYSEQNET_INLINE int64_t staged_positions(const Correlation& k, int64_t columns) {
+  return (columns - 1) * k.w.in_step + k.w.reach();
+}
+PYSEQNET_INLINE int64_t staged_pixels_size(const Correlation& k, const BlockLimits& limits) {
+  return limits.slots * staged_positions(k, limits.columns) * k.depth;
+}
+PYSEQNET_INLINE Pixels staged_pixels(const Correlation& k, const PixelBlock& block) {
+  return {staged_positions(k, block.columns) * k.depth, k.depth, k.h.kept_step()};
+}
+template <class T>
+void stage_pixels(const Correlation& k, const PixelBlock& block, const Pixels& pixels, const T* in,
+                  float* to) {
+  if (k.taps() == 0) return;
+  const int64_t D = k.depth;
+  for (int64_t i = 0; i < block.piece_count; ++i) {
+    const Piece& piece = block.pieces[i];
+    const int64_t slots = (piece.rows - 1) * pixels.kept_step + k.h.reach();
+    const int64_t positions = staged_positions(k, piece.columns);
+    const int64_t position = piece.j0 * k.w.in_step + k.w.tap_offset;
+    for (int64_t slot = 0; slot < slots; ++slot) {
+      const int64_t h =
+          (piece.i0 + slot / pixels.kept_step) * k.h.in_step + slot % pixels.kept_step + k.h.tap_offset;
+      Inside in_row = inside_row(position, 1, k.w.in, positions);
+      if (h < 0 || h >= k.h.in) in_row = {positions, positions};
+      float* row = to + (piece.slot + slot) * pixels.row;
+      const T* src = in + piece.n * k.in.n + h * k.in.h + (position + in_row.first) * k.in.w;
+      const int64_t count = in_row.last - in_row.first;
+      fill_zero(row, in_row.first * D);
+      if (k.in.w == D) {
+        copy_strided(row + in_row.first * D, src, 1, count * D);
+      } else {
+        for (int64_t u = 0; u < count; ++u)
+          copy_strided(row + (in_row.first + u) * D, src + u * k.in.w, 1, D);
+      }
+      fill_zero(row + in_row.last * D, (positions - in_row.last) * D);
+    }
+  }
+}
+
+}  // namespace conv
+}  // namespace PYSEQNET_ISA
+}  // namespace pyseqnet
