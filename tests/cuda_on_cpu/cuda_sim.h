@@ -1,5 +1,6 @@
-// cuda_sim.h - run CUDA C++ kernel source on the host, for tests.
-// Included INSTEAD of the CUDA runtime when __CUDACC__ is not defined.
+// The vocabulary of CUDA for a host compiler, so that kernel source runs on the CPU, for tests. Included by
+// common/launch.cuh instead of the CUDA runtime; nvcc never sees it. The types and conversions (bfloat16,
+// float16, vectors, dim3) are the toolkit's own headers. README.md says what the simulator catches.
 #pragma once
 #ifdef __CUDACC__
 #error "cuda_sim.h is for host compilers only"
@@ -25,8 +26,6 @@
 #include <type_traits>
 #include <utility>
 
-typedef struct CUstream_st* cudaStream_t;
-
 namespace cusim {
 
 // ---------------------------------------------------------------- per-thread view
@@ -39,7 +38,7 @@ struct Thread {  // public part first: kernels read these through macros
   int gid;              // index among resident threads (race detector)
   Block* blk;
   Warp* wp;
-  struct Priv* p;
+  struct ThreadState* p;
 };
 extern Thread* cur;  // running CUDA thread; null on the host side
 
@@ -70,6 +69,8 @@ int run(const Config&, const void* kernel, void (*thunk)(void*), void* arg);
 const char* last_error();  // sticky until clear_error()
 void clear_error();
 int error_count();
+void note_launch(const void* kernel);
+void append_launched_kernels(const char* path);  // one demangled name a line
 [[noreturn]] void fail(const char* fmt, ...) __attribute__((format(printf, 1, 2)));
 void report(const char* fmt, ...) __attribute__((format(printf, 1, 2)));  // record, do not stop
 
@@ -85,9 +86,8 @@ void sync_grid();
 void cluster_arrive();
 void cluster_wait();
 void yield();  // every spin loop must reach this (nanosleep, ld.acquire, try_wait)
-bool coll_arrive(uint32_t mask, int op, void* arg);  // true: caller is last, must compute + release
-void coll_release(uint32_t mask);
-void** coll_args();  // 32 pointers, valid for lanes of the mask
+bool collective_arrive(uint32_t mask, int op, void* arg);  // true: caller is last, must compute + release
+void collective_release(uint32_t mask);
 
 // ---------------------------------------------------------------- shared memory
 char* smem_dynamic();
@@ -99,10 +99,7 @@ void* map_shared_rank(const void* p, uint32_t rank);
 uint32_t cluster_rank();
 uint32_t cluster_size();
 
-// ---------------------------------------------------------------- explicit access notes (race / bounds /
-// init check)
 extern bool checks_on;
-void note(const void* p, size_t n, bool write, bool atomic, void* pc);
 #define CUSIM_PC __builtin_return_address(0)
 
 // ---------------------------------------------------------------- atomics (out of line: never instrumented)
@@ -119,9 +116,10 @@ void note(const void* p, size_t n, bool write, bool atomic, void* pc);
 CUSIM_ATOMIC_OPS(int)
 CUSIM_ATOMIC_OPS(unsigned)
 CUSIM_ATOMIC_OPS(unsigned long long)
-CUSIM_ATOMIC_OPS(float) CUSIM_ATOMIC_OPS(double)
+CUSIM_ATOMIC_OPS(float)
+CUSIM_ATOMIC_OPS(double)
 #undef CUSIM_ATOMIC_OPS
-    int atomic_and(int*, int);
+int atomic_and(int*, int);
 int atomic_or(int*, int);
 unsigned atomic_and(unsigned*, unsigned);
 unsigned atomic_or(unsigned*, unsigned);

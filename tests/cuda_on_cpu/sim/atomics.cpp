@@ -1,0 +1,82 @@
+// Atomics. Integer ones order the threads that meet at an address (modelled as acquire + release: a missing
+// fence is invisible here); floating-point ones do not, so that using a sum before a barrier is still a race.
+// Acquire and relaxed loads yield: a spin loop made of them lets others run.
+#include "internal.h"
+
+namespace cusim {
+template <class T>
+static T rmw(T* p, T (*f)(T, T), T v, bool sync, void* pc) {
+  access(p, sizeof(T), true, kAtomic, pc);
+  if (sync) sync_point(p, true, true);
+  running.idle = 0;
+  T o;
+  memcpy(&o, p, sizeof o);
+  T n = f(o, v);
+  memcpy(p, &n, sizeof n);
+  return o;
+}
+#define CUSIM_DEF(T, S)                                                       \
+  T atomic_add(T* p, T v) {                                                   \
+    return rmw<T>(p, [](T a, T b) { return (T)(a + b); }, v, S, CUSIM_PC);    \
+  }                                                                           \
+  T atomic_exch(T* p, T v) {                                                  \
+    return rmw<T>(p, [](T, T b) { return b; }, v, S, CUSIM_PC);               \
+  }                                                                           \
+  T atomic_max(T* p, T v) {                                                   \
+    return rmw<T>(p, [](T a, T b) { return a > b ? a : b; }, v, S, CUSIM_PC); \
+  }                                                                           \
+  T atomic_min(T* p, T v) {                                                   \
+    return rmw<T>(p, [](T a, T b) { return a < b ? a : b; }, v, S, CUSIM_PC); \
+  }                                                                           \
+  T atomic_cas(T* p, T c, T v) {                                              \
+    access(p, sizeof(T), true, kAtomic, CUSIM_PC);                            \
+    if (S) sync_point(p, true, true);                                         \
+    running.idle = 0;                                                         \
+    T o = *p;                                                                 \
+    if (!memcmp(&o, &c, sizeof o)) *p = v;                                    \
+    return o;                                                                 \
+  }                                                                           \
+  T load_acquire(const T* p) {                                                \
+    access(p, sizeof(T), false, kAtomic, CUSIM_PC);                           \
+    sync_point(p, true, false);                                               \
+    T o = *p;                                                                 \
+    yield();                                                                  \
+    return o;                                                                 \
+  }                                                                           \
+  T load_relaxed(const T* p) {                                                \
+    access(p, sizeof(T), false, kAtomic, CUSIM_PC);                           \
+    T o = *p;                                                                 \
+    yield();                                                                  \
+    return o;                                                                 \
+  }                                                                           \
+  void store_release(T* p, T v) {                                             \
+    access(p, sizeof(T), true, kAtomic, CUSIM_PC);                            \
+    sync_point(p, false, true);                                               \
+    running.idle = 0;                                                         \
+    *p = v;                                                                   \
+  }                                                                           \
+  void store_relaxed(T* p, T v) {                                             \
+    access(p, sizeof(T), true, kAtomic, CUSIM_PC);                            \
+    *p = v;                                                                   \
+  }
+// clang-format off
+CUSIM_DEF(int, true)
+CUSIM_DEF(unsigned, true)
+CUSIM_DEF(unsigned long long, true)
+CUSIM_DEF(float, false)
+CUSIM_DEF(double, false)
+// clang-format on
+int atomic_and(int* p, int v) {
+  return rmw<int>(p, [](int a, int b) { return a & b; }, v, true, CUSIM_PC);
+}
+int atomic_or(int* p, int v) {
+  return rmw<int>(p, [](int a, int b) { return a | b; }, v, true, CUSIM_PC);
+}
+unsigned atomic_and(unsigned* p, unsigned v) {
+  return rmw<unsigned>(p, [](unsigned a, unsigned b) { return a & b; }, v, true, CUSIM_PC);
+}
+unsigned atomic_or(unsigned* p, unsigned v) {
+  return rmw<unsigned>(p, [](unsigned a, unsigned b) { return a | b; }, v, true, CUSIM_PC);
+}
+
+}  // namespace cusim
