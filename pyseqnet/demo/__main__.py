@@ -63,7 +63,7 @@ def main() -> int:
     pictures = {name: options.out / f"{name}.png" for name in names}
     plots.learning_curve(history, GOAL, pictures["learning_curve"])
     plots.confusion_matrix(data.test_labels, predicted, pictures["confusion_matrix"])
-    plots.first_layer_filters(model.features[0].weight, pictures["first_layer_filters"])
+    plots.first_layer_filters(model.get_parameter("features.0.weight"), pictures["first_layer_filters"])
     plots.kernel_speed(rows, options.threads, pictures["kernel_speed"])
     build = pyseqnet.build_info()
     page = report.write(

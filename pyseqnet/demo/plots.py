@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -21,7 +22,7 @@ from pyseqnet.demo.training import History
 
 LOWEST_ACCURACY = 80.0  # the first epochs are off the chart: the end is what is to be seen
 BLUE, ORANGE, GREY = "#2f6f9f", "#d9822b", "#9aa5ad"
-STYLE = {
+STYLE: Any = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -93,7 +94,7 @@ def kernel_speed(rows: list[Row], threads: int, path: Path) -> None:
         )
         axes.bar_label(
             ours,
-            [f"{1e3 * r.ours:.3g} ms, error {r.error:.0e}, {r.speedup:.1f} times faster" for r in rows],
+            [f"{1e3 * r.ours:.3g} ms, error {r.error:.0e}, speed {r.speedup:.1f}x" for r in rows],
             padding=4,
             fontsize=8,
         )

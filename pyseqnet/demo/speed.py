@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as torch_F
@@ -131,8 +132,9 @@ def _model_row(name: str, batch: int, image_size: int, channels: tuple[int, ...]
 def measure() -> list[Row]:
     """Every row in float32, with torch's current number of threads."""
 
-    def conv(name: str, x: tuple[int, ...], w: tuple[int, ...], **options: int) -> Row:
-        ours, theirs = (F.conv1d, torch_F.conv1d) if len(x) == 3 else (F.conv2d, torch_F.conv2d)
+    def conv(name: str, x: tuple[int, ...], w: tuple[int, ...], **options: Any) -> Row:
+        functions: tuple[Any, Any] = (F.conv1d, torch_F.conv1d) if len(x) == 3 else (F.conv2d, torch_F.conv2d)
+        ours, theirs = functions
         return _operation_row(name, lambda a, b: ours(a, b, **options), lambda a, b: theirs(a, b, **options), [x, w])
 
     def pool(name: str, x: tuple[int, ...], window: int, stride: int, padding: int) -> Row:
