@@ -35,31 +35,37 @@ step() {
 build() { python3 setup.py build_ext --inplace; }
 
 # The simulator's cases, compiled for the device: the same comparison with the oracle, on real hardware.
-device_case() { # case name
-    nvcc -x cu -std=c++20 -O2 -Ikernels -Itests/cuda_on_cpu -gencode "arch=compute_$arch,code=sm_$arch" -Xcompiler -fopenmp \
-        -DPYSEQNET_CUDA_ARCHS="\"$arch\"" "tests/cuda_on_cpu/case_$1.cpp" kernels/*/*_reference.cpp kernels/*/*.cu -lcuda -o "build/device/case_$1"
+compile() { # source object
+    nvcc -x cu -std=c++20 -O2 -Ikernels -Itests/cuda_on_cpu -gencode "arch=compute_$arch,code=sm_$arch" \
+        "-DPYSEQNET_CUDA_ARCHS=\"$arch\"" -c "$1" -o "$2" || echo "COMPILE FAILED $1"
 }
 conformance() {
-    local status=0 source name
+    local status=0 source name object objects=()
+    rm -rf build/device && mkdir -p build/device
+    for source in kernels/*/*_reference.cpp kernels/*/*.cu; do
+        object=build/device/$(basename "$source").o
+        objects+=("$object")
+        compile "$source" "$object" &
+    done
     for source in tests/cuda_on_cpu/case_*.cpp; do
-        name=$(basename "$source" .cpp)
-        (device_case "${name#case_}" || echo "COMPILE FAILED $name") &
+        compile "$source" "build/device/$(basename "$source" .cpp).main.o" &
     done
     wait
     for source in tests/cuda_on_cpu/case_*.cpp; do
         name=$(basename "$source" .cpp)
         echo "== $name"
-        "build/device/$name" || { echo "FAILED $name"; status=1; }
+        nvcc "build/device/$name.main.o" "${objects[@]}" -o "build/device/$name" && "build/device/$name" ||
+            { echo "FAILED $name"; status=1; }
     done
     return $status
 }
 
 sanitizer() {
     local status=0 tool case
-    for case in build/device/case_*; do
+    for case in build/device/case_*[!o]; do
         for tool in memcheck racecheck initcheck synccheck; do
             echo "== compute-sanitizer $tool $(basename "$case")"
-            timeout 100 compute-sanitizer --tool "$tool" --error-exitcode 9 "$case" --quick 2>&1 | tail -n 15
+            timeout 100 compute-sanitizer --tool "$tool" --error-exitcode 9 "$case" 2>&1 | tail -n 15
             [ "${PIPESTATUS[0]}" = 0 ] || status=1
         done
     done
