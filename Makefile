@@ -66,7 +66,9 @@ define ctest
 endef
 
 $(BUILT): $(SOURCES) | $(VENV)/.torch
+	@echo 'building pyseqnet, $(MAX_JOBS) compilers at a time (minutes the first time) ...'
 	$(PY) -m pip install --quiet --no-build-isolation -e '.[demo,bench,test,lint]'
+	@$(PY) -c 'import pyseqnet; print("built:", *(f"{k}={v}" for k, v in pyseqnet.build_info().items()))'
 	@touch $@
 
 $(VENV)/.torch: | $(PY)

@@ -28,6 +28,7 @@ def _parser() -> argparse.ArgumentParser:
     select.add_argument("--threads", type=int, default=1, help="CPU threads, default 1")
     run = commands.add_parser("run", parents=[select], help="check and time; exits with 1 if a result is off")
     run.add_argument("--quick", action="store_true", help="few samples, no torch.compile")
+    run.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     run.add_argument(
         "--json",
         nargs="?",
@@ -81,6 +82,7 @@ def _run_or_list(options: argparse.Namespace) -> int:
         dtypes=options.dtype,
         device=device,
         quick=getattr(options, "quick", False),
+        compile=not (getattr(options, "quick", False) or getattr(options, "no_compile", False)),
         threads=options.threads,
     )
     if options.command == "run":

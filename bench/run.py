@@ -29,6 +29,7 @@ class Selection:
     dtypes: list[str]  # empty: those that each case lists
     device: torch.device
     quick: bool
+    compile: bool  # time torch.compile, too
     threads: int
 
 
@@ -90,6 +91,7 @@ def measure(
     ceilings: machine.CpuCeilings | machine.CudaCeilings,
     *,
     quick: bool,
+    compile: bool,
 ) -> dict[str, object]:
     dtype = DTYPES[dtype_name]
     inputs = _rotating_inputs(case, dtype, device)
@@ -101,7 +103,7 @@ def measure(
         "eager": _step(case.torch, inputs, gradients),
     }
     notes = []
-    if not quick:
+    if compile:
         try:
             steps["compile"] = _step(_compiled(case), inputs, gradients)
             steps["compile"](0)
@@ -181,23 +183,28 @@ def run(cases: list[Case], selection: Selection, json_path: str | None) -> int:
     meta |= {"fp32_gflops": ceilings.gflops, "copy_gbps": ceilings.copy_gbps, "quick": selection.quick}
     print(summary_line(meta))
     if selection.quick:
-        print("quick: few samples, torch.compile left out (it takes seconds a row to build)")
+        print("quick: few samples")
+    if not selection.compile:
+        print("torch.compile is left out: it takes seconds a row to build")
     print(LEGEND)
     print(HEADER)
-    rows = []
+    path = None if json_path is None else pathlib.Path(json_path) if json_path else machine.results_file(meta)
+    rows: list[dict] = []
     for number, (case, dtype, mode) in enumerate(picked, 1):
         with _progress(f"{number}/{len(picked)} {case.family}/{case.name} {dtype} {mode}"):
-            row = measure(case, dtype, mode, selection.device, ceilings, quick=selection.quick)
+            row = measure(
+                case, dtype, mode, selection.device, ceilings, quick=selection.quick, compile=selection.compile
+            )
         print(format_row(row), flush=True)
         rows.append(row)
+        if path:  # after every row: what a long run has measured is not lost when it is cut off
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({"meta": meta, "rows": rows}, indent=1) + "\n")
     wrong = sum(bool(row["fault"]) for row in rows)
     words = Counter(row["verdict"] for row in rows)
     beside = ", ".join(f"{words[word]} {word}" for word in ("FASTER", "SAME", "SLOWER"))
     print(f"\n{len(rows)} rows, {wrong} wrong; beside torch eager: {beside}")
-    if json_path is not None:
-        path = pathlib.Path(json_path) if json_path else machine.results_file(meta)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"meta": meta, "rows": rows}, indent=1) + "\n")
+    if path:
         print(f"written: {path}")
     return 1 if wrong else 0
 
