@@ -53,8 +53,21 @@ PYSEQNET_INLINE void store_lanes(float* p, vf v) { store(p, v); }
 PYSEQNET_INLINE void store_lanes(bfloat16* p, vf v) { *(vh_u*)p = round_bf16(v); }
 PYSEQNET_INLINE void store_lanes(float16* p, vf v) { *(vh_u*)p = round_f16(v); }
 
+// One element at a time where the instruction set has no masked access: kept out of line, for it is the edge
+// of every loop.
+#if defined(__AVX512F__)
+#define PYSEQNET_PARTIAL PYSEQNET_INLINE
+#define PYSEQNET_PARTIAL_FLOAT PYSEQNET_INLINE
+#elif defined(__AVX2__)
+#define PYSEQNET_PARTIAL inline __attribute__((noinline))
+#define PYSEQNET_PARTIAL_FLOAT PYSEQNET_INLINE
+#else
+#define PYSEQNET_PARTIAL inline __attribute__((noinline))
+#define PYSEQNET_PARTIAL_FLOAT inline __attribute__((noinline))
+#endif
+
 // Lanes lo <= l < hi (any integers) hold p[l], the others `fill`.
-PYSEQNET_INLINE vf load_between(const float* p, int64_t lo, int64_t hi, vf fill) {
+PYSEQNET_PARTIAL_FLOAT vf load_between(const float* p, int64_t lo, int64_t hi, vf fill) {
   lo = lo < 0 ? 0 : lo;
   hi = hi > VL ? VL : hi;
   if (lo >= hi) return fill;
@@ -69,7 +82,7 @@ PYSEQNET_INLINE vf load_between(const float* p, int64_t lo, int64_t hi, vf fill)
   return fill;
 #endif
 }
-PYSEQNET_INLINE vh load_bits_between(const uint16_t* p, int64_t lo, int64_t hi) {
+PYSEQNET_PARTIAL vh load_bits_between(const uint16_t* p, int64_t lo, int64_t hi) {
   lo = lo < 0 ? 0 : lo;
   hi = hi > VL ? VL : hi;
 #if defined(__AVX512F__)
@@ -107,7 +120,7 @@ PYSEQNET_INLINE void store_lanes_n(float* p, vf v, int64_t n) {
   store_n(p, v, int(n));
 #endif
 }
-PYSEQNET_INLINE void store_bits_n(uint16_t* p, vh h, int64_t n) {
+PYSEQNET_PARTIAL void store_bits_n(uint16_t* p, vh h, int64_t n) {
 #if defined(__AVX512F__)
   _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1), (__m256i)h);
 #else

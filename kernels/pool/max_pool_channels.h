@@ -160,7 +160,7 @@ void channel_gradient_rows(const MaxPoolProblem& p, const T* gy, const uint8_t* 
 // so that the sums stay in the cache.
 PYSEQNET_INLINE int64_t scatter_block(const MaxPoolProblem& p) {
   constexpr int64_t few_channels = 64;
-  return p.C <= few_channels ? p.C : VL;
+  return p.C <= few_channels ? larger(1, p.C) : VL;
 }
 
 // Items are blocks of channels of an image: n ceil(C / block) + b. float32 is summed in place, the 16-bit

@@ -14,7 +14,7 @@ namespace {
 
 // gx larger than this is written past the cache: by the time it is read again it would have been evicted, and
 // ordinary stores would read every line before overwriting it.
-constexpr int64_t streaming_bytes = 16 << 20;
+constexpr int64_t streaming_bytes = 4 << 20;
 // Elements of output that are one item: enough to hide what a band recomputes, few enough to balance.
 constexpr int64_t band_elements = 32 * 1024;
 // About 20 microseconds of work in these kernels, in elements times comparisons per element.

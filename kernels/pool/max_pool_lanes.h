@@ -183,7 +183,7 @@ PYSEQNET_INLINE vb tap_bytes(vi taps) {
 }
 PYSEQNET_INLINE void store_taps(uint8_t* p, vi taps) { *(vb_u*)p = tap_bytes(taps); }
 PYSEQNET_INLINE void store_taps(int32_t* p, vi taps) { *(vi_u*)p = taps; }
-PYSEQNET_INLINE void store_taps_n(uint8_t* p, vi taps, int64_t n) {
+PYSEQNET_PARTIAL void store_taps_n(uint8_t* p, vi taps, int64_t n) {
   if (n >= VL) return store_taps(p, taps);
   const vb b = tap_bytes(taps);
 #if defined(__AVX512F__)
@@ -211,7 +211,7 @@ PYSEQNET_INLINE Lanes taps_equal(vb taps, int tap) {
 }
 PYSEQNET_INLINE vb load_taps(const uint8_t* p) { return *(const vb_u*)p; }
 // Lanes lo <= l < hi hold p[l]; the others anything.
-PYSEQNET_INLINE vb load_taps_between(const uint8_t* p, int64_t lo, int64_t hi) {
+PYSEQNET_PARTIAL vb load_taps_between(const uint8_t* p, int64_t lo, int64_t hi) {
   lo = lo < 0 ? 0 : lo;
   hi = hi > VL ? VL : hi;
 #if defined(__AVX512F__)
