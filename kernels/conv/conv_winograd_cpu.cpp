@@ -21,7 +21,7 @@
 // (tests/cpp/test_conv_winograd.cpp). PYSEQNET_WINOGRAD=0 in the environment, read at every call, turns these
 // kernels off.
 // Infinite and NaN inputs: a tile is computed as a whole, so one such pixel makes every output of the tiles
-// that read it NaN (up to 6 pixels away), where the direct sum keeps it within its 3 x 3 neighbours.
+// that read it NaN (up to 4 pixels away with padding 1), where the direct sum keeps it within 3 x 3 outputs.
 #include <cstdlib>
 
 #include "conv/conv.h"
@@ -253,9 +253,6 @@ struct ByChannels {
 // are read once for every block.
 constexpr int64_t MOST_FILTER_BYTES = 12 * MIB;
 PYSEQNET_INLINE bool by_channels(const Convolution& c) {
-#ifdef TUNE
-  if (const char* s = getenv("WINO_F")) return *s == 'c';
-#endif
   return c.tiling.tiles() <= (c.C() + c.K()) / 2 || points * c.C() * c.K() * float_bytes > MOST_FILTER_BYTES;
 }
 
@@ -478,9 +475,6 @@ struct GradientByChannels {
 };
 
 PYSEQNET_INLINE bool by_channels(const WeightGradient& g) {
-#ifdef TUNE
-  if (const char* s = getenv("WINO_G")) return *s == 'c';
-#endif
   const int64_t operands = g.tiling.tiles() * (g.C() + g.K()), sums = g.C() * g.K();
   return operands * points * float_bytes <= WORKSPACE_BYTES && 4 * sums >= operands;
 }
@@ -496,6 +490,26 @@ void run_weight_gradient(const ConvProblem& p, const ConvTensors& t, const WorkS
 
 // ---------------------------------------------------------------- refusals
 
+// Costs in vector operations, of the size of a multiply-add of VL channels (measured with 4 to 256 channels
+// on images of 2 to 56 pixels: where the two sides are equal, so are the times of this and the general
+// kernel).
+constexpr double TRANSFORM_COST = 250;  // one tile, VL channels: in or out, with its gather or scatter
+constexpr double FILTER_COST = 170;     // one filter of VL output channels
+
+// Whether the transforms cost less than they save; the direct sum is taken at full speed.
+template <ConvPass pass>
+bool pays(const ConvProblem& p) {
+  const bool turned = pass == ConvPass::input_gradient;
+  const int64_t C = turned ? p.K : p.C, K = turned ? p.C : p.K, P = turned ? p.H : p.P,
+                Q = turned ? p.W : p.Q;
+  const double pixels = double(p.N) * double(P) * double(Q), tiles = double(Tiling(p.N, P, Q).tiles());
+  const double c = double(ceil_div(C, VL)), k = double(ceil_div(K, VL));
+  const double direct = double(taps) * pixels * double(C) * double(K) / VL;
+  const double products = double(points) * tiles * double(C) * k;
+  return products + TRANSFORM_COST * tiles * (c + k) + FILTER_COST * double(C) * k <= direct;
+}
+
+template <ConvPass pass>
 Refusal refuses(const ConvProblem& p) {
   const char* wanted = std::getenv("PYSEQNET_WINOGRAD");
   if (wanted && wanted[0] == '0' && !wanted[1]) return "PYSEQNET_WINOGRAD=0 turns it off";
@@ -505,22 +519,25 @@ Refusal refuses(const ConvProblem& p) {
   if (p.stride_h != 1 || p.stride_w != 1) return "stride 1 only";
   if (p.dilation_h != 1 || p.dilation_w != 1) return "dilation 1 only";
   if (p.groups != 1) return "groups = 1 only";
+  if (p.N == 0 || p.C == 0 || p.K == 0 || p.H == 0 || p.W == 0 || p.P == 0 || p.Q == 0)
+    return "an extent is zero";
+  if (!pays<pass>(p)) return "too few channels or pixels: the transforms would cost more than they save";
   return accepted;
 }
 
 }  // namespace winograd
 
 extern const ConvCpuKernel conv_winograd_forward, conv_winograd_input_gradient, conv_winograd_weight_gradient;
-const ConvCpuKernel conv_winograd_forward = {"winograd_" PYSEQNET_ISA_NAME, this_isa, winograd::refuses,
-                                             winograd::plan_convolution<ConvPass::forward>,
-                                             winograd::run_convolution<ConvPass::forward>};
+const ConvCpuKernel conv_winograd_forward = {
+    "winograd_" PYSEQNET_ISA_NAME, this_isa, winograd::refuses<ConvPass::forward>,
+    winograd::plan_convolution<ConvPass::forward>, winograd::run_convolution<ConvPass::forward>};
 const ConvCpuKernel conv_winograd_input_gradient = {"winograd_" PYSEQNET_ISA_NAME, this_isa,
-                                                    winograd::refuses,
+                                                    winograd::refuses<ConvPass::input_gradient>,
                                                     winograd::plan_convolution<ConvPass::input_gradient>,
                                                     winograd::run_convolution<ConvPass::input_gradient>};
-const ConvCpuKernel conv_winograd_weight_gradient = {"winograd_" PYSEQNET_ISA_NAME, this_isa,
-                                                     winograd::refuses, winograd::plan_weight_gradient,
-                                                     winograd::run_weight_gradient};
+const ConvCpuKernel conv_winograd_weight_gradient = {
+    "winograd_" PYSEQNET_ISA_NAME, this_isa, winograd::refuses<ConvPass::weight_gradient>,
+    winograd::plan_weight_gradient, winograd::run_weight_gradient};
 
 }  // namespace PYSEQNET_ISA
 }  // namespace pyseqnet
