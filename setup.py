@@ -178,12 +178,16 @@ def binding_jobs(tools: Toolchain, folder: Path) -> list[Job]:
     import torch
 
     include = Path(torch.__file__).parent / "include"
-    base = [
-        *tools.cxx, *tools.cxx_flags, *tools.defines, "-Icsrc", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
-        f"-isystem{include}", f"-isystem{include / 'torch/csrc/api/include'}",
-        f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_paths()['include']}",
+    base = [*tools.cxx, *tools.cxx_flags, *tools.defines, "-Icsrc"]
+    # torch carries a pybind11 of its own, which refuses to be included beside the stable ABI.
+    to_python = [f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_paths()['include']}"]
+    to_torch = [
+        f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", f"-isystem{include}", f"-isystem{include / 'torch/csrc/api/include'}"
     ]  # fmt: skip
-    return [Job(source, "", folder, base) for source in sorted(Path("csrc").glob("*.cpp"))]
+    return [
+        Job(source, "", folder, base + (to_python if source.name == "module.cpp" else to_torch))
+        for source in sorted(Path("csrc").glob("*.cpp"))
+    ]
 
 
 class Build(build_ext):

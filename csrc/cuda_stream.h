@@ -3,10 +3,10 @@
 // StreamId is never cast to a stream.
 #pragma once
 #include <dlfcn.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <stdexcept>
+
+#include "tensor_checks.h"
 
 namespace pyseqnet {
 

@@ -12,6 +12,10 @@
 
 #include "common/types.h"
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // torch before 2.13 calls it so
+#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
+#endif
+
 namespace pyseqnet {
 
 using torch::stable::Tensor;
