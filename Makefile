@@ -65,11 +65,13 @@ define ctest
 	$(VENV)/bin/ctest --test-dir $(1) --output-on-failure
 endef
 
+# The stamp is as old as the start of the build: what changes meanwhile is compiled next time.
 $(BUILT): $(SOURCES) | $(VENV)/.torch
 	@echo 'building pyseqnet, $(MAX_JOBS) compilers at a time (minutes the first time) ...'
+	@touch $@.started
 	$(PY) -m pip install --quiet --no-build-isolation -e '.[demo,bench,test,lint]'
 	@$(PY) -c 'import pyseqnet; print("built:", *(f"{k}={v}" for k, v in pyseqnet.build_info().items()))'
-	@touch $@
+	@mv $@.started $@
 
 $(VENV)/.torch: | $(PY)
 	@mkdir -p $(VENV) && echo '$(TORCH)' > $(PIP_CONSTRAINT)
