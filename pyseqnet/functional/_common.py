@@ -70,7 +70,7 @@ def explain(error: Exception, name: str, tensors: Sequence[Any], torch_call: Cal
         if isinstance(tensor, Tensor) and tensor.dtype not in SUPPORTED_DTYPES:
             wanted = ", ".join(str(d).removeprefix("torch.") for d in SUPPORTED_DTYPES)
             raise TypeError(f"pyseqnet {name}: expected one of {wanted}; got {tensor.dtype}") from None
-    if isinstance(error, NotImplementedError):
+    if isinstance(error, NotImplementedError) and "Could not run 'pyseqnet::" in str(error):
         devices = sorted({str(t.device) for t in tensors if isinstance(t, Tensor)})
         raise NotImplementedError(
             f"pyseqnet {name}: no kernels for {', '.join(devices)} in this build; see pyseqnet.build_info()"
