@@ -1,4 +1,4 @@
-"""Fixtures and the hypothesis profiles: "ci" repeats the same examples, "explore" draws new ones (HYPOTHESIS_PROFILE)."""
+"""Fixtures, and the hypothesis profiles: "ci" repeats its examples, HYPOTHESIS_PROFILE=explore draws new ones."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from collections.abc import Iterator
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-
 from support import DEVICES
 
 # Examples are small and a refusal is an answer, so the checks on their size and share do not apply.

@@ -78,7 +78,7 @@ class Implementation:
 
 
 def implementations(family: str) -> list:
-    """Every entry of the family's tables as a pytest parameter; what this machine cannot run is skipped with a reason."""
+    """Every entry of the family's tables as a pytest parameter."""
     found = []
     for operation, tables in _C.dispatch_tables().items():
         if not operation.startswith(family + "_"):

@@ -10,10 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
-
-import pyseqnet.functional as F
-from pyseqnet import _C
 from support import (
     DTYPES,
     Implementation,
@@ -31,6 +27,10 @@ from support import (
     view_as,
     views,
 )
+from torch import Tensor
+
+import pyseqnet.functional as F
+from pyseqnet import _C
 
 EXAMPLES = 150
 ops = torch.ops.pyseqnet
