@@ -49,9 +49,7 @@ def cuda_include() -> Path | None:
         folders.append(Path(home) / "include")
     if found := nvcc():
         # The program on PATH may be a script that starts the real one elsewhere; --dryrun names its folder.
-        said = subprocess.run(
-            [found, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True
-        )
+        said = subprocess.run([found, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True)
         if top := re.search(r"^#\$ TOP=(.*)$", said.stderr, re.MULTILINE):
             folders.append(Path(top[1].strip()) / "include")
     folders += sorted(Path(sysconfig.get_paths()["purelib"]).glob("nvidia/cu*/include"), reverse=True)
@@ -76,17 +74,15 @@ def missing() -> str | None:
 
 
 def sources_of(case: Path) -> list[Path]:
-    """What a case is linked with: its line `// Sources: <files below kernels/>`."""
-    line = re.search(r"^// Sources:(.*)$", case.read_text(), re.MULTILINE)
-    return [KERNELS / name for name in line[1].split()] if line else []
+    """What a case is linked with: its lines `// Sources: <files below kernels/>`."""
+    lines = re.findall(r"^// Sources:(.*)$", case.read_text(), re.MULTILINE)
+    return [KERNELS / name for line in lines for name in line.split()]
 
 
 def is_fresh(target: Path, command: list[str]) -> bool:
     """Whether target was built by this command after everything it was built from."""
     stamp, dependencies = target.with_suffix(".command"), target.with_suffix(".d")
-    if not (
-        target.exists() and stamp.exists() and dependencies.exists() and stamp.read_text() == repr(command)
-    ):
+    if not (target.exists() and stamp.exists() and dependencies.exists() and stamp.read_text() == repr(command)):
         return False
     names = dependencies.read_text().replace("\\\n", " ").split(":", 1)[1].split()
     built = target.stat().st_mtime
@@ -110,7 +106,7 @@ def build(cases: list[Path]) -> dict[Path, Path]:
     """Builds the programs of some cases: case -> program."""
     BUILD.mkdir(parents=True, exist_ok=True)
     simulator = sorted(HERE.glob("sim/*.cpp"))
-    units = {source: PLAIN for source in simulator}
+    units = dict.fromkeys(simulator, PLAIN)
     for case in cases:
         # A case launches through kernels' own launchers and is plain host code, unless it holds kernels.
         units[case] = CHECKED if "__global__" in case.read_text() else PLAIN
@@ -133,5 +129,5 @@ def build(cases: list[Path]) -> dict[Path, Path]:
 if __name__ == "__main__":
     if why := missing():
         sys.exit(why)
-    for program in build([HERE / f"{name}.cpp" for name in sys.argv[1:]]).values():
+    for program in build([next(HERE.rglob(f"{name}.cpp")) for name in sys.argv[1:]]).values():
         print(program)

@@ -91,8 +91,12 @@ constexpr bool simulated = true;
 
 inline void* allocate(size_t bytes, const char* name) { return cusim::dmalloc(bytes, name); }
 inline void poison(void* p, size_t bytes) { std::memset(p, poison_byte, bytes); }
-inline void upload(void* device, const void* host, size_t bytes) { std::memcpy(device, host, bytes); }
-inline void download(void* host, const void* device, size_t bytes) { std::memcpy(host, device, bytes); }
+inline void upload(void* device, const void* host, size_t bytes) {
+  if (bytes) std::memcpy(device, host, bytes);
+}
+inline void download(void* host, const void* device, size_t bytes) {
+  if (bytes) std::memcpy(host, device, bytes);
+}
 inline std::string finish(int launch_error) {
   std::string words;
   if (launch_error || cusim::error_count()) words = cusim::last_error();

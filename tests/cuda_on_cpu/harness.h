@@ -1,9 +1,9 @@
 // What the cases of tests/cuda_on_cpu share: tensors that live on the host and on the device, a random
 // generator, runners for the kernels of both tables, and Suite, which runs one check under several schedules.
 //
-// A case is a program of its own: `case_<family>.cpp`, with a line
+// A case is a program of its own: `case_<family>.cpp`, with lines
 //   // Sources: <files below kernels/ that it is linked with>
-// among its first ones. It includes only contracts and this header, so that the same source, compiled with
+// at its top. It includes only contracts and this header, so that the same source, compiled with
 // `nvcc -x cu`, is the conformance test of a real device.
 //
 //   int main(int argc, char** argv) {

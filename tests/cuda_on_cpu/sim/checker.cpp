@@ -147,11 +147,18 @@ static void check_initialised(const SharedCell& s, const Block* b, uintptr_t cel
            where(pc).c_str());
 }
 
+// A block has surely started if this thread knows of any event of one of its threads.
+static bool known_to_have_started(const Block* b) {
+  for (const Thread* t : b->threads)
+    if (clock_get(cur, t->gid)) return true;
+  return false;
+}
+
 static void check_shared(uintptr_t o, size_t n, Access me, void* pc, bool async_proxy) {
   Block* b = block_of(o);
   const int64_t off = b ? (int64_t)(o % window_stride) - (int64_t)window_margin : -1;
-  if (b && b != cur->blk && !b->started)
-    fail("CLUSTER: DSMEM access to a CTA that has not started (no cluster barrier before it), at %s",
+  if (b && b != cur->blk && !known_to_have_started(b))
+    fail("CLUSTER: DSMEM access to a CTA that may not have started (no cluster barrier before it), at %s",
          where(pc).c_str());
   if (!b || off < 0 || !shared_valid(b, (uint32_t)off, n))
     fail("OUT OF BOUNDS: shared %s of %zu bytes at offset %lld (dynamic region %u..%u) at %s",

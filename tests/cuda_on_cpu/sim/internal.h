@@ -112,7 +112,7 @@ struct Block {
   Cluster* cluster;
   uint32_t rank;
   uint32_t run_id;
-  bool warned_exit = false, started = false;
+  bool warned_exit = false;
 };
 struct Cluster {
   std::vector<Block*> b;

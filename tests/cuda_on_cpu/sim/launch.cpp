@@ -44,7 +44,6 @@ static void on_fault(int, siginfo_t* info, void* context) {
 
 // ---------------------------------------------------------------- resident blocks
 static void fiber_entry() {
-  cur->blk->started = true;
   running.thunk(running.arg);
   thread_exit();
 }

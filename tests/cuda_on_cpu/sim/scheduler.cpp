@@ -167,13 +167,6 @@ void yield() {
   cur = nx;
   switch_to(me->p->context, nx->p->context);
 }
-void fiber_entry() {
-  cur->blk->started = true;
-  running.thunk(running.arg);
-  thread_exit();
-  abort();
-}
-
 void run_next_after_exit() {
   Thread* me = cur;
   if (running.live == 0) {
