@@ -20,7 +20,7 @@ from pyseqnet import _C
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-PROBE_SECONDS = 0.1
+PROBE_SECONDS = 0.2
 CUDA_COPY_BYTES = 2 << 30
 CUDA_MATMUL_SIZE = 8192
 

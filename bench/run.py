@@ -162,7 +162,7 @@ def format_row(row: dict) -> str:
     ceiling = f"{row['ceiling']['fraction']:.0%} {row['ceiling']['bound']}"
     return (
         f"{row['family'] + '/' + row['name']:<36}{row['dtype']:>6}{row['mode']:>8}"
-        f"{ours['median'] * 1e3:>10.3f}{ours['iqr'] / ours['median']:>6.0%}"
+        f"{ours['median'] * 1e3:>10.3f}{(ours['upper'] - ours['lower']) / ours['median']:>6.0%}"
         f"{ratio('eager'):>8}{ratio('compile'):>8}{ratio('user'):>8}"
         f"{row['gflops']:>9.1f}{row['gbps']:>7.1f}{ceiling:>14}{row['error']:>9.1e}"
         f"  {' '.join([result, *row['notes']])}"

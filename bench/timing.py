@@ -21,17 +21,18 @@ LEAST_CHANGE = 0.03  # what a quiet machine repeats; below it nothing is claimed
 @dataclass(frozen=True)
 class Timing:
     median: float  # seconds a step
-    iqr: float  # inter-quartile range, seconds
+    lower: float  # quartiles
+    upper: float
     samples: int
 
 
 def change(ratio: float, timings: Iterable[Timing]) -> tuple[str, float]:
     """(FASTER, SLOWER or SAME; noise) of a ratio new time / old time made from these timings.
 
-    The noise of a median is its inter-quartile range over the square root of its samples; the timings' noises
-    add in squares, and twice the sum is what a change must exceed.
+    All in logarithms. The noise of a median is the distance of the quartiles over the square root of the number of
+    samples; the timings' noises add in squares, and twice the sum is what a change must exceed.
     """
-    variance = sum((timing.iqr / timing.median) ** 2 / timing.samples for timing in timings)
+    variance = sum(math.log(timing.upper / timing.lower) ** 2 / timing.samples for timing in timings)
     noise = max(LEAST_CHANGE, 2.0 * math.sqrt(variance))
     logarithm = math.log(ratio)
     return ("SAME" if abs(logarithm) <= noise else "SLOWER" if logarithm > 0 else "FASTER"), noise
@@ -39,7 +40,7 @@ def change(ratio: float, timings: Iterable[Timing]) -> tuple[str, float]:
 
 def _summary(samples: list[float]) -> Timing:
     quartiles = statistics.quantiles(samples, n=4, method="inclusive")
-    return Timing(statistics.median(samples), quartiles[2] - quartiles[0], len(samples))
+    return Timing(quartiles[1], quartiles[0], quartiles[2], len(samples))
 
 
 class CpuClock:
