@@ -110,6 +110,29 @@ PYSEQNET_INLINE PlanarScratch planar_scratch(const Correlation& k, const PlanarS
   return s;
 }
 
+// to[l * step] = from[l]: the pixels of one remainder of a strided input gradient.
+template <class T>
+PYSEQNET_INLINE void store_strided(T* to, int64_t step, const float* from, int64_t count) {
+  int64_t l = 0;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (step == 2) {
+      const __m512i low = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
+      const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+      constexpr uint32_t even = 0x55555555;
+      for (; l < count; l += VL) {
+        const int left = count - l < VL ? int(count - l) : VL;
+        const uint32_t lanes = even & uint32_t((uint64_t(1) << 2 * left) - 1);
+        const __m512 v = _mm512_loadu_ps(from + l);
+        _mm512_mask_storeu_ps(to + 2 * l, __mmask16(lanes), _mm512_permutexvar_ps(low, v));
+        _mm512_mask_storeu_ps(to + 2 * l + VL, __mmask16(lanes >> VL), _mm512_permutexvar_ps(high, v));
+      }
+    }
+  }
+#endif
+  for (; l < count; ++l) round_to(to[l * step], from[l]);
+}
+
 // One vector of pixels, all channels and taps: dst[channel, tap] is a vector, `stride` floats apart.
 // `sources` is how many there are, or 0: then `count` says.
 template <int sources>
@@ -213,7 +236,7 @@ struct Planar {
         if (step == 1) {
           for (int64_t l = 0; l < n; l += VL) store_lanes_n(dst + l, load(src + l), n - l);
         } else {
-          for (int64_t l = 0; l < n; ++l) round_to(dst[l * step], src[l]);
+          store_strided(dst, step, src, n);
         }
       }
   }
@@ -279,15 +302,25 @@ struct Planar {
   }
 };
 
-// Filters as rows of [channel][tap], in float: one item is one row of one group.
+// Filters as rows of [channel][tap], in float. One item is a block of rows of one group: for an input gradient
+// neighbouring rows are neighbours in the filter tensor, so that whole cache lines are used.
+constexpr int64_t PACK_ROWS = 16;
+PYSEQNET_INLINE int64_t planar_pack_items(const Correlation& k) { return k.groups * ceil_div(k.rows, PACK_ROWS); }
 template <class T>
 void pack_planar_filters(const Correlation& k, const T* w, float* to, int64_t begin, int64_t end) {
+  const int64_t blocks = ceil_div(k.rows, PACK_ROWS), depth = k.depth * k.taps();
   for (int64_t item = begin; item < end; ++item) {
-    float* dst = to + item * k.depth * k.taps();
+    const int64_t group = item / blocks, m0 = item % blocks * PACK_ROWS;
+    const int64_t rows = smaller(PACK_ROWS, k.rows - m0);
+    float* dst = to + (group * k.rows + m0) * depth;
     for (int64_t d = 0; d < k.depth; ++d)
-      for (int64_t r = 0; r < k.h.taps; ++r)
-        for (int64_t c = 0; c < k.w.taps; ++c)
-          *dst++ = to_float(w[k.filter_offset(item / k.rows, item % k.rows, d, r, c)]);
+      for (int64_t m = 0; m < rows; ++m) {
+        const T* src = w + k.filter_offset(group, m0 + m, d, 0, 0);
+        float* row = dst + m * depth + d * k.taps();
+        for (int64_t r = 0; r < k.h.taps; ++r)
+          for (int64_t c = 0; c < k.w.taps; ++c)
+            *row++ = to_float(src[r * k.h.filter_step * k.r_stride + c * k.w.filter_step * k.s_stride]);
+      }
   }
 }
 

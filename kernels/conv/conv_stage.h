@@ -40,24 +40,28 @@ PYSEQNET_INLINE void transpose_elements(const From* from, int64_t from_stride, i
     }
 }
 
-template <int64_t step, class T>
-PYSEQNET_INLINE void copy_every(float* to, const T* from, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] = to_float(from[i * step]);
-}
+// Lanes 0, 2, 4, .. of two neighbouring vectors, and the reverse: a vector's lanes spread to every other place.
+#if defined(__AVX512F__)
+#define PYSEQNET_EVEN_LANES(a, b) \
+  __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30)
+#elif defined(__AVX2__)
+#define PYSEQNET_EVEN_LANES(a, b) __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14)
+#else
+#define PYSEQNET_EVEN_LANES(a, b) __builtin_shufflevector(a, b, 0, 2, 4, 6)
+#endif
+
 template <class T>
 PYSEQNET_INLINE void copy_strided(float* to, const T* from, int64_t step, int64_t count) {
   if (step == 1) {
     int64_t i = 0;
     for (; i + VL <= count; i += VL) store(to + i, load_lanes(from + i));
     if (i < count) store_lanes_n(to + i, load_between(from + i, 0, count - i, vf{}), count - i);
-  } else if (step == 2) {
-    copy_every<2>(to, from, count);  // the compiler knows shuffles for it
   } else {
     for (int64_t i = 0; i < count; ++i) to[i] = to_float(from[i * step]);
   }
 }
 PYSEQNET_INLINE void fill_zero(float* to, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] = 0.0f;
+  for (int64_t i = 0; i < count; i += VL) store_lanes_n(to + i, vf{}, count - i);
 }
 
 // Offsets, in elements, of a staged or in-place arrangement.
@@ -79,6 +83,27 @@ PYSEQNET_INLINE Inside inside_row(int64_t position, int64_t step, int64_t extent
   const int64_t first = position >= 0 ? 0 : ceil_div(-position, step);
   const int64_t last = position >= extent ? 0 : (extent - 1 - position) / step + 1;
   return {smaller(first, count), larger(smaller(first, count), smaller(last, count))};
+}
+
+// A staged row of `count` elements: from[i * step] for the indices inside the image, zero elsewhere. `from`
+// may point before the image.
+template <class T>
+PYSEQNET_INLINE void stage_row(float* to, const T* from, int64_t step, Inside in, int64_t count) {
+  if (step == 1) {
+    for (int64_t i = 0; i < count; i += VL)
+      store_lanes_n(to + i, load_between(from + i, in.first - i, in.last - i, vf{}), count - i);
+  } else if (step == 2) {
+    for (int64_t i = 0; i < count; i += VL) {
+      const int64_t first = 2 * (in.first - i), last = 2 * (in.last - i) - 1;
+      const vf low = load_between(from + 2 * i, first, last, vf{});
+      const vf high = load_between(from + 2 * i + VL, first - VL, last - VL, vf{});
+      store_lanes_n(to + i, PYSEQNET_EVEN_LANES(low, high), count - i);
+    }
+  } else {
+    for (int64_t i = 0; i < in.first; ++i) to[i] = 0.0f;
+    for (int64_t i = in.first; i < in.last; ++i) to[i] = to_float(from[i * step]);
+    for (int64_t i = in.last; i < count; ++i) to[i] = 0.0f;
+  }
 }
 
 PYSEQNET_INLINE int64_t staged_pitch(const Correlation& k, int64_t columns) {
@@ -135,16 +160,20 @@ void stage_planes(const Correlation& k, const PixelBlock& block, const Planes& p
         const int64_t position = piece.j0 * k.w.in_step + k.w.tap_offset + phase;
         Inside in_row = inside_row(position, k.w.in_step, k.w.in, pitch);
         if (h < 0 || h >= k.h.in) in_row = {pitch, pitch};
-        const T* src = in + piece.n * k.in.n + h * k.in.h + (position + in_row.first * k.w.in_step) * k.in.w;
-        const int64_t count = in_row.last - in_row.first;
-        for (int64_t c = 0; c < channels; ++c) {
-          float* dst = row + c * planes.channel;
-          fill_zero(dst, in_row.first);
-          if (planar && count) copy_strided(dst + in_row.first, src + c * k.in.c, k.w.in_step, count);
-          fill_zero(dst + in_row.last, pitch - in_row.last);
+        const T* src = in + piece.n * k.in.n + h * k.in.h + position * k.in.w;
+        if (planar) {
+          for (int64_t c = 0; c < channels; ++c)
+            stage_row(row + c * planes.channel, src + c * k.in.c, k.w.in_step, in_row, pitch);
+        } else {
+          const int64_t count = in_row.last - in_row.first;
+          for (int64_t c = 0; c < channels; ++c) {
+            fill_zero(row + c * planes.channel, in_row.first);
+            fill_zero(row + c * planes.channel + in_row.last, pitch - in_row.last);
+          }
+          if (count)
+            transpose_elements(src + in_row.first * k.w.in_step * k.in.w, k.w.in_step * k.in.w, count, channels,
+                               row + in_row.first, planes.channel);
         }
-        if (!planar && count)
-          transpose_elements(src, k.w.in_step * k.in.w, count, channels, row + in_row.first, planes.channel);
       }
     }
   }
