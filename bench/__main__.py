@@ -98,8 +98,8 @@ def _run_or_list(options: argparse.Namespace) -> int:
     return machine.info(device, options.threads)
 
 
-def main() -> int:
-    options = _parser().parse_args()
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
     if options.command in ("run", "list", "info"):
         return _run_or_list(options)
     if options.command == "compare":

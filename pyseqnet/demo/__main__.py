@@ -20,7 +20,7 @@ CHANNELS = (32, 64)
 DROPOUT = 0.2  # before the linear layer, which holds few digits in many weights
 
 
-def _options() -> argparse.Namespace:
+def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m pyseqnet.demo", description="Trains and tests a network on handwritten digits."
     )
@@ -28,7 +28,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads, default 1")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def _processor() -> str:
@@ -41,8 +41,8 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def main() -> int:
-    options = _options()
+def main(arguments: list[str] | None = None) -> int:
+    options = _options(arguments)
     started = time.perf_counter()
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)

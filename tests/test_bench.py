@@ -1,0 +1,115 @@
+"""The benchmark command: formulas, verdicts, and that a wrong result is a failed row."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from support import ROOT
+
+from bench import compare, run
+from bench.accuracy import judge
+from bench.case import DTYPES
+from bench.cases import all_cases, families
+from bench.timing import Timing, change
+
+CASES = {f"{case.family}/{case.name}": case for case in all_cases()}
+
+
+@pytest.fixture(autouse=True)
+def _torch_settings() -> Iterator[None]:
+    """A run sets torch's switches for its process; here others follow."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, cudnn.benchmark, matmul.allow_tf32
+    yield
+    cudnn.allow_tf32, cudnn.benchmark, matmul.allow_tf32 = before
+
+
+def selection(**changes: object) -> run.Selection:
+    base = run.Selection(
+        families=[],
+        pattern="2x2_single",
+        modes=["fwd", "fwdbwd"],
+        dtypes=[],
+        device=torch.device("cpu"),
+        quick=True,
+        compile=False,
+        threads=torch.get_num_threads(),
+    )
+    return dataclasses.replace(base, **changes)
+
+
+def test_every_family_has_cases_with_their_own_names() -> None:
+    assert families() == ["conv", "pool"]
+    assert len(CASES) == len(all_cases())
+
+
+def test_costs_follow_the_formulas() -> None:
+    conv = CASES["conv/dense_64_56"]
+    image, filters = 4 * 64 * 56 * 56, 64 * 64 * 9
+    assert conv.forward.flops == 2 * image * 64 * 9
+    assert conv.cost("fwdbwd").flops == 3 * conv.forward.flops
+    assert conv.forward.bytes(torch.float32) == 4 * (2 * image + filters + 64)
+    pool = CASES["pool/2x2_64_32"]
+    image = 32 * 64 * 32 * 32
+    assert pool.forward.bytes(torch.bfloat16) == 2 * (image + image // 4)
+    # a step also writes and reads one byte of argmax an output
+    assert pool.cost("fwdbwd").bytes(torch.bfloat16) == 2 * pool.forward.bytes(torch.bfloat16) + 2 * (image // 4)
+
+
+@pytest.mark.parametrize("name", ["conv/single_64_14", "conv/text1d_300_100_k5", "pool/2x2_single_64_14"])
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_right_results_pass_and_wrong_ones_do_not(name: str, dtype: str) -> None:
+    case = CASES[name]
+    inputs = case.inputs(DTYPES[dtype], torch.device("cpu"))
+    assert not judge(case, inputs, "fwdbwd").fault
+    factor = 1 + 64 * torch.finfo(DTYPES[dtype]).eps
+    wrong = dataclasses.replace(case, ours=lambda **tensors: case.torch(**tensors) * factor)
+    assert "output" in judge(wrong, inputs, "fwd").fault
+    invalid = dataclasses.replace(case, ours=lambda **tensors: case.torch(**tensors) * float("nan"))
+    assert judge(invalid, inputs, "fwdbwd").fault
+
+
+def test_a_wrong_row_fails_the_run(tmp_path, capsys) -> None:
+    case = CASES["pool/2x2_single_64_14"]
+    path = tmp_path / "rows.json"
+    assert run.run([case], selection(), str(path)) == 0
+    wrong = dataclasses.replace(case, ours=lambda input: case.torch(input) + 1)
+    assert run.run([wrong], selection(modes=["fwd"]), None) == 1
+    assert "WRONG" in capsys.readouterr().out
+    results = json.loads(path.read_text())
+    assert [row["mode"] for row in results["rows"]] == ["fwd", "fwdbwd"]
+    assert {"torch", "cuda", "device", "cpu", "isa", "threads", "commit", "date"} <= results["meta"].keys()
+    assert compare.compare(str(path), str(path)) == 0
+    assert "2 SAME" in capsys.readouterr().out
+
+
+def test_a_change_must_exceed_the_noise() -> None:
+    quiet, noisy = Timing(1.0, 0.99, 1.01, 25), Timing(1.0, 0.5, 2.0, 9)
+    assert change(0.8, [quiet, quiet])[0] == "FASTER"
+    assert change(1.25, [quiet, quiet])[0] == "SLOWER"
+    assert change(1.02, [quiet, quiet])[0] == "SAME"
+    assert change(1.25, [quiet, noisy])[0] == "SAME"
+    assert change(0.03, [quiet, noisy])[0] == "FASTER"
+
+
+def test_the_command_lists_refuses_and_pins_threads() -> None:
+    def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "bench", *arguments]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+    listed = bench("list", "--family", "pool", "--dtype", "f16", "--mode", "fwd")
+    assert listed.returncode == 0
+    assert "pool/2x2_64_32 " in listed.stdout
+    assert "conv/" not in listed.stdout
+    assert bench("run", "--family", "nonsense").returncode == 2
+    assert bench("run", "--case", "nonsense").returncode == 2
+    told = bench("info", "--threads", "2").stdout
+    assert re.search(r"^threads +2$", told, re.MULTILINE)
+    assert re.search(r"^omp_wait_policy +passive$", told, re.MULTILINE)
