@@ -117,7 +117,7 @@ struct Workspace {
   std::vector<std::byte> bytes;
 };
 
-// In `ranges` ranges, the last first, each with poisoned scratch; the result starts as NaN.
+// Each phase in `ranges` ranges, the last first, each with poisoned scratch; the result starts as NaN.
 std::vector<float> run(const ConvCpuKernel& kernel, const Data& d, ConvPass pass, int64_t ranges) {
   std::vector<float> result(size_t(d.result_size(pass)), NAN);
   const ConvTensors t = d.tensors(pass, result.data());
@@ -202,11 +202,9 @@ void check_accuracy(const Case& c, Layout layout, Layout filter_layout) {
       expect(rms <= RMS_BOUND && most <= LARGEST_BOUND, name + ": inaccurate");
       expect(std::none_of(got.begin(), got.end(), [](float v) { return std::isnan(v); }),
              name + ": NaN left");
-      for (int64_t ranges : {int64_t(3), kernel->plan(d.p).phase[0].items}) {
-        const std::vector<float> cut = run(*kernel, d, pass, ranges);
-        expect(!std::memcmp(got.data(), cut.data(), got.size() * sizeof(float)),
-               name + ": depends on how the work is cut");
-      }
+      const std::vector<float> cut = run(*kernel, d, pass, kernel->plan(d.p).phase[0].items);
+      expect(!std::memcmp(got.data(), cut.data(), got.size() * sizeof(float)),
+             name + ": depends on how the work is cut");
     }
   }
 }
@@ -269,7 +267,7 @@ void check_infinity() {
 int main() {
   for (const Case& c : cases) check_accuracy(c, Layout::nchw, Layout::nchw);
   for (const Case& c : cases)
-    if (c.C * c.K * c.N < 20000 || c.H > 100) {
+    if (c.C * c.K * c.N < 20000) {
       check_accuracy(c, Layout::nhwc, Layout::nhwc);
       check_accuracy(c, Layout::nhwc, Layout::nchw);
       check_accuracy(c, Layout::nchw, Layout::nhwc);
