@@ -133,9 +133,24 @@ PYSEQNET_INLINE void store_strided(T* to, int64_t step, const float* from, int64
   for (; l < count; ++l) round_to(to[l * step], from[l]);
 }
 
-// One vector of pixels, all channels and taps: dst[channel, tap] is a vector, `stride` floats apart.
-// `sources` is how many there are, or 0: then `count` says.
-template <int sources>
+// dst[channel, tap] = what that tap of those channels sees of the panel's pixels. A panel vector has up to two
+// sources here: a load, and a load merged into the lanes of the next image row (or none: the same again).
+template <int vectors, int sources>
+PYSEQNET_INLINE void pack_rows(const float* planes, int64_t channel_stride, int64_t channels,
+                               const int64_t* tap_offsets, int64_t taps, const Source (&source)[TILE_VECTORS][2],
+                               float* dst) {
+  for (int64_t c = 0; c < channels; ++c, planes += channel_stride)
+    for (int64_t t = 0; t < taps; ++t, dst += vectors * VL) {
+      const float* p = planes + tap_offsets[t];
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) {
+        vf x = load(p + source[v][0].offset);
+        if (sources == 2) x = merge(x, source[v][1].lanes, p + source[v][1].offset);
+        store(dst + v * VL, x);
+      }
+    }
+}
+// One vector of a panel from any number of rows: small images.
 PYSEQNET_INLINE void pack_vector(const float* planes, int64_t channel_stride, int64_t channels,
                                  const int64_t* tap_offsets, int64_t taps, const Source* source, int count,
                                  float* dst, int64_t stride) {
@@ -143,8 +158,7 @@ PYSEQNET_INLINE void pack_vector(const float* planes, int64_t channel_stride, in
     for (int64_t t = 0; t < taps; ++t, dst += stride) {
       const float* p = planes + tap_offsets[t];
       vf v = load(p + source[0].offset);
-      for (int s = 1; s < (sources ? sources : count); ++s)
-        v = merge(v, source[s].lanes, p + source[s].offset);
+      for (int s = 1; s < count; ++s) v = merge(v, source[s].lanes, p + source[s].offset);
       store(dst, v);
     }
 }
@@ -186,24 +200,44 @@ struct Planar {
     staged = s.stage;
   }
 
+  // Where the lanes of panel vector [begin, begin + VL) come from; `segment` advances to its first row.
+  int sources_of(int64_t begin, int64_t& segment, Source* source) const {
+    const int64_t end = smaller(begin + VL, block.pixels());
+    while (block.segments[segment].first + block.segments[segment].length <= begin) ++segment;
+    int count = 0;
+    for (int64_t g = segment; g < block.segment_count && block.segments[g].first < end; ++g) {
+      const int64_t lane = block.segments[g].first - begin;
+      source[count++] = {s.segment_offsets[g] - lane, lanes_from(lane > 0 ? int(lane) : 0)};
+    }
+    return count;
+  }
+
   void pack_panel(int64_t first, int vectors, int64_t channels, int64_t segment) {
+    Source pairs[TILE_VECTORS][2];
+    int most = 1;
+    int64_t walk = segment;
     for (int v = 0; v < vectors; ++v) {
-      const int64_t begin = first + v * VL, end = smaller(begin + VL, block.pixels());
-      while (block.segments[segment].first + block.segments[segment].length <= begin) ++segment;
       Source source[VL];
-      int count = 0;
-      for (int64_t g = segment; g < block.segment_count && block.segments[g].first < end; ++g) {
-        const int64_t lane = block.segments[g].first - begin;
-        source[count++] = {s.segment_offsets[g] - lane, lanes_from(lane > 0 ? int(lane) : 0)};
-      }
-      float* dst = s.panel + v * VL;
-      const int64_t stride = vectors * VL;
-      if (count == 1)
-        pack_vector<1>(staged, planes.channel, channels, s.tap_offsets, k.taps(), source, count, dst, stride);
-      else if (count == 2)
-        pack_vector<2>(staged, planes.channel, channels, s.tap_offsets, k.taps(), source, count, dst, stride);
-      else
-        pack_vector<0>(staged, planes.channel, channels, s.tap_offsets, k.taps(), source, count, dst, stride);
+      const int count = sources_of(first + v * VL, walk, source);
+      most = count > most ? count : most;
+      pairs[v][0] = source[0];
+      pairs[v][1] = source[count == 1 ? 0 : 1];
+    }
+    if (most <= 2) {
+      auto pack = [&](auto n) PYSEQNET_LAMBDA {
+        if (most == 1)
+          pack_rows<n.value, 1>(staged, planes.channel, channels, s.tap_offsets, k.taps(), pairs, s.panel);
+        else
+          pack_rows<n.value, 2>(staged, planes.channel, channels, s.tap_offsets, k.taps(), pairs, s.panel);
+      };
+      with_rows<TILE_VECTORS>(vectors, pack);
+      return;
+    }
+    for (int v = 0; v < vectors; ++v) {
+      Source source[VL];
+      const int count = sources_of(first + v * VL, segment, source);
+      pack_vector(staged, planes.channel, channels, s.tap_offsets, k.taps(), source, count, s.panel + v * VL,
+                  vectors * VL);
     }
   }
 
