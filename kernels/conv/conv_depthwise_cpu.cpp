@@ -4,6 +4,7 @@
 // A depthwise filter never mixes channels, so channels are lanes: a tile holds VL channels of a part of an
 // image, one vector a pixel (depthwise_tile.h), and every tap is one aligned load and one multiply-add, never
 // shifted or masked (depthwise_taps.h).
+// Channels-last images need no tile (depthwise_channels.h), but for a last block of fewer channels.
 //   forward           a tile of x, columns split by stride; rows of outputs in blocks of 8 sums.
 //   input gradient    a pixel of gx meets the taps whose distance to it the stride divides: one set of taps
 //   for
@@ -13,6 +14,7 @@
 //                     sums of groups of images meet in shared memory where there are too few channels to
 //                     share out; what the groups are depends on the problem only.
 // Bound: multiply-adds, 2 R S an output and pass, from about 5 x 5 taps on; below it the memory traffic.
+#include "conv/depthwise_channels.h"
 #include "conv/depthwise_taps.h"
 #include "conv/depthwise_tile.h"
 
@@ -46,6 +48,23 @@ PYSEQNET_INLINE void with_element(DType dtype, F&& f) {
   if (dtype == DType::f16) f(float16{});
 }
 
+// Channels-last images are worked on a few blocks of channels at a time, tile by tile, so that a pixel's
+// memory is read in one stretch and the tile's share of the tensor is still cached for its last block.
+int64_t channel_blocks(const ConvProblem& p) { return ceil_div(p.C, VL); }
+int64_t blocks_at_once(const ConvProblem& p) {
+  constexpr int64_t channels_at_once = 128;  // 512 bytes of a pixel in float32
+  return p.layout == Layout::nchw ? 1 : smaller(channel_blocks(p), channels_at_once / VL);
+}
+int64_t block_groups(const ConvProblem& p) { return ceil_div(channel_blocks(p), blocks_at_once(p)); }
+
+// Whether whole blocks of channels are read straight from the tensor: not where 16-bit elements would be
+// converted again for each of many taps.
+template <class T>
+bool reads_tensor(const ConvProblem& p) {
+  constexpr int64_t few_taps = 9;
+  return p.layout == Layout::nhwc && (sizeof(T) == 4 || p.R * p.S <= few_taps);
+}
+
 // One axis of a tile: results (outputs, or pixels of gx) are cut into bands of `band`.
 struct Bands {
   int64_t band, count;
@@ -58,6 +77,7 @@ struct Tiling {
   // Both gradients of a result band read inputs [first, first + length) of the other tensor. Strided passes
   // (forward, weight gradient) keep stride_w phases of `length` columns; input_gradient one row of gy.
   bool transposed;           // input gradient
+  int64_t budget;            // vectors of a tile of inputs
   int64_t H, W;              // the results
   int64_t reach_h, reach_w;  // (R - 1) dilation_h, (S - 1) dilation_w
   int64_t shift;             // the farthest tap, in columns of a phase (strided) or of gy (input gradient)
@@ -69,6 +89,7 @@ struct Tiling {
 
   Tiling(const ConvProblem& p, bool transposed_)
       : transposed(transposed_),
+        budget(smaller(tile_vectors, 2 * tile_vectors / blocks_at_once(p))),
         H(transposed ? p.H : p.P),
         W(transposed ? p.W : p.Q),
         reach_h((p.R - 1) * p.dilation_h),
@@ -79,7 +100,7 @@ struct Tiling {
     length = row_length(p, columns.band);
     phases = transposed ? 1 : p.stride_w;
     pitch = phases * length * VL;
-    const int64_t fit = larger(1, tile_vectors / (phases * length));  // tile rows within the budget
+    const int64_t fit = larger(1, budget / (phases * length));  // tile rows within the budget
     rows = Bands(H, transposed ? (fit - 1) * p.stride_h - reach_h : (fit - 1 - reach_h) / p.stride_h + 1);
     tile_rows =
         transposed ? (rows.band - 1 + reach_h) / p.stride_h + 2 : (rows.band - 1) * p.stride_h + reach_h + 1;
@@ -91,7 +112,7 @@ struct Tiling {
   // All columns if a row of results then fits the budget, else so many that halos stay a small part.
   int64_t band_columns(const ConvProblem& p) const {
     const int64_t high = transposed ? reach_h / p.stride_h + 1 : reach_h + 1;
-    const int64_t across = larger(1, tile_vectors / (high * (transposed ? 1 : p.stride_w)));
+    const int64_t across = larger(1, budget / (high * (transposed ? 1 : p.stride_w)));
     if (row_length(p, W) <= across) return larger(1, W);
     const int64_t least = larger(8 * outputs_at_once, shift);
     return larger(least, across - shift - outputs_at_once - 1) / outputs_at_once * outputs_at_once *
@@ -115,25 +136,29 @@ struct Scratch {
   float *tile, *gradient_tile, *results, *filter, *sums;
   int64_t *column, *gradient_column;
   Run* runs;
-  int32_t* order;  // [S] reordered position -> s
-  int64_t* begin;  // [stride_w + 1] runs of each phase
-  RowPair* pairs;  // [R]
+  int32_t* order;         // [S] reordered position -> s
+  int64_t* begin;         // [stride_w + 1] runs of each phase
+  int64_t* tap_column;    // [S] by position: input column at position 0 of the results (RowGeometry)
+  Run* tensor_runs;       // the runs with offsets in a channels-last tensor
+  RowPair<float>* pairs;  // [R]
   int64_t bytes;
 
   Scratch(const ConvProblem& p, const Tiling& t, ConvPass pass, std::byte* memory) {
     const bool weights = pass == ConvPass::weight_gradient;
     Carver carve(memory);
     tile = carve.take<float>(t.tile_rows * t.pitch);
-    filter = carve.take<float>(p.R * p.S * VL);
+    filter = carve.take<float>(weights ? 0 : blocks_at_once(p) * p.R * p.S * VL);
     results = carve.take<float>(weights ? 0 : (collected_outputs + 2 * t.columns.band + VL) * VL);
     gradient_tile = carve.take<float>(weights ? t.rows.band * t.columns.band * VL : 0);
-    sums = carve.take<float>(weights ? p.R * p.S * VL : 0);
+    sums = carve.take<float>(weights ? blocks_at_once(p) * p.R * p.S * VL : 0);
     column = carve.take<int64_t>(t.phases * t.length);
     gradient_column = carve.take<int64_t>(weights ? t.columns.band : 0);
     runs = carve.take<Run>(p.S);
     order = carve.take<int32_t>(p.S);
     begin = carve.take<int64_t>(p.stride_w + 1);
-    pairs = carve.take<RowPair>(p.R);
+    tap_column = carve.take<int64_t>(p.S);
+    tensor_runs = carve.take<Run>(p.S);
+    pairs = carve.take<RowPair<float>>(p.R);
     bytes = carve.used();
   }
   Phase phase(int64_t f) const { return {runs + begin[f], begin[f + 1] - begin[f]}; }
@@ -165,15 +190,23 @@ void plan_runs(const ConvProblem& p, const Tiling& t, Scratch& scratch) {
     }
   }
   scratch.begin[p.stride_w] = run;
+  for (int64_t k = 0; k < p.S; k++) {
+    const int64_t distance = scratch.order[k] * p.dilation_w;
+    scratch.tap_column[k] = t.transposed ? -(distance / p.stride_w) : distance - p.pad_w;
+  }
+  for (int64_t k = 0; k < run; k++) {
+    scratch.tensor_runs[k] = scratch.runs[k];
+    scratch.tensor_runs[k].offset = scratch.tap_column[scratch.runs[k].first] * p.C;
+  }
 }
 
 // filter[r][position][lane] = w[c + lane][r][order[position]]; both filter layouts are K R S here.
 template <class T>
-void load_filter(const ConvProblem& p, const T* w, int64_t c, const Scratch& scratch) {
+void load_filter(const ConvProblem& p, const T* w, int64_t c, const int32_t* order, float* filter) {
   for (int64_t r = 0; r < p.R; r++)
     for (int64_t k = 0; k < p.S; k++) {
-      float* to = scratch.filter + (r * p.S + k) * VL;
-      const T* from = w + (c * p.R + r) * p.S + scratch.order[k];
+      float* to = filter + (r * p.S + k) * VL;
+      const T* from = w + (c * p.R + r) * p.S + order[k];
       for (int64_t l = 0; l < VL; l++) to[l] = l < p.C - c ? to_float(from[l * p.R * p.S]) : 0.0f;
     }
 }
@@ -217,27 +250,99 @@ Inputs inputs_of(const ConvProblem& p, const Tiling& t, const Rectangle& out) {
   return in;
 }
 
+// The row of inputs that row h of the results meets through filter row r; negative if none.
+PYSEQNET_INLINE int64_t input_row(const ConvProblem& p, const Tiling& t, int64_t h, int64_t r) {
+  if (!t.transposed) return h * p.stride_h - p.pad_h + r * p.dilation_h;
+  const int64_t distance = h + p.pad_h - r * p.dilation_h;
+  if (p.stride_h == 1) return distance;
+  return distance < 0 || distance % p.stride_h ? -1 : distance / p.stride_h;
+}
+
 // The filter rows that row h of the results meets, with their rows of the tile.
-int64_t pair_rows(const ConvProblem& p, const Tiling& t, const Inputs& in, int64_t h,
+int64_t pair_rows(const ConvProblem& p, const Tiling& t, const Inputs& in, int64_t h, const float* filter,
                   const Scratch& scratch) {
   int64_t n = 0;
   for (int64_t r = 0; r < p.R; r++) {
-    int64_t row = h * p.stride_h - p.pad_h + r * p.dilation_h;
-    if (t.transposed) {
-      const int64_t distance = h + p.pad_h - r * p.dilation_h;
-      if (distance % p.stride_h) continue;
-      row = distance / p.stride_h;
-    }
+    const int64_t row = input_row(p, t, h, r);
     if (row < in.part.h0 || row >= in.part.h1) continue;
-    scratch.pairs[n++] = {scratch.tile + (row - in.part.h0) * t.pitch, scratch.filter + r * p.S * VL};
+    scratch.pairs[n++] = {scratch.tile + (row - in.part.h0) * t.pitch, filter + r * p.S * VL};
   }
   return n;
+}
+
+// Channels-last: how the results of one phase (transposed) or all results meet the input columns.
+RowGeometry row_geometry(const ConvProblem& p, const Tiling& t, const Scratch& scratch, int64_t f,
+                         const Rectangle& out) {
+  RowGeometry g;
+  const int64_t first_run = t.transposed ? scratch.begin[f] : 0;
+  const int64_t end_run = scratch.begin[t.transposed ? f + 1 : p.stride_w];
+  g.tap_column = scratch.tap_column;
+  g.runs = scratch.tensor_runs + first_run;
+  g.run_count = end_run - first_run;
+  g.k0 = g.run_count ? g.runs[0].first : 0;
+  g.k1 = g.run_count ? g.runs[g.run_count - 1].first + g.runs[g.run_count - 1].length : 0;
+  if (t.transposed) {
+    g.in_stride = 1, g.in_columns = p.Q, g.out_stride = p.stride_w, g.out_first = f - p.pad_w;
+    g.l0 = ceil_div(out.w0 + p.pad_w - f, p.stride_w);
+    g.l1 = larger(g.l0, ceil_div(out.w1 + p.pad_w - f, p.stride_w));
+  } else {
+    g.in_stride = p.stride_w, g.in_columns = p.W, g.out_stride = 1, g.out_first = 0;
+    g.l0 = out.w0, g.l1 = out.w1;
+  }
+  int64_t lowest = 0, highest = 0;
+  for (int64_t k = g.k0; k < g.k1; k++) {
+    lowest = k == g.k0 ? g.tap_column[k] : smaller(lowest, g.tap_column[k]);
+    highest = k == g.k0 ? g.tap_column[k] : larger(highest, g.tap_column[k]);
+  }
+  const InnerRange inner = g.run_count ? inner_range(lowest, highest, g.in_stride, g.in_columns, g.l0, g.l1)
+                                       : InnerRange{g.l0, g.l1};
+  g.inner0 = inner.begin, g.inner1 = inner.end;
+  return g;
+}
+
+// The inner loops read and write one line of memory a pixel, too far apart for the hardware to foresee; a row
+// is fetched in order while the one before it is worked on.
+template <bool write, class T>
+PYSEQNET_INLINE void prefetch_pixels(const T* row, int64_t pixels, int64_t C, int64_t blocks) {
+  constexpr int64_t line = 64 / sizeof(T);
+  for (int64_t w = 0; w < pixels; w++)
+    for (int64_t c = 0; c < blocks * VL; c += line) __builtin_prefetch(row + w * C + c, write, 3);
+}
+
+// Forward or input gradient of one rectangle of results of one channels-last image, `blocks` whole blocks of
+// channels. Rows outside, blocks inside: a row of pixels is read in one stretch.
+template <class T>
+void correlate_channels(const ConvProblem& p, const Tiling& t, const Scratch& scratch, const Rectangle& out,
+                        const T* x, const float* filter, const T* bias, int64_t blocks, T* y) {
+  RowPair<T>* pairs = reinterpret_cast<RowPair<T>*>(scratch.pairs);
+  const int64_t in_row = (t.transposed ? p.Q : p.W) * p.C;
+  const Rectangle rows_in = {0, t.transposed ? p.P : p.H, 0, 0};
+  for (int64_t h = out.h0; h < out.h1; h++) {
+    if (h + 1 < out.h1) {
+      const int64_t next = input_row(p, t, h + 1, t.transposed ? 0 : p.R - 1);
+      if (next >= 0 && next < rows_in.h1)
+        prefetch_pixels<false>(x + next * in_row, in_row / p.C, p.C, blocks);
+      prefetch_pixels<true>(y + (h + 1) * t.W * p.C, t.W, p.C, blocks);
+    }
+    for (int64_t block = 0; block < blocks; block++) {
+      int64_t rows = 0;
+      for (int64_t r = 0; r < p.R; r++) {
+        const int64_t row = input_row(p, t, h, r);
+        if (row >= rows_in.h0 && row < rows_in.h1)
+          pairs[rows++] = {x + row * in_row + block * VL, filter + (block * p.R + r) * p.S * VL};
+      }
+      const vf start = bias ? load_lanes(bias + block * VL) : vf{};
+      for (int64_t f = 0; f < (t.transposed ? p.stride_w : 1); f++)
+        correlate_channels_row(row_geometry(p, t, scratch, f, out), pairs, rows, start, p.C,
+                               y + h * t.W * p.C + block * VL);
+    }
+  }
 }
 
 // Forward, or the input gradient if tiling.transposed, of one tile of results.
 template <class T>
 void correlate_tile(const ConvProblem& p, const Tiling& t, const Scratch& scratch, const Rectangle& out,
-                    const Slice<const T>& x, vf start, const Slice<T>& y) {
+                    const Slice<const T>& x, const float* filter, vf start, const Slice<T>& y) {
   const Inputs in = inputs_of(p, t, out);
   place_columns(p, t, in.part, in.first, scratch.column);
   if (t.tiles() > 1) clear(scratch.tile, t.tile_rows * t.pitch);
@@ -246,7 +351,7 @@ void correlate_tile(const ConvProblem& p, const Tiling& t, const Scratch& scratc
   const int64_t columns = out.w1 - out.w0;
   int64_t collected = 0, first_row = out.h0;
   for (int64_t h = out.h0; h < out.h1; h++) {
-    const int64_t rows = pair_rows(p, t, in, h, scratch);
+    const int64_t rows = pair_rows(p, t, in, h, filter, scratch);
     float* row = scratch.results + collected * VL;
     if (t.transposed) {
       const int64_t start_column = floor_div(out.w0 + p.pad_w, p.stride_w);
@@ -257,12 +362,13 @@ void correlate_tile(const ConvProblem& p, const Tiling& t, const Scratch& scratc
         const int64_t skipped = (l - start_column) * VL;
         for (int64_t r = 0; r < rows; r++) scratch.pairs[r].x += skipped;
         const Phase phase = scratch.phase(f);
-        correlate_row(scratch.pairs, rows, phase.runs, phase.count, start, count, row + (w - out.w0) * VL,
-                      p.stride_w * VL);
+        correlate_tile_row({scratch.pairs, rows, phase.runs, phase.count, VL}, start, count,
+                           row + (w - out.w0) * VL, p.stride_w * VL);
         for (int64_t r = 0; r < rows; r++) scratch.pairs[r].x -= skipped;
       }
     } else {
-      correlate_row(scratch.pairs, rows, scratch.runs, scratch.begin[p.stride_w], start, columns, row, VL);
+      correlate_tile_row({scratch.pairs, rows, scratch.runs, scratch.begin[p.stride_w], VL}, start, columns,
+                         row, VL);
     }
     collected += columns;
     if (collected >= collected_outputs || h + 1 == out.h1) {
@@ -272,14 +378,13 @@ void correlate_tile(const ConvProblem& p, const Tiling& t, const Scratch& scratc
   }
 }
 
-int64_t channel_blocks(const ConvProblem& p) { return ceil_div(p.C, VL); }
-
-// Items: (block of channels, image, tile), tiles fastest, so that a range seldom changes its filter.
+// Items: (blocks of channels, image, tile), tiles fastest, so that a range seldom changes its filters.
 WorkPlan plan_correlation(const ConvProblem& p, ConvPass pass) {
   const Tiling t(p, pass == ConvPass::input_gradient);
   WorkPlan plan;
   const int64_t work = t.rows.band * t.columns.band * (p.R * p.S + 8);
-  plan.add_phase(channel_blocks(p) * p.N * t.tiles(), larger(1, grain_work / larger(1, work)));
+  plan.add_phase(block_groups(p) * p.N * t.tiles(),
+                 larger(1, grain_work / larger(1, work * blocks_at_once(p))));
   plan.thread_bytes = Scratch(p, t, pass, nullptr).bytes;
   return plan;
 }
@@ -293,18 +398,26 @@ PYSEQNET_INLINE void run_correlation(const ConvProblem& p, const T* x, const T* 
   plan_runs(p, t, scratch);
   clear(scratch.tile, t.tile_rows * t.pitch);
   const int64_t H = transposed ? p.P : p.H, W = transposed ? p.Q : p.W;
+  const int64_t together = blocks_at_once(p), taps = p.R * p.S * VL;
   int64_t loaded = -1;
-  vf start = {};
   for (int64_t item = slice.begin; item < slice.end; item++) {
-    const int64_t tile = item % t.tiles(), n = item / t.tiles() % p.N, block = item / t.tiles() / p.N,
-                  c = block * VL;
-    if (block != loaded) {
-      loaded = block;
-      load_filter(p, w, c, scratch);
-      if (bias) start = load_between(bias + c, 0, p.C - c, vf{});
+    const int64_t tile = item % t.tiles(), n = item / t.tiles() % p.N, group = item / t.tiles() / p.N;
+    const int64_t first = group * together, end = smaller(channel_blocks(p), first + together);
+    for (int64_t block = first; block < end && group != loaded; block++)
+      load_filter(p, w, block * VL, scratch.order, scratch.filter + (block - first) * taps);
+    loaded = group;
+    const int64_t direct = reads_tensor<T>(p) ? smaller(end, p.C / VL) : first;
+    if (direct > first)
+      correlate_channels<T>(p, t, scratch, t.results(tile), x + n * H * W * p.C + first * VL, scratch.filter,
+                            bias ? bias + first * VL : nullptr, direct - first,
+                            y + n * t.H * t.W * p.C + first * VL);
+    for (int64_t block = direct; block < end; block++) {
+      const int64_t c = block * VL;
+      const vf start = bias ? load_between(bias + c, 0, p.C - c, vf{}) : vf{};
+      correlate_tile<T>(p, t, scratch, t.results(tile), slice_of(x, p.layout, n, c, p.C, H, W),
+                        scratch.filter + (block - first) * taps, start,
+                        slice_of(y, p.layout, n, c, p.C, t.H, t.W));
     }
-    correlate_tile<T>(p, t, scratch, t.results(tile), slice_of(x, p.layout, n, c, p.C, H, W), start,
-                      slice_of(y, p.layout, n, c, p.C, t.H, t.W));
   }
 }
 
@@ -330,27 +443,37 @@ void run_input_gradient(const ConvProblem& p, const ConvTensors& t, const WorkSl
 
 // Images are summed in this many groups, so that a few channels still make work for several threads.
 int64_t image_groups(const ConvProblem& p) {
-  return larger(1, smaller(p.N, ceil_div(wanted_items, channel_blocks(p))));
+  return larger(1, smaller(p.N, ceil_div(wanted_items, block_groups(p))));
 }
 
 WorkPlan plan_weight_gradient(const ConvProblem& p) {
   const Tiling t(p, false);
-  const int64_t groups = image_groups(p), items = channel_blocks(p) * groups;
-  const int64_t work = p.N * p.P * p.Q / groups * (p.R * p.S + 16);
+  const int64_t groups = image_groups(p), items = block_groups(p) * groups;
+  const int64_t work = p.N * p.P * p.Q / groups * blocks_at_once(p) * (p.R * p.S + 16);
   WorkPlan plan;
   plan.add_phase(items, larger(1, grain_work / larger(1, work)));
   if (groups > 1) {
     plan.add_phase(channel_blocks(p), larger(1, grain_work / (groups * p.R * p.S * VL)));
-    plan.shared_bytes = align_up(items * p.R * p.S * VL * int64_t(sizeof(float)));
+    plan.shared_bytes = align_up(items * blocks_at_once(p) * p.R * p.S * VL * int64_t(sizeof(float)));
   }
   plan.thread_bytes = Scratch(p, t, ConvPass::weight_gradient, nullptr).bytes;
   return plan;
 }
 
-// Adds one tile of outputs of one image to scratch.sums [r][position][lane].
+// Output rows of a rectangle whose tap r lies inside the image.
+struct OutputRows {
+  int64_t begin, end;
+};
+OutputRows rows_of_tap(const ConvProblem& p, const Rectangle& out, int64_t r) {
+  const int64_t before = p.pad_h - r * p.dilation_h;
+  return {larger(out.h0, ceil_div(before, p.stride_h)),
+          smaller(out.h1, floor_div(p.H - 1 + before, p.stride_h) + 1)};
+}
+
+// Adds one tile of outputs of one image to sums [r][position][lane].
 template <class T>
 void gradient_of_tile(const ConvProblem& p, const Tiling& t, const Scratch& scratch, const Rectangle& out,
-                      const Slice<const T>& x, const Slice<const T>& gy) {
+                      const Slice<const T>& x, const Slice<const T>& gy, float* sums) {
   const Inputs in = inputs_of(p, t, out);
   place_columns(p, t, in.part, in.first, scratch.column);
   if (t.tiles() > 1) clear(scratch.tile, t.tile_rows * t.pitch);
@@ -360,18 +483,32 @@ void gradient_of_tile(const ConvProblem& p, const Tiling& t, const Scratch& scra
   load_tile(gy, out, scratch.gradient_column, pitch, scratch.gradient_tile);
 
   for (int64_t r = 0; r < p.R; r++) {
-    // Output rows whose tap r lies inside the image.
-    const int64_t before = p.pad_h - r * p.dilation_h;
-    const int64_t i0 = larger(out.h0, ceil_div(before, p.stride_h));
-    const int64_t i1 = smaller(out.h1, floor_div(p.H - 1 + before, p.stride_h) + 1);
+    const auto [i0, i1] = rows_of_tap(p, out, r);
     if (i0 >= i1) continue;
-    const float* rows = scratch.tile + (i0 * p.stride_h - before - in.part.h0) * t.pitch;
+    const float* rows = scratch.tile + (input_row(p, t, i0, r) - in.part.h0) * t.pitch;
     for (int64_t k = 0; k < scratch.begin[p.stride_w]; k++) {
       const Run& run = scratch.runs[k];
-      gradient_of_run(run.length, rows + run.offset, p.stride_h * t.pitch,
-                      scratch.gradient_tile + (i0 - out.h0) * pitch, pitch, i1 - i0, columns,
-                      scratch.sums + (r * p.S + run.first) * VL);
+      gradient_of_run<float>(run.length,
+                             {rows + run.offset, scratch.gradient_tile + (i0 - out.h0) * pitch, VL,
+                              p.stride_h * t.pitch, VL, pitch, i1 - i0, columns},
+                             sums + (r * p.S + run.first) * VL);
     }
+  }
+}
+
+// The same for whole blocks of channels of a channels-last image.
+template <class T>
+void gradient_of_channels(const ConvProblem& p, const Tiling& t, const Scratch& scratch, const Rectangle& out,
+                          const T* x, const T* gy, float* sums) {
+  const RowGeometry geometry = row_geometry(p, t, scratch, 0, out);
+  const int64_t x_row = p.W * p.C, g_row = p.Q * p.C;
+  for (int64_t r = 0; r < p.R; r++) {
+    const OutputRows rows = rows_of_tap(p, out, r);
+    if (rows.begin >= rows.end) continue;
+    for (int64_t k = 0; k < geometry.run_count; k++)
+      gradient_of_channels_run(geometry, geometry.runs[k], x + input_row(p, t, rows.begin, r) * x_row,
+                               p.stride_h * x_row, gy + rows.begin * g_row, g_row, rows.end - rows.begin, p.C,
+                               sums + (r * p.S + geometry.runs[k].first) * VL);
   }
 }
 
@@ -390,31 +527,39 @@ PYSEQNET_INLINE void run_weight_gradient_of(const ConvProblem& p, const T* x, co
   const Tiling t(p, false);
   Scratch scratch(p, t, ConvPass::weight_gradient, slice.scratch);
   plan_runs(p, t, scratch);
-  const int64_t groups = image_groups(p), taps = p.R * p.S * VL;
-  float* partial = reinterpret_cast<float*>(slice.shared);
+  const int64_t groups = image_groups(p), together = blocks_at_once(p), taps = p.R * p.S * VL;
+  float* partial = reinterpret_cast<float*>(slice.shared);  // [block group][image group][block][taps]
   if (slice.phase == 1) {
     for (int64_t block = slice.begin; block < slice.end; block++) {
+      const float* first = partial + (block / together * groups * together + block % together) * taps;
       clear(scratch.sums, taps);
       for (int64_t g = 0; g < groups; g++)
         for (int64_t k = 0; k < taps; k += VL)
-          store(scratch.sums + k, load(scratch.sums + k) + load(partial + (block * groups + g) * taps + k));
+          store(scratch.sums + k, load(scratch.sums + k) + load(first + g * together * taps + k));
       store_filter_gradient(p, scratch.sums, scratch.order, block * VL, gw);
     }
     return;
   }
   clear(scratch.tile, t.tile_rows * t.pitch);
   for (int64_t item = slice.begin; item < slice.end; item++) {
-    const int64_t block = item / groups, g = item % groups, c = block * VL;
-    clear(scratch.sums, taps);
+    const int64_t g = item % groups, first = item / groups * together;
+    const int64_t end = smaller(channel_blocks(p), first + together);
+    float* sums = groups == 1 ? scratch.sums : partial + item * together * taps;
+    clear(sums, together * taps);
     for (int64_t n = p.N * g / groups; n < p.N * (g + 1) / groups; n++)
       for (int64_t tile = 0; tile < t.tiles(); tile++)
-        gradient_of_tile<T>(p, t, scratch, t.results(tile), slice_of(x, p.layout, n, c, p.C, p.H, p.W),
-                            slice_of(gy, p.layout, n, c, p.C, p.P, p.Q));
-    if (groups == 1) {
-      store_filter_gradient(p, scratch.sums, scratch.order, c, gw);
-    } else {
-      for (int64_t k = 0; k < taps; k += VL) store(partial + item * taps + k, load(scratch.sums + k));
-    }
+        for (int64_t block = first; block < end; block++) {
+          const int64_t c = block * VL;
+          if (reads_tensor<T>(p) && c + VL <= p.C) {
+            gradient_of_channels(p, t, scratch, t.results(tile), x + n * p.H * p.W * p.C + c,
+                                 gy + n * p.P * p.Q * p.C + c, sums + (block - first) * taps);
+            continue;
+          }
+          gradient_of_tile<T>(p, t, scratch, t.results(tile), slice_of(x, p.layout, n, c, p.C, p.H, p.W),
+                              slice_of(gy, p.layout, n, c, p.C, p.P, p.Q), sums + (block - first) * taps);
+        }
+    for (int64_t block = first; block < end && groups == 1; block++)
+      store_filter_gradient(p, sums + (block - first) * taps, scratch.order, block * VL, gw);
   }
 }
 
