@@ -21,6 +21,17 @@ constexpr int MAX_ROWS =
 // grow with the square root of 64 plus that of the number of such pieces, instead of that of their product.
 constexpr int64_t SUM_LENGTH = 64;
 
+constexpr int64_t KIB = 1024, MIB = 1024 * KIB;
+constexpr int64_t float_bytes = int64_t(sizeof(float));
+// A workspace is allocated for each call. Larger ones come fresh from the operating system every time
+// (glibc's limit is 32 MiB), and touching new pages costs more than the work that such an order saves.
+constexpr int64_t WORKSPACE_BYTES = 30 * MIB;
+// Enough blocks for the threads of a small machine to share the work evenly.
+constexpr int64_t ENOUGH_BLOCKS = 16;
+// A work item of the transform phases: this many channels of a strip, or rows of VL filters.
+constexpr int64_t TRANSFORM_CHANNELS = 64;
+constexpr int64_t TRANSFORM_GRAIN = 4;  // such an item takes about 5 microseconds
+
 PYSEQNET_INLINE int64_t least(int64_t x, int64_t y) { return x < y ? x : y; }
 PYSEQNET_INLINE int64_t most(int64_t x, int64_t y) { return x > y ? x : y; }
 PYSEQNET_INLINE int64_t within(int64_t x, int64_t low, int64_t high) { return most(low, least(x, high)); }
