@@ -58,7 +58,10 @@ def describe(device: torch.device, threads: int) -> dict[str, object]:
         "pyseqnet": pyseqnet.__version__,
         "python": platform.python_version(),
         "commit": _git("rev-parse", "--short", "HEAD"),
-        "modified": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        # a run's own results are no change of what was measured
+        "modified": bool(
+            _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results", ":!README.md")
+        ),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
     if device.type == "cuda":

@@ -16,7 +16,7 @@ from bench import machine, timing
 from bench.accuracy import judge
 from bench.case import DTYPES, Case, Function, Inputs
 
-ROW_SECONDS, QUICK_ROW_SECONDS = 1.5, 0.3
+ROW_SECONDS, CUDA_ROW_SECONDS, QUICK_ROW_SECONDS = 1.5, 0.4, 0.3  # a GPU is quieter and dearer
 FEWEST_ROUNDS, QUICK_FEWEST_ROUNDS = 7, 3
 L2_CACHES = 2  # a GPU step's rotating inputs fill the second-level cache this many times over
 
@@ -114,7 +114,8 @@ def measure(
         prepared = [case.user.prepare(one) for one in inputs]
         steps["user"] = _step(case.user.function, prepared, gradients)
 
-    seconds, rounds = (QUICK_ROW_SECONDS, QUICK_FEWEST_ROUNDS) if quick else (ROW_SECONDS, FEWEST_ROUNDS)
+    seconds = QUICK_ROW_SECONDS if quick else CUDA_ROW_SECONDS if device.type == "cuda" else ROW_SECONDS
+    rounds = QUICK_FEWEST_ROUNDS if quick else FEWEST_ROUNDS
     times = timing.interleaved(steps, device, seconds, rounds)
     cost = case.cost(mode)
     moved = cost.bytes(dtype)
