@@ -246,6 +246,11 @@ ConvProblem random_problem(Random& random) {
     p.dilation_w = plain ? 1 : uniform(random, 1, 3);
     p.pad_h = one_dimensional ? 0 : uniform(random, 0, 3);
     p.pad_w = uniform(random, 0, 3);
+    if (uniform(random, 0, 3) == 0) {  // depthwise, with filters up to 31 taps and padding to match
+      p.groups = p.C = p.K = uniform(random, 2, 70);
+      if (one_dimensional) p.S = uniform(random, 1, 31), p.pad_w = uniform(random, 0, p.S * p.dilation_w);
+      if (!one_dimensional) p.R = p.S = uniform(random, 1, 7);
+    }
     if (!finish(p)) continue;
     p.layout = uniform(random, 0, 1) ? Layout::nchw : Layout::nhwc;
     p.filter_layout = uniform(random, 0, 3)      ? p.layout
@@ -276,6 +281,10 @@ constexpr Edge edges[] = {
     {"patches", 2, 3, 16, 16, 40, 4, 4, 4, 0, 1, 1},
     {"depthwise", 2, 19, 9, 9, 19, 3, 3, 1, 1, 1, 19},
     {"depthwise with multiplier", 2, 6, 9, 9, 18, 3, 3, 2, 1, 1, 6},
+    {"depthwise, several tiles", 1, 17, 90, 70, 17, 3, 3, 1, 1, 1, 17},
+    {"depthwise, strided and dilated", 2, 33, 19, 21, 33, 3, 3, 2, 2, 2, 33},
+    {"depthwise sequence, long filter", 2, 20, 1, 300, 20, 1, 31, 1, 15, 1, 20},
+    {"depthwise sequence, far taps", 1, 8, 1, 9000, 8, 1, 3, 1, 512, 512, 8},
     {"many small images", 33, 5, 3, 3, 9, 3, 3, 1, 1, 1, 1},
     {"deep: several depth blocks", 1, 300, 6, 6, 20, 3, 3, 1, 1, 1, 1},
     {"deep and many filters", 1, 280, 5, 5, 150, 3, 3, 1, 1, 1, 1},
