@@ -118,7 +118,7 @@ void run_as(const ConvProblem& p, const ConvTensors& t, const WorkSlice& slice) 
       else if (one.channels_last)
         pack_channels_last_filters(one.k, one.last, w, shared, begin, end);
       else
-        pack_planar_filters(one.k, w, shared, begin, end);
+        pack_planar_filters(one.k, p.R * p.S, w, shared, begin, end);
     }
     first += items;
     packed += one.packed_floats();

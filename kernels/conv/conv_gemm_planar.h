@@ -144,6 +144,7 @@ PYSEQNET_INLINE void pack_rows(const float* planes, int64_t channel_stride, int6
       const float* p = planes + tap_offsets[t];
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; ++v) {
+        if (taps == 1) __builtin_prefetch(p + 12 * channel_stride + source[v][0].offset);
         vf x = load(p + source[v][0].offset);
         if (sources == 2) x = merge(x, source[v][1].lanes, p + source[v][1].offset);
         store(dst + v * VL, x);
@@ -336,12 +337,48 @@ struct Planar {
   }
 };
 
+// The taps of a correlation out of the R * S elements of one filter channel that lie together in memory: a
+// permutation, where they fit a vector.
+struct TapPermutation {
+  bool usable = false;
+#if defined(__AVX512F__)
+  __m512i from;
+#endif
+  int elements, taps;
+};
+PYSEQNET_INLINE TapPermutation tap_permutation(const Correlation& k, int64_t filter_elements) {
+  TapPermutation p;
+  p.elements = int(filter_elements);
+  p.taps = int(k.taps());
+#if defined(__AVX512F__)
+  p.usable = filter_elements <= VL && k.s_stride == 1 && k.taps() > 1;
+  if (p.usable) {
+    alignas(64) int32_t index[VL] = {};
+    for (int64_t r = 0, t = 0; r < k.h.taps; ++r)
+      for (int64_t c = 0; c < k.w.taps; ++c) index[t++] = int32_t(k.filter_offset(0, 0, 0, r, c));
+    p.from = _mm512_load_si512(index);
+  }
+#endif
+  return p;
+}
+template <class T>
+PYSEQNET_INLINE void permute_taps(const TapPermutation& p, const T* from, float* to) {
+#if defined(__AVX512F__)
+  const vf all = load_between(from, 0, p.elements, vf{});
+  store_lanes_n(to, (vf)_mm512_permutexvar_ps(p.from, (__m512)all), p.taps);
+#else
+  (void)p, (void)from, (void)to;
+#endif
+}
+
 // Filters as rows of [channel][tap], in float. One item is a block of rows of one group: for an input gradient
 // neighbouring rows are neighbours in the filter tensor, so that whole cache lines are used.
 constexpr int64_t PACK_ROWS = 16;
 PYSEQNET_INLINE int64_t planar_pack_items(const Correlation& k) { return k.groups * ceil_div(k.rows, PACK_ROWS); }
 template <class T>
-void pack_planar_filters(const Correlation& k, const T* w, float* to, int64_t begin, int64_t end) {
+void pack_planar_filters(const Correlation& k, int64_t filter_elements, const T* w, float* to, int64_t begin,
+                         int64_t end) {
+  const TapPermutation permutation = tap_permutation(k, filter_elements);
   const int64_t blocks = ceil_div(k.rows, PACK_ROWS), depth = k.depth * k.taps();
   for (int64_t item = begin; item < end; ++item) {
     const int64_t group = item / blocks, m0 = item % blocks * PACK_ROWS;
@@ -349,8 +386,12 @@ void pack_planar_filters(const Correlation& k, const T* w, float* to, int64_t be
     float* dst = to + (group * k.rows + m0) * depth;
     for (int64_t d = 0; d < k.depth; ++d)
       for (int64_t m = 0; m < rows; ++m) {
-        const T* src = w + k.filter_offset(group, m0 + m, d, 0, 0);
         float* row = dst + m * depth + d * k.taps();
+        if (permutation.usable) {
+          permute_taps(permutation, w + group * k.group_stride + (m0 + m) * k.row_stride + d * k.depth_stride, row);
+          continue;
+        }
+        const T* src = w + k.filter_offset(group, m0 + m, d, 0, 0);
         for (int64_t r = 0; r < k.h.taps; ++r)
           for (int64_t c = 0; c < k.w.taps; ++c)
             *row++ = to_float(src[r * k.h.filter_step * k.r_stride + c * k.w.filter_step * k.s_stride]);

@@ -33,9 +33,16 @@ PYSEQNET_INLINE void transpose_elements(const From* from, int64_t from_stride, i
 #pragma GCC unroll 16
         for (int i = 0; i < VL; ++i) store_lanes(dst + i * to_stride, v[i]);
       } else {
-        for (int i = 0; i < VL; ++i) v[i] = i < nr ? load_between(src + i * from_stride, 0, nc, vf{}) : vf{};
+        // Rows beyond the last repeat it: their lanes are not stored.
+#pragma GCC unroll 16
+        for (int i = 0; i < VL; ++i) {
+          const From* row = src + (i < nr ? i : nr - 1) * from_stride;
+          v[i] = nc >= VL ? load_lanes(row) : load_between(row, 0, nc, vf{});
+        }
         transpose(v);
-        for (int i = 0; i < VL && i < nc; ++i) store_lanes_n(dst + i * to_stride, v[i], nr);
+#pragma GCC unroll 16
+        for (int i = 0; i < VL; ++i)
+          if (i < nc) store_lanes_n(dst + i * to_stride, v[i], nr);
       }
     }
 }
