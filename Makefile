@@ -17,7 +17,7 @@ BENCH ?= --quick
 PY := $(VENV)/bin/python
 BUILT := $(VENV)/.built
 SOURCES := $(shell find kernels csrc -type f) setup.py pyproject.toml
-CXX_FILES = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
+CXX_FILES = $(shell find kernels csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 MAX_JOBS ?= $(shell nproc)
 export MAX_JOBS
 # Whatever pip installs or builds in isolation, torch stays the one above.
