@@ -20,8 +20,11 @@ CUDA_SOURCES = [path for path in sorted(simulator.KERNELS.rglob("*.cu")) if "__g
 DEVICE_SOURCES = sorted([*simulator.KERNELS.rglob("*.cu"), *simulator.KERNELS.rglob("*.cuh")])
 PTX_WRAPPERS = simulator.KERNELS / "common" / "ptx.cuh"
 
-# Schedules a check runs under; they go through four scheduling policies and both ends of asynchronous copies.
-SEEDS = 4
+# Schedules, by first seed and number. The checker finds races whatever the schedule was, at five times the cost of
+# values alone: so two schedules are checked, and others (seeds 5 and 6 run warps in reverse and in order) judge values
+# only, on other random problems.
+CHECKED_SEEDS = ("1", "2")
+UNCHECKED_SEEDS = ("5", "2")
 
 needs_simulator = pytest.mark.skipif(simulator.missing() is not None, reason=simulator.missing() or "")
 needs_nvcc = pytest.mark.skipif(simulator.nvcc() is None, reason="no nvcc on PATH or in CUDA_HOME")
@@ -45,20 +48,31 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("simulator") / "launched"
 
 
-def run(source: Path, *options: str) -> None:
-    """Builds the program of a case, where it is not up to date, and runs it."""
-    program = simulator.build([source])[source]
+def start(program: Path, *options: str, checks: bool = True) -> subprocess.Popen[str]:
     environment = {**os.environ, "UBSAN_OPTIONS": "print_stacktrace=0"}
     environment.pop("CUSIM_NO_CHECKS", None)
-    done = subprocess.run([program, *options], capture_output=True, text=True, env=environment, timeout=280)
-    assert done.returncode == 0, f"{program.name} {' '.join(options)}\n{done.stdout[-6000:]}{done.stderr[-2000:]}"
-    print(done.stdout[-400:])
+    if not checks:
+        environment["CUSIM_NO_CHECKS"] = "1"
+    command = [str(program), *options]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+def finish(process: subprocess.Popen[str]) -> None:
+    said, _ = process.communicate()
+    assert process.returncode == 0, f"{process.args}\n{said[-8000:]}"
+    print(said[-400:])
 
 
 @needs_simulator
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.stem)
 def test_kernels_agree_with_their_oracle(case: Path, launched: Path) -> None:
-    run(case, "--seeds", str(SEEDS), "--launched", str(launched))
+    program = simulator.build([case])[case]
+    seed, count = CHECKED_SEEDS
+    checked = start(program, "--seed", seed, "--seeds", count, "--launched", str(launched))
+    seed, count = UNCHECKED_SEEDS
+    unchecked = start(program, "--seed", seed, "--seeds", count, checks=False)
+    finish(unchecked)
+    finish(checked)
 
 
 @needs_simulator
@@ -75,7 +89,7 @@ def test_every_kernel_was_launched(launched: Path) -> None:
 @needs_simulator
 @pytest.mark.parametrize("program", FAULTS, ids=lambda program: program.stem)
 def test_simulator_catches_planted_faults(program: Path) -> None:
-    run(program)
+    finish(start(simulator.build([program])[program]))
 
 
 @pytest.mark.parametrize("path", DEVICE_SOURCES, ids=lambda path: str(path.relative_to(simulator.KERNELS)))

@@ -69,7 +69,8 @@ static const Thread* thread_by(uint32_t agent) {
   }
   return nullptr;
 }
-static bool resident(const Access& a) { return a.run >= running.blocks[0]->run_id; }
+// Runs count up, and the resident blocks share one.
+static bool resident(const Access& a) { return a.run >= cur->blk->run_id; }
 static std::string who_did(const Access& a) {
   if (!resident(a)) return "an earlier block";
   static const char* kind[clocks_a_thread] = {"", "cp.async of ", "bulk copy of ", "wgmma of "};
@@ -83,8 +84,13 @@ static void race(const char* kind, const char* memory, uint64_t off, const Acces
          (unsigned long long)off, async ? "async op of " : "", who(cur).c_str(), where(pc).c_str(),
          (earlier.flags & kWrite) ? "write" : "read", who_did(earlier).c_str(), where(earlier_pc).c_str());
 }
-static bool ordered(const Access& a) {
-  if (!resident(a)) return !known_runs.empty() && known_runs.count(a.run);
+static inline bool ordered(const Access& a) {
+  if (!resident(a)) [[unlikely]]
+    return !known_runs.empty() && known_runs.count(a.run);
+  if (a.agent < (uint32_t)running.threads && (int)a.agent != cur->gid) {  // almost always
+    const Clock* known = cur->p->base.get();
+    return known && (*known)[a.agent] >= a.clock;
+  }
   return clock_get(cur, a.agent) >= a.clock;
 }
 
@@ -123,9 +129,12 @@ static void touch(Cell<readers>& c, uint32_t epoch, const Access& me, void* pc, 
   // Take the place of my own earlier read, of none, or of one that is ordered before me.
   Access* place = nullptr;
   for (Access& a : c.read)
-    if (!place && (!a.clock || (mine(a) && a.bytes == me.bytes))) place = &a;
-  for (Access& a : c.read)
-    if (!place && ordered(a)) place = &a;
+    if (!a.clock || (mine(a) && a.bytes == me.bytes)) {
+      place = &a;
+      break;
+    }
+  for (int i = 0; i < readers && !place; i++)
+    if (ordered(c.read[i])) place = &c.read[i];
   *(place ? place : &c.read[cur->warp % readers]) = me;
 }
 
