@@ -4,7 +4,9 @@
 // A depthwise filter never mixes channels, so channels are lanes: a tile holds VL channels of a part of an
 // image, one vector a pixel (depthwise_tile.h), and every tap is one aligned load and one multiply-add, never
 // shifted or masked (depthwise_taps.h).
-// Channels-last images need no tile (depthwise_channels.h), but for a last block of fewer channels.
+// Planar images with few taps and stride 1 keep their columns in lanes (depthwise_planar.h): there
+// transposing would cost more than the taps. Channels-last images need no tile (depthwise_channels.h), but
+// for a last block of fewer channels.
 //   forward           a tile of x, columns split by stride; rows of outputs in blocks of 8 sums.
 //   input gradient    a pixel of gx meets the taps whose distance to it the stride divides: one set of taps
 //   for
@@ -15,6 +17,7 @@
 //                     share out; what the groups are depends on the problem only.
 // Bound: multiply-adds, 2 R S an output and pass, from about 5 x 5 taps on; below it the memory traffic.
 #include "conv/depthwise_channels.h"
+#include "conv/depthwise_planar.h"
 #include "conv/depthwise_taps.h"
 #include "conv/depthwise_tile.h"
 
@@ -63,6 +66,12 @@ template <class T>
 bool reads_tensor(const ConvProblem& p) {
   constexpr int64_t few_taps = 9;
   return p.layout == Layout::nhwc && (sizeof(T) == 4 || p.R * p.S <= few_taps);
+}
+
+// Whether columns are lanes: few taps, stride 1, rows of several vectors, most of which no padding touches.
+bool columns_are_lanes(const ConvProblem& p) {
+  return p.layout == Layout::nchw && p.R * p.S <= most_planar_taps && p.stride_h == 1 && p.stride_w == 1 &&
+         smaller(p.Q, p.W) >= 4 * VL;
 }
 
 // One axis of a tile: results (outputs, or pixels of gx) are cut into bands of `band`.
@@ -389,6 +398,29 @@ WorkPlan plan_correlation(const ConvProblem& p, ConvPass pass) {
   return plan;
 }
 
+// Forward or input gradient of a rectangle of results of one plane, columns in lanes.
+template <class T>
+void correlate_plane(const ConvProblem& p, const Tiling& t, const Rectangle& out, const T* in, const T* w,
+                     float start, T* results) {
+  float weight[most_planar_taps];
+  const int64_t taps = p.R * p.S;
+  for (int64_t k = 0; k < taps; k++) weight[k] = to_float(w[t.transposed ? taps - 1 - k : k]);
+  const PlanarCorrelation<T> plane = {in,
+                                      t.transposed ? p.P : p.H,
+                                      t.transposed ? p.Q : p.W,
+                                      results,
+                                      t.W,
+                                      weight,
+                                      p.R,
+                                      p.S,
+                                      t.transposed ? t.reach_h - p.pad_h : p.pad_h,
+                                      t.transposed ? t.reach_w - p.pad_w : p.pad_w,
+                                      p.dilation_h,
+                                      p.dilation_w,
+                                      start};
+  for (int64_t h = out.h0; h < out.h1; h++) planar_row(plane, h, out.w0, out.w1);
+}
+
 template <class T>
 PYSEQNET_INLINE void run_correlation(const ConvProblem& p, const T* x, const T* w, const T* bias, T* y,
                                      bool transposed, const WorkSlice& slice) {
@@ -399,10 +431,17 @@ PYSEQNET_INLINE void run_correlation(const ConvProblem& p, const T* x, const T* 
   clear(scratch.tile, t.tile_rows * t.pitch);
   const int64_t H = transposed ? p.P : p.H, W = transposed ? p.Q : p.W;
   const int64_t together = blocks_at_once(p), taps = p.R * p.S * VL;
+  const bool planar = columns_are_lanes(p);
   int64_t loaded = -1;
   for (int64_t item = slice.begin; item < slice.end; item++) {
     const int64_t tile = item % t.tiles(), n = item / t.tiles() % p.N, group = item / t.tiles() / p.N;
     const int64_t first = group * together, end = smaller(channel_blocks(p), first + together);
+    if (planar) {
+      for (int64_t c = first * VL; c < smaller(p.C, end * VL); c++)
+        correlate_plane(p, t, t.results(tile), x + (n * p.C + c) * H * W, w + c * p.R * p.S,
+                        bias ? to_float(bias[c]) : 0.0f, y + (n * p.C + c) * t.H * t.W);
+      continue;
+    }
     for (int64_t block = first; block < end && group != loaded; block++)
       load_filter(p, w, block * VL, scratch.order, scratch.filter + (block - first) * taps);
     loaded = group;
@@ -512,6 +551,20 @@ void gradient_of_channels(const ConvProblem& p, const Tiling& t, const Scratch& 
   }
 }
 
+// The same for a block of planes, columns in lanes.
+template <class T>
+void gradient_of_planes(const ConvProblem& p, const Rectangle& out, const T* x, const T* gy, int64_t planes,
+                        float* sums) {
+  for (int64_t l = 0; l < planes; l++, x += p.H * p.W, gy += p.P * p.Q)
+    for (int64_t r = 0; r < p.R; r++) {
+      const OutputRows rows = rows_of_tap(p, out, r);
+      if (rows.begin >= rows.end) continue;
+      const int64_t row = rows.begin - p.pad_h + r * p.dilation_h;
+      planar_gradient(p.S, x + row * p.W, p.W, p.W, p.pad_w, p.dilation_w, gy + rows.begin * p.Q, p.Q,
+                      rows.end - rows.begin, out.w0, out.w1, sums + r * p.S * VL + l, VL);
+    }
+}
+
 template <class T>
 void store_filter_gradient(const ConvProblem& p, const float* sums, const int32_t* order, int64_t c, T* gw) {
   const int64_t channels = smaller(VL, p.C - c);
@@ -550,6 +603,12 @@ PYSEQNET_INLINE void run_weight_gradient_of(const ConvProblem& p, const T* x, co
       for (int64_t tile = 0; tile < t.tiles(); tile++)
         for (int64_t block = first; block < end; block++) {
           const int64_t c = block * VL;
+          if (columns_are_lanes(p)) {
+            gradient_of_planes(p, t.results(tile), x + (n * p.C + c) * p.H * p.W,
+                               gy + (n * p.C + c) * p.P * p.Q, smaller(VL, p.C - c),
+                               sums + (block - first) * taps);
+            continue;
+          }
           if (reads_tensor<T>(p) && c + VL <= p.C) {
             gradient_of_channels(p, t, scratch, t.results(tile), x + n * p.H * p.W * p.C + c,
                                  gy + n * p.P * p.Q * p.C + c, sums + (block - first) * taps);
