@@ -32,7 +32,9 @@ struct Part {
   ChannelsLastSizes last;
 
   int64_t items() const { return channels_last ? last.items : planar.items; }
-  int64_t pack_items() const { return channels_last ? k.groups * last.panels * k.taps() : planar_pack_items(k); }
+  int64_t pack_items() const {
+    return channels_last ? k.groups * last.panels * k.taps() : planar_pack_items(k);
+  }
   int64_t packed_floats() const {
     return k.groups * (channels_last ? last.vectors * VL : k.rows) * k.depth * k.taps();
   }

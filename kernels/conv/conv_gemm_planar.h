@@ -133,12 +133,12 @@ PYSEQNET_INLINE void store_strided(T* to, int64_t step, const float* from, int64
   for (; l < count; ++l) round_to(to[l * step], from[l]);
 }
 
-// dst[channel, tap] = what that tap of those channels sees of the panel's pixels. A panel vector has up to two
-// sources here: a load, and a load merged into the lanes of the next image row (or none: the same again).
+// dst[channel, tap] = what that tap of those channels sees of the panel's pixels. A panel vector has up to
+// two sources here: a load, and a load merged into the lanes of the next image row (or none: the same again).
 template <int vectors, int sources>
 PYSEQNET_INLINE void pack_rows(const float* planes, int64_t channel_stride, int64_t channels,
-                               const int64_t* tap_offsets, int64_t taps, const Source (&source)[TILE_VECTORS][2],
-                               float* dst) {
+                               const int64_t* tap_offsets, int64_t taps,
+                               const Source (&source)[TILE_VECTORS][2], float* dst) {
   for (int64_t c = 0; c < channels; ++c, planes += channel_stride)
     for (int64_t t = 0; t < taps; ++t, dst += vectors * VL) {
       const float* p = planes + tap_offsets[t];
@@ -371,10 +371,12 @@ PYSEQNET_INLINE void permute_taps(const TapPermutation& p, const T* from, float*
 #endif
 }
 
-// Filters as rows of [channel][tap], in float. One item is a block of rows of one group: for an input gradient
-// neighbouring rows are neighbours in the filter tensor, so that whole cache lines are used.
+// Filters as rows of [channel][tap], in float. One item is a block of rows of one group: for an input
+// gradient neighbouring rows are neighbours in the filter tensor, so that whole cache lines are used.
 constexpr int64_t PACK_ROWS = 16;
-PYSEQNET_INLINE int64_t planar_pack_items(const Correlation& k) { return k.groups * ceil_div(k.rows, PACK_ROWS); }
+PYSEQNET_INLINE int64_t planar_pack_items(const Correlation& k) {
+  return k.groups * ceil_div(k.rows, PACK_ROWS);
+}
 template <class T>
 void pack_planar_filters(const Correlation& k, int64_t filter_elements, const T* w, float* to, int64_t begin,
                          int64_t end) {
@@ -388,7 +390,8 @@ void pack_planar_filters(const Correlation& k, int64_t filter_elements, const T*
       for (int64_t m = 0; m < rows; ++m) {
         float* row = dst + m * depth + d * k.taps();
         if (permutation.usable) {
-          permute_taps(permutation, w + group * k.group_stride + (m0 + m) * k.row_stride + d * k.depth_stride, row);
+          permute_taps(permutation, w + group * k.group_stride + (m0 + m) * k.row_stride + d * k.depth_stride,
+                       row);
           continue;
         }
         const T* src = w + k.filter_offset(group, m0 + m, d, 0, 0);

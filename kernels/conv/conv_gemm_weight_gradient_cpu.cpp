@@ -7,9 +7,9 @@
 // channels-last it is such a panel already.
 //
 // The sum over N * P * Q pixels is cut into blocks, each summed in registers and then added to a float sum in
-// private scratch: long sums stay accurate. A work item owns a panel of filters x a block of channels. Where
-// these are too few to share out, the pixels are also cut into a fixed number of chunks with sums of their
-// own in the shared workspace, which a second phase adds in order.
+// private scratch: long sums stay accurate. A work item owns some panels of filters x a block of channels.
+// Where these are too few to share out, the pixels are also cut into a fixed number of chunks with sums of
+// their own in the shared workspace, which a second phase adds in order.
 //
 // Bound: FMA.
 #include "conv/conv_gemm_planar.h"
@@ -21,11 +21,13 @@ namespace weights {
 
 constexpr int64_t BLOCK_PIXELS = 320;  // a panel of 64 lanes takes 80 KiB
 constexpr int64_t MIN_BLOCK_PIXELS = 64;
-constexpr int64_t BLOCK_ROWS = 768;  // their sums with 64 lanes take 192 KiB
-constexpr int64_t REDUCE_ROWS = 64;  // rows of a work item of the second phase
+constexpr int64_t BLOCK_ROWS = 768;       // their sums with 64 lanes take 192 KiB
+constexpr int64_t ITEM_SUMS = 48 * 1024;  // floats: 192 KiB
+constexpr int64_t REDUCE_ROWS = 64;       // rows of a work item of the second phase
 
 struct Sizes {
   int64_t vectors, panels;  // of filters, in a group
+  int64_t panel_block, panel_blocks;
   int64_t channel_block, channel_blocks;
   int64_t block_pixels, blocks;
   int64_t chunks, chunk_blocks;
@@ -46,13 +48,18 @@ Sizes sizes(const Correlation& k) {
   z.channel_blocks = ceil_div(k.depth, larger(1, BLOCK_ROWS / larger(1, taps)));
   z.channel_block = z.channel_blocks > 0 ? ceil_div(k.depth, z.channel_blocks) : 0;
   z.channel_blocks = z.channel_block > 0 ? ceil_div(k.depth, z.channel_block) : 0;
+  // Several panels share a staged block where their sums fit the cache together: short filters.
+  z.panel_block =
+      smaller(larger(1, z.panels), larger(1, ITEM_SUMS / larger(1, z.channel_block * taps * TILE_LANES)));
+  z.panel_blocks = ceil_div(z.panels, z.panel_block);
+  z.panel_block = z.panel_blocks > 0 ? ceil_div(z.panels, z.panel_blocks) : 1;
   for (z.block_pixels = BLOCK_PIXELS;; z.block_pixels -= MIN_BLOCK_PIXELS) {
     z.limits = block_limits(k, z.block_pixels);
     z.plane = staged_plane(k, z.limits);
     if (z.block_pixels <= MIN_BLOCK_PIXELS || z.plane * z.channel_block <= STAGE_FLOATS) break;
   }
   z.blocks = ceil_div(k.pixels(), z.block_pixels);
-  const int64_t alone = k.groups * z.panels * z.channel_blocks;
+  const int64_t alone = k.groups * z.panel_blocks * z.channel_blocks;
   const double fmas = double(k.pixels()) * double(k.groups * z.vectors) * double(k.depth * taps);
   z.chunks = 1;
   if (alone > 0 && alone < ENOUGH_ITEMS)
@@ -63,7 +70,7 @@ Sizes sizes(const Correlation& k) {
   z.items = taps > 0 ? alone * z.chunks : 0;
   z.reduce_channels = smaller(z.channel_block, larger(1, REDUCE_ROWS / larger(1, taps)));
   z.reduce_slices = z.reduce_channels > 0 ? ceil_div(z.channel_block, z.reduce_channels) : 0;
-  z.reduce_items = z.chunks > 1 ? alone * z.reduce_slices : 0;
+  z.reduce_items = z.chunks > 1 ? k.groups * z.panels * z.channel_blocks * z.reduce_slices : 0;
   z.chunk_floats = k.groups * z.vectors * VL * k.depth * taps;
   return z;
 }
@@ -85,7 +92,7 @@ Scratch scratch_of(const Correlation& k, const Sizes& z, std::byte* base) {
   s.rows = carver.take<const float*>(z.channel_block * k.taps());
   s.stage = carver.take<float>(z.plane * z.channel_block + VL);
   s.panel = carver.take<float>(z.block_pixels * TILE_LANES);
-  s.sums = carver.take<float>(z.channel_block * k.taps() * TILE_LANES);
+  s.sums = carver.take<float>(z.panel_block * z.channel_block * k.taps() * TILE_LANES);
   s.bytes = carver.used();
   return s;
 }
@@ -100,15 +107,17 @@ struct Kernel {
   float* chunk_sums;  // [chunk][group][panel][channel block][row][lane]
   Scratch s;
 
-  // The item's place: a panel of filters of a group, and a block of channels.
-  int64_t group = 0, v0 = 0, lanes = 0, valid = 0, c0 = 0, channels = 0;
-  void select(int64_t group_, int64_t panel, int64_t channel_block) {
+  // The item's place: a block of channels of a group, and the panel of filters at hand.
+  int64_t group = 0, c0 = 0, channels = 0, v0 = 0, lanes = 0, valid = 0;
+  void select_channels(int64_t group_, int64_t channel_block) {
     group = group_;
+    c0 = channel_block * z.channel_block;
+    channels = smaller(z.channel_block, k.depth - c0);
+  }
+  void select_panel(int64_t panel) {
     v0 = z.panel_begin(panel);
     lanes = (z.panel_begin(panel + 1) - v0) * VL;
     valid = smaller(lanes, k.rows - v0 * VL);
-    c0 = channel_block * z.channel_block;
-    channels = smaller(z.channel_block, k.depth - c0);
   }
   float* sums_of_chunk(int64_t chunk) const {
     return chunk_sums + chunk * z.chunk_floats + (group * z.vectors + v0) * VL * k.depth * k.taps() +
@@ -119,33 +128,46 @@ struct Kernel {
   bool channel_major() const { return p.filter_layout == Layout::nchw; }
 
   void run_item(int64_t item) {
-    const int64_t alone = k.groups * z.panels * z.channel_blocks, place = item % alone, chunk = item / alone;
-    select(place / z.channel_blocks / z.panels, place / z.channel_blocks % z.panels,
-           place % z.channel_blocks);
-    float* sums = z.chunks > 1 ? sums_of_chunk(chunk) : s.sums;
+    const int64_t alone = k.groups * z.panel_blocks * z.channel_blocks;
+    const int64_t place = item % alone, chunk = item / alone;
+    select_channels(place / z.channel_blocks / z.panel_blocks, place % z.channel_blocks);
+    const int64_t p0 = place / z.channel_blocks % z.panel_blocks * z.panel_block;
+    const int64_t p1 = smaller(p0 + z.panel_block, z.panels);
     const int64_t first = chunk * z.chunk_blocks, last = smaller(first + z.chunk_blocks, z.blocks);
-    if (first >= last)
-      for (int64_t i = 0; i < channels * k.taps() * lanes; i += VL) store(sums + i, vf{});
-    for (int64_t b = first; b < last; ++b) add_block(b, b > first, sums);
-    if (z.chunks == 1) store_rows(sums, 0, channels);
+    for (int64_t b = first; b < last; ++b) add_block(b, b > first, chunk, p0, p1);
+    for (int64_t panel = p0; panel < p1; ++panel) {
+      select_panel(panel);
+      float* sums = item_sums(chunk, p0);
+      if (first >= last)
+        for (int64_t i = 0; i < channels * k.taps() * lanes; i += VL) store(sums + i, vf{});
+      if (z.chunks == 1) store_rows(sums, 0, channels);
+    }
+  }
+  // Where the panel at hand is summed, in an item whose first panel is p0.
+  float* item_sums(int64_t chunk, int64_t p0) const {
+    return z.chunks > 1 ? sums_of_chunk(chunk) : s.sums + (v0 - z.panel_begin(p0)) * VL * channels * k.taps();
   }
 
-  void add_block(int64_t index, bool further, float* sums) {
+  void add_block(int64_t index, bool further, int64_t chunk, int64_t p0, int64_t p1) {
     PixelBlock block = {index * z.block_pixels, smaller((index + 1) * z.block_pixels, k.pixels()), s.segments,
                         s.pieces};
     split_block(k, block);
     int64_t run_count = 0;
     locate_rows(block, run_count);
-    int64_t b_stride = lanes;
-    const float* b = filter_panel(block, b_stride);
-    const int vectors = int(lanes / VL);
-    for_even_tiles(channels * k.taps(), tile_rows(vectors), [&](int64_t r0, int64_t r) PYSEQNET_LAMBDA {
-      float* c[TILE_ROWS];
-      for (int64_t i = 0; i < r; ++i) c[i] = sums + (r0 + i) * lanes;
-      run_tile(
-          int(r), vectors,
-          {s.rows + r0, s.runs, run_count, b, b_stride, further ? c[0] : nullptr, lanes, nullptr, c, VL});
-    });
+    for (int64_t panel = p0; panel < p1; ++panel) {
+      select_panel(panel);
+      float* sums = item_sums(chunk, p0);
+      int64_t b_stride = lanes;
+      const float* b = filter_panel(block, b_stride);
+      const int vectors = int(lanes / VL);
+      for_even_tiles(channels * k.taps(), tile_rows(vectors), [&](int64_t r0, int64_t r) PYSEQNET_LAMBDA {
+        float* c[TILE_ROWS];
+        for (int64_t i = 0; i < r; ++i) c[i] = sums + (r0 + i) * lanes;
+        run_tile(
+            int(r), vectors,
+            {s.rows + r0, s.runs, run_count, b, b_stride, further ? c[0] : nullptr, lanes, nullptr, c, VL});
+      });
+    }
   }
 
   // Row pointers, and the runs of pixels that the block consists of.
@@ -217,8 +239,8 @@ struct Kernel {
   // Adds a slice of channels over the chunks, in order.
   void reduce_item(int64_t item) {
     const int64_t slice = item % z.reduce_slices, place = item / z.reduce_slices;
-    select(place / z.channel_blocks / z.panels, place / z.channel_blocks % z.panels,
-           place % z.channel_blocks);
+    select_channels(place / z.channel_blocks / z.panels, place % z.channel_blocks);
+    select_panel(place / z.channel_blocks % z.panels);
     const int64_t from = slice * z.reduce_channels, to = smaller(from + z.reduce_channels, channels);
     if (from >= to) return;
     const int64_t taps = k.taps();

@@ -33,7 +33,7 @@ PYSEQNET_INLINE void transpose_elements(const From* from, int64_t from_stride, i
 #pragma GCC unroll 16
         for (int i = 0; i < VL; ++i) store_lanes(dst + i * to_stride, v[i]);
       } else {
-        // Rows beyond the last repeat it: their lanes are not stored.
+      // Rows beyond the last repeat it: their lanes are not stored.
 #pragma GCC unroll 16
         for (int i = 0; i < VL; ++i) {
           const From* row = src + (i < nr ? i : nr - 1) * from_stride;
@@ -47,7 +47,8 @@ PYSEQNET_INLINE void transpose_elements(const From* from, int64_t from_stride, i
     }
 }
 
-// Lanes 0, 2, 4, .. of two neighbouring vectors, and the reverse: a vector's lanes spread to every other place.
+// Lanes 0, 2, 4, .. of two neighbouring vectors, and the reverse: a vector's lanes spread to every other
+// place.
 #if defined(__AVX512F__)
 #define PYSEQNET_EVEN_LANES(a, b) \
   __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30)
@@ -178,8 +179,8 @@ void stage_planes(const Correlation& k, const PixelBlock& block, const Planes& p
             fill_zero(row + c * planes.channel + in_row.last, pitch - in_row.last);
           }
           if (count)
-            transpose_elements(src + in_row.first * k.w.in_step * k.in.w, k.w.in_step * k.in.w, count, channels,
-                               row + in_row.first, planes.channel);
+            transpose_elements(src + in_row.first * k.w.in_step * k.in.w, k.w.in_step * k.in.w, count,
+                               channels, row + in_row.first, planes.channel);
         }
       }
     }
