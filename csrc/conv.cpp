@@ -18,9 +18,11 @@ struct Geometry {
   int64_t stride_h, stride_w, pad_top, pad_left, pad_bottom, pad_right, dilation_h, dilation_w, groups;
 };
 
+constexpr const char* kernel_too_large = "conv: the dilated kernel is larger than the padded input";
+
 int64_t output_extent(int64_t input, int64_t taps, int64_t pad, int64_t stride, int64_t dilation) {
-  const int64_t room = input + pad - dilation * (taps - 1) - 1;
-  require(room >= 0, "conv: the dilated kernel is larger than the padded input");
+  const int64_t room = input + pad - reach(taps, dilation, kernel_too_large);
+  require(room >= 0, kernel_too_large);
   return room / stride + 1;
 }
 
@@ -34,8 +36,16 @@ ConvProblem make_problem(const Tensor& x, const Tensor& w, const Geometry& g) {
           "conv: stride, dilation and groups must be positive");
   require(g.pad_top >= 0 && g.pad_left >= 0 && g.pad_bottom >= 0 && g.pad_right >= 0,
           "conv: padding must not be negative");
-  require(filter.n > 0 && filter.h > 0 && filter.w > 0, "conv: there must be a filter, and it must not be empty");
-  require(image.c == filter.c * g.groups, "conv: input channels must be weight.size(1) * groups");
+  require(g.pad_top <= largest_padding && g.pad_left <= largest_padding && g.pad_bottom <= largest_padding &&
+              g.pad_right <= largest_padding,
+          "conv: padding is too large");
+  require(filter.n > 0 && filter.h > 0 && filter.w > 0,
+          "conv: there must be a filter, and it must not be empty");
+  require(image.n == 0 || image.c == 0 || (image.h > 0 && image.w > 0),
+          "conv: only the batch or the channels may be empty");
+  // The quotient comes first: a product of what a caller claims could overflow.
+  require(image.c % g.groups == 0 && image.c / g.groups == filter.c,
+          "conv: input channels must be weight.size(1) * groups");
   require(filter.n % g.groups == 0, "conv: output channels must be divisible by groups");
   ConvProblem p;
   p.dtype = dtype_of(x);
@@ -45,8 +55,10 @@ ConvProblem make_problem(const Tensor& x, const Tensor& w, const Geometry& g) {
   p.K = filter.n, p.R = filter.h, p.S = filter.w;
   p.P = output_extent(p.H, p.R, g.pad_top + g.pad_bottom, g.stride_h, g.dilation_h);
   p.Q = output_extent(p.W, p.S, g.pad_left + g.pad_right, g.stride_w, g.dilation_w);
-  p.stride_h = g.stride_h, p.stride_w = g.stride_w, p.pad_h = g.pad_top, p.pad_w = g.pad_left;
-  p.dilation_h = g.dilation_h, p.dilation_w = g.dilation_w, p.groups = g.groups;
+  // A step that is never taken is 1: however large it was, kernels may multiply with it.
+  p.stride_h = p.P > 1 ? g.stride_h : 1, p.stride_w = p.Q > 1 ? g.stride_w : 1;
+  p.dilation_h = p.R > 1 ? g.dilation_h : 1, p.dilation_w = p.S > 1 ? g.dilation_w : 1;
+  p.pad_h = g.pad_top, p.pad_w = g.pad_left, p.groups = g.groups;
   return p;
 }
 

@@ -21,10 +21,11 @@ struct Geometry {
 // torch's rule: with ceil_mode the last window must start inside the image or its left padding.
 int64_t output_extent(int64_t input, int64_t taps, int64_t pad, int64_t stride, int64_t dilation,
                       bool ceil_mode) {
-  const int64_t room = input + 2 * pad - dilation * (taps - 1) - 1;
-  require(room >= 0, "max_pool: the dilated window is larger than the padded input");
-  int64_t extent = (room + (ceil_mode ? stride - 1 : 0)) / stride + 1;
-  if (ceil_mode && (extent - 1) * stride >= input + pad) extent--;
+  constexpr const char* too_large = "max_pool: the dilated window is larger than the padded input";
+  const int64_t room = input + 2 * pad - reach(taps, dilation, too_large);
+  require(room >= 0, too_large);
+  int64_t extent = room / stride + (ceil_mode && room % stride != 0) + 1;
+  if (extent > 1 && ceil_mode && (extent - 1) * stride >= input + pad) extent--;
   return extent;
 }
 
@@ -32,19 +33,23 @@ MaxPoolProblem make_problem(const ImageShape& image, DType dtype, Layout layout,
   require(g.kernel_h > 0 && g.kernel_w > 0 && g.stride_h > 0 && g.stride_w > 0 && g.dilation_h > 0 &&
               g.dilation_w > 0,
           "max_pool: kernel size, stride and dilation must be positive");
-  require(g.pad_h >= 0 && g.pad_w >= 0 && 2 * g.pad_h <= g.kernel_h && 2 * g.pad_w <= g.kernel_w,
+  require(g.pad_h >= 0 && g.pad_w >= 0 && g.pad_h <= g.kernel_h / 2 && g.pad_w <= g.kernel_w / 2,
           "max_pool: padding must be between 0 and half the kernel size");
+  require(product_fits({g.kernel_h, g.kernel_w}) && g.kernel_h * g.kernel_w < (int64_t(1) << 31),
+          "max_pool: the window has too many taps");
   require(image.c > 0 && image.h > 0 && image.w > 0, "max_pool: only the batch may be empty");
+  require(image.h < (int64_t(1) << 58) && image.w < (int64_t(1) << 58), "max_pool: the image is too large");
   MaxPoolProblem p;
   p.dtype = dtype;
   p.layout = layout;
   p.N = image.n, p.C = image.c, p.H = image.h, p.W = image.w;
   p.R = g.kernel_h, p.S = g.kernel_w;
-  p.stride_h = g.stride_h, p.stride_w = g.stride_w, p.pad_h = g.pad_h, p.pad_w = g.pad_w;
-  p.dilation_h = g.dilation_h, p.dilation_w = g.dilation_w;
-  p.P = output_extent(p.H, p.R, p.pad_h, p.stride_h, p.dilation_h, g.ceil_mode);
-  p.Q = output_extent(p.W, p.S, p.pad_w, p.stride_w, p.dilation_w, g.ceil_mode);
-  require(p.R * p.S < (int64_t(1) << 31), "max_pool: the window has too many taps");
+  p.pad_h = g.pad_h, p.pad_w = g.pad_w;
+  p.P = output_extent(p.H, p.R, p.pad_h, g.stride_h, g.dilation_h, g.ceil_mode);
+  p.Q = output_extent(p.W, p.S, p.pad_w, g.stride_w, g.dilation_w, g.ceil_mode);
+  // A step that is never taken is 1: however large it was, kernels may multiply with it.
+  p.stride_h = p.P > 1 ? g.stride_h : 1, p.stride_w = p.Q > 1 ? g.stride_w : 1;
+  p.dilation_h = p.R > 1 ? g.dilation_h : 1, p.dilation_w = p.S > 1 ? g.dilation_w : 1;
   return p;
 }
 

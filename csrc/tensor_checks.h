@@ -64,11 +64,45 @@ inline Layout suggested_layout(const Tensor& t) {
   return Layout::nhwc;
 }
 
+// Torch's own text does not pass its C interface; what reaches us names a line of this file.
+[[noreturn]] inline void throw_out_of_memory(const int64_t* sizes, int64_t dims) {
+  std::string shape;
+  for (int64_t d = 0; d < dims; d++) shape += (d ? ", " : "") + std::to_string(sizes[d]);
+  throw std::runtime_error("pyseqnet: out of memory: cannot allocate a tensor of shape (" + shape + ")");
+}
+
 // The tensor itself when it is dense in this layout, else a dense copy.
 inline Tensor dense(const Tensor& t, Layout layout) {
+  using torch::headeronly::MemoryFormat;
   if (layout == Layout::nchw && t.is_contiguous()) return t;
-  return torch::stable::contiguous(t, layout == Layout::nchw ? torch::headeronly::MemoryFormat::Contiguous
-                                                             : torch::headeronly::MemoryFormat::ChannelsLast);
+  try {
+    return torch::stable::contiguous(
+        t, layout == Layout::nchw ? MemoryFormat::Contiguous : MemoryFormat::ChannelsLast);
+  } catch (const std::exception&) {
+    throw_out_of_memory(t.sizes().data(), t.dim());
+  }
+}
+
+// Geometry as numbers that kernels can add and multiply: nothing below overflows int64_t with extents up to
+// this.
+constexpr int64_t largest_padding = int64_t(1) << 48;
+
+// How far a dilated window reaches, dilation * (taps - 1) + 1.
+inline int64_t reach(int64_t taps, int64_t dilation, const char* complaint) {
+  int64_t between = 0;
+  require(!__builtin_mul_overflow(taps - 1, dilation, &between) && between < (int64_t(1) << 62), complaint);
+  return between + 1;
+}
+
+// Whether a product of extents fits.
+inline bool product_fits(std::initializer_list<int64_t> extents) {
+  constexpr int64_t largest_product = int64_t(1) << 58;  // elements: their bytes fit as well
+  int64_t product = 1;
+  for (int64_t extent : extents) {
+    if (extent == 0) return true;
+    if (__builtin_mul_overflow(product, extent, &product) || product > largest_product) return false;
+  }
+  return true;
 }
 
 inline Tensor new_tensor(const Tensor& like, const int64_t* sizes, const int64_t* strides, int64_t dims,
@@ -86,14 +120,18 @@ inline Tensor new_tensor(const Tensor& like, const int64_t* sizes, const int64_t
                        : type == ScalarType::Byte     ? aoti_torch_dtype_uint8()
                        : type == ScalarType::Int      ? aoti_torch_dtype_int32()
                                                       : aoti_torch_dtype_int64();
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dims, sizes, strides, code, device_type, device_index, &handle));
+  if (aoti_torch_empty_strided(dims, sizes, strides, code, device_type, device_index, &handle))
+    throw_out_of_memory(sizes, dims);
   return Tensor(handle);
 }
 
 // An uninitialised image (or, with rank 3, sequence) in a layout.
 inline Tensor new_image(const Tensor& like, const ImageShape& s, Layout layout, int64_t rank,
                         torch::headeronly::ScalarType type) {
+  if (!product_fits({s.n, s.c, s.h, s.w})) {
+    const int64_t sizes[] = {s.n, s.c, s.h, s.w};
+    throw_out_of_memory(sizes, 4);
+  }
   const Strides strides = dense_strides(layout, s.c, s.h, s.w);
   if (rank == 3) {
     const int64_t sizes[] = {s.n, s.c, s.w}, steps[] = {s.c * s.w, s.w, 1};

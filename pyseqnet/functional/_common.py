@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -12,13 +13,25 @@ from torch.autograd import forward_ad
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+def integer(value: Any) -> int:
+    """What torch takes for an integer, as one: numpy's and zero-dimensional tensors too, bool and float not."""
+    if isinstance(value, bool):
+        raise TypeError("expected an integer, got a bool")
+    if isinstance(value, (int, torch.SymInt)):
+        return value  # type: ignore[return-value]
+    return operator.index(value)
+
+
 def per_dimension(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
-    """An int or a sequence of one or ``dims`` ints, as ``dims`` ints; ValueError for anything else."""
-    if type(value) is tuple and len(value) == dims:
-        return value
-    if isinstance(value, int):
+    """An int or a sequence of one or ``dims`` ints, as ``dims`` ints; ValueError or TypeError for anything else."""
+    if type(value) is int:
         return (value,) * dims
-    values = tuple(value)
+    # what layers pass; dims is 1 or 2, so the first and the last are all
+    if type(value) is tuple and len(value) == dims and type(value[0]) is int and type(value[-1]) is int:
+        return value
+    if not isinstance(value, (tuple, list)):
+        return (integer(value),) * dims
+    values = tuple(integer(item) for item in value)
     if len(values) == 1:
         return values * dims
     if len(values) != dims:
@@ -57,6 +70,13 @@ def autocast_dtype(input: Tensor) -> torch.dtype | None:
 def autocast_cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """torch's policy for convolutions and matrix products: floating-point tensors are cast, float64 is left alone."""
     return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+
+
+def same_device(name: str, *tensors: Tensor | None) -> None:
+    """For shape functions: torch calls them for a meta tensor beside a real one, where no kernel may run."""
+    devices = sorted({str(t.device) for t in tensors if t is not None})
+    if len(devices) > 1:
+        raise RuntimeError(f"{name}: expected all tensors on the same device, found {' and '.join(devices)}")
 
 
 def explain(error: Exception, name: str, tensors: Sequence[Any], torch_call: Callable[[], object]) -> NoReturn:

@@ -17,8 +17,10 @@ from pyseqnet.functional._common import (
     autocast_dtype,
     creates_graph,
     explain,
+    integer,
     needs_autograd,
     per_dimension,
+    same_device,
 )
 
 _forward = torch.ops.pyseqnet.conv_forward.default
@@ -70,6 +72,8 @@ def _read_geometry(
     if weight.dim() != dims + 2:
         raise ValueError(f"weight must have {dims + 2} dimensions, got {weight.dim()}")
     strides, dilations = per_dimension(stride, dims), per_dimension(dilation, dims)
+    if type(groups) is not int:
+        groups = integer(groups)
     if isinstance(padding, str):
         before, after = _read_padding_name(padding, weight.shape[2:], strides, dilations)
     else:
@@ -280,6 +284,7 @@ def _empty_as(tensor: Tensor, shape: Sequence[int], format_of: Tensor) -> Tensor
 @torch.library.register_fake("pyseqnet::conv_forward")
 def _conv_forward_fake(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: int) -> Tensor:
     g = _Geometry(*geometry)
+    same_device("conv", input, weight, bias)
     if input.shape[1] != weight.shape[1] * g.groups:
         raise RuntimeError(
             f"Given groups={g.groups}, weight of size {list(weight.shape)}, expected input{list(input.shape)} to have "
@@ -301,6 +306,7 @@ def _conv_backward_fake(
     grad_output: Tensor, input: Tensor, weight: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     need_input, need_weight, need_bias = rest[-3:]
+    same_device("conv", grad_output, input, weight)
 
     def nothing() -> Tensor:
         return grad_output.new_empty(0)
