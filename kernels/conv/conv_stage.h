@@ -93,21 +93,33 @@ PYSEQNET_INLINE Inside inside_row(int64_t position, int64_t step, int64_t extent
   return {smaller(first, count), larger(smaller(first, count), smaller(last, count))};
 }
 
-// A staged row of `count` elements: from[i * step] for the indices inside the image, zero elsewhere. `from`
-// may point before the image.
-template <class T>
-PYSEQNET_INLINE void stage_row(float* to, const T* from, int64_t step, Inside in, int64_t count) {
-  if (step == 1) {
+// Elements [i, i + VL) of a staged row: from[j * step] for the indices j inside the image, zero elsewhere.
+template <int step, class T>
+PYSEQNET_INLINE vf staged_vector(const T* from, int64_t i, Inside in) {
+  if constexpr (step == 1) return load_between(from + i, in.first - i, in.last - i, vf{});
+  const int64_t first = 2 * (in.first - i), last = 2 * (in.last - i) - 1;
+  const vf low = load_between(from + 2 * i, first, last, vf{});
+  const vf high = load_between(from + 2 * i + VL, first - VL, last - VL, vf{});
+  return PYSEQNET_EVEN_LANES(low, high);
+}
+template <int step, class T>
+PYSEQNET_INLINE void stage_rows_by(float* to, int64_t to_stride, const T* from, int64_t from_stride,
+                                   int64_t channels, Inside in, int64_t count) {
+  // Short rows: channels run innermost, so that what is inside is worked out once for all of them.
+  constexpr int64_t short_row = 4 * VL;
+  const int64_t together = count <= short_row ? channels : 1;
+  for (int64_t c0 = 0; c0 < channels; c0 += together)
     for (int64_t i = 0; i < count; i += VL)
-      store_lanes_n(to + i, load_between(from + i, in.first - i, in.last - i, vf{}), count - i);
-  } else if (step == 2) {
-    for (int64_t i = 0; i < count; i += VL) {
-      const int64_t first = 2 * (in.first - i), last = 2 * (in.last - i) - 1;
-      const vf low = load_between(from + 2 * i, first, last, vf{});
-      const vf high = load_between(from + 2 * i + VL, first - VL, last - VL, vf{});
-      store_lanes_n(to + i, PYSEQNET_EVEN_LANES(low, high), count - i);
-    }
-  } else {
+      for (int64_t c = c0; c < c0 + together; ++c)
+        store_lanes_n(to + c * to_stride + i, staged_vector<step>(from + c * from_stride, i, in), count - i);
+}
+// A staged row of `count` elements in each of `channels` planes. `from` may point before the image.
+template <class T>
+PYSEQNET_INLINE void stage_rows(float* to, int64_t to_stride, const T* from, int64_t from_stride,
+                                int64_t channels, int64_t step, Inside in, int64_t count) {
+  if (step == 1) return stage_rows_by<1>(to, to_stride, from, from_stride, channels, in, count);
+  if (step == 2) return stage_rows_by<2>(to, to_stride, from, from_stride, channels, in, count);
+  for (int64_t c = 0; c < channels; ++c, to += to_stride, from += from_stride) {
     for (int64_t i = 0; i < in.first; ++i) to[i] = 0.0f;
     for (int64_t i = in.first; i < in.last; ++i) to[i] = to_float(from[i * step]);
     for (int64_t i = in.last; i < count; ++i) to[i] = 0.0f;
@@ -170,8 +182,7 @@ void stage_planes(const Correlation& k, const PixelBlock& block, const Planes& p
         if (h < 0 || h >= k.h.in) in_row = {pitch, pitch};
         const T* src = in + piece.n * k.in.n + h * k.in.h + position * k.in.w;
         if (planar) {
-          for (int64_t c = 0; c < channels; ++c)
-            stage_row(row + c * planes.channel, src + c * k.in.c, k.w.in_step, in_row, pitch);
+          stage_rows(row, planes.channel, src, k.in.c, channels, k.w.in_step, in_row, pitch);
         } else {
           const int64_t count = in_row.last - in_row.first;
           for (int64_t c = 0; c < channels; ++c) {
