@@ -73,9 +73,10 @@ class Program {
   void run(const std::function<int(int)>& launch, const std::function<bool()>& right) {
     static constexpr int schedules = 4;
     for (int seed = 1; seed <= schedules; seed++) judge(0, "", seed, launch, right);
-    if (!device_memory::simulated) return;
-    for (const Fault& fault : list_)
-      for (int seed = 1; seed <= schedules; seed++) judge(fault.number, fault.caught_by, seed, launch, right);
+    if constexpr (device_memory::simulated)
+      for (const Fault& fault : list_)
+        for (int seed = 1; seed <= schedules; seed++)
+          judge(fault.number, fault.caught_by, seed, launch, right);
   }
 
   int finish() {
