@@ -53,7 +53,9 @@ def test_gradcheck(device: str, name: str) -> None:
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_gradgradcheck(device: str, name: str) -> None:
     function, inputs = used(name, conv_inputs(device, FUNCTIONS[name][1]))
-    torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
+    # A double backward runs torch's own convolution, whose CUDA gradients vary in the last bits from run to run.
+    nondeterminism = 1e-12 if device == "cuda" else 0.0
+    torch.autograd.gradgradcheck(function, inputs, fast_mode=True, nondet_tol=nondeterminism)
 
 
 @pytest.mark.parametrize("wanted", range(1, 8))

@@ -381,13 +381,13 @@ def test_more_than_2_to_the_31_elements() -> None:
     """Offsets do not fit 32 bits: only the far end of the tensors is compared."""
     if torch.cuda.mem_get_info()[0] < 14 << 30:
         pytest.skip("needs 14 GB of free GPU memory")
-    length, tail = (1 << 31) + 4096, 8192
-    x = torch.zeros((1, 1, length), dtype=torch.bfloat16, device="cuda")
-    x[..., -tail:] = normal((1, 1, tail), 0, torch.bfloat16).cuda()
-    w = normal((1, 1, 3), 1, torch.bfloat16).cuda()
-    y = F.conv1d(x, w)
-    expected = torch.conv1d(x[..., -tail:].double().cpu(), w.double().cpu())
-    assert error_of(y[..., 2 - tail :], expected) <= 0.02 * largest(expected)
+    height, width, tail = 1 << 16, (1 << 15) + 8, 4
+    x = torch.zeros((1, 1, height, width), dtype=torch.bfloat16, device="cuda")
+    x[..., -tail:, :] = normal((1, 1, tail, width), 0, torch.bfloat16).cuda()
+    w = normal((1, 1, 3, 3), 1, torch.bfloat16).cuda()
+    y = F.conv2d(x, w)
+    expected = torch.conv2d(x[..., -tail:, :].double().cpu(), w.double().cpu())
+    assert error_of(y[..., 2 - tail :, :], expected) <= 0.02 * largest(expected)
 
 
 # --- what a convolution is --------------------------------------------------------------------------------------
