@@ -126,7 +126,7 @@ def threads(count: int) -> Iterator[None]:
 
 def run_python(code: str, timeout: float = 300, **variables: str) -> subprocess.CompletedProcess[str]:
     """A fresh interpreter on `code`, with this checkout (or whatever pyseqnet is imported here) on its path."""
-    home = str(Path(pyseqnet.__file__).resolve().parent.parent)
+    home = str(Path(_C.__file__).parent.parent)
     path = os.pathsep.join([home, *filter(None, [os.environ.get("PYTHONPATH")])])
     env = {**os.environ, "PYTHONPATH": path, **variables}
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=timeout, env=env)
