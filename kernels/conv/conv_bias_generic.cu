@@ -18,11 +18,11 @@ __global__ void __launch_bounds__(channel_threads)
   Acc sum[1] = {0};
   if (mine.channel < s.channels && mine.begin < mine.end) {
     gy += mine.channel * s.gy.c;
-    Digits<3> d = digits_of(mine.begin, s.pixel.extent);
+    Digits<3> d = digits_of(mine.begin, s.item.extent);
 #pragma unroll 4
     for (int64_t pixel = mine.begin; pixel < mine.end; pixel += pixel_lanes) {
       sum[0] += load(gy + d.digit[0] * s.gy.n + d.digit[1] * s.gy.h + d.digit[2] * s.gy.w);
-      advance(d, s.pixel);
+      advance(d, s.item);
     }
   }
   add_pixel_lanes(sum, memory, t, s.channel_lanes);
@@ -36,11 +36,11 @@ __global__ void __launch_bounds__(channel_threads)
 // More channels than blocks in a grid are beyond coordinate_limit already, and parts are few by construction.
 Refusal refuses(const ConvProblem& p) { return refuse_beyond_coordinates(simplified(p)); }
 
-int64_t workspace_bytes(const ConvProblem& p) { return parts_bytes(p.dtype, channel_sums(p, 1).parts, p.K); }
+int64_t workspace_bytes(const ConvProblem& p) { return parts_bytes(p.dtype, channel_sums(p).parts, p.K); }
 
 int launch_sums(const ConvProblem& p, const ConvTensors& tensors, void* workspace, void* stream) {
   if (p.K == 0) return launch_ok;
-  const ChannelSums s = channel_sums(p, 1);
+  const ChannelSums s = channel_sums(p);
   return dispatch_dtype(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const int error = launch(

@@ -2,18 +2,19 @@
 // products, so all of it is bound by memory, and by the instructions around a product; no tile of a matrix
 // product would be filled.
 //
-//   correlate        forward: a thread computes four lines of one column (one where there are fewer lines),
-//   so
-//                    that index arithmetic, weights and the test of a tap's column are shared by four. What
-//                    several outputs read comes from the L1 cache. The input gradient of stride 1 is the same
-//                    with the filter turned around.
-//   gather_strided   input gradient of a stride above 1: every pixel sums the taps that meet an output.
-//   Whether
-//                    tap r does is kept as a quotient and a remainder by the stride, which change by
-//                    constants from tap to tap.
-//   correlate_sums   weight gradient: a thread keeps the sums of nine taps over its share of the pixels;
-//   blocks
-//                    are summed as conv_generic.cuh says. Filters of more than nine taps take several blocks.
+//   correlate_3x3       forward of the common filter, stride 1 or 2 down the lines: a thread computes four
+//   lines
+//                       of one column and loads the three pixels of an input line once for all of them.
+//   correlate           forward of every other filter: four lines of one column (one where there are fewer)
+//                       share index arithmetic, weights and the test of a tap's column. What several outputs
+//                       read comes from the L1 cache.
+//                       The input gradient of stride 1 is the same with the filter turned around.
+//   gather_strided      input gradient of a stride above 1: every pixel sums the taps that meet an output.
+//                       Whether tap r does is kept as a quotient and a remainder by the stride, which change
+//                       by constants from tap to tap.
+//   correlate_sums_3x3, correlate_sums   weight gradient: a thread keeps the sums of nine taps over its share
+//                       of the pixels; blocks are summed as conv_generic.cuh says. Filters of more than nine
+//                       taps take several blocks.
 //
 // Neighbouring threads hold neighbouring elements of the output: pixels in NCHW, channels in NHWC. Outputs
 // are numbered in the order of memory, so planes of any size fill the warps, and a thread walks that
@@ -67,44 +68,107 @@ PYSEQNET_DEVICE void walk_outputs(const Depthwise& d, F&& f) {
   }
 }
 
-// fixed_taps: the number of taps of a row, where it is known to the compiler; 0 where not.
-template <class T, int lines, int fixed_taps>
-__global__ void __launch_bounds__(threads)
+template <class T, int lines>
+__global__ void __launch_bounds__(threads, lines == 1 ? 5 : 3)
     correlate(const T* __restrict__ in, const T* __restrict__ weights, const T* __restrict__ bias,
               T* __restrict__ out, Depthwise d) {
   using Acc = accumulator_t<T>;
-  const int taps = fixed_taps ? fixed_taps : d.w.taps;
+  const int64_t tap_step = d.w.dilation * d.in.w, row_step = d.h.dilation * d.in.h;
+  const int64_t line_step = d.h.stride * d.in.h;
   walk_outputs(d, [&](Position at) {
-    const int first = at.line * lines, top = first * d.h.stride - d.h.pad,
-              left = at.column * d.w.stride - d.w.pad;
-    const T* image = in + at.n * d.in.n + at.c * d.in.c;
-    const T* weight = weights + d.weight_origin + int64_t(at.c) * d.weight_c;
+    const int first = at.line * lines;
+    const int top = first * d.h.stride - d.h.pad, left = at.column * d.w.stride - d.w.pad;
+    const T* row = in + (at.n * d.in.n + at.c * d.in.c + top * d.in.h + left * d.in.w);
+    const T* weight_row = weights + (d.weight_origin + int64_t(at.c) * d.weight_c);
     Acc sum[lines];
 #pragma unroll
     for (int i = 0; i < lines; i++) sum[i] = bias ? load(bias + at.c) : Acc(0);
-    for (int r = 0; r < d.h.taps; r++) {
-      bool inside[lines];
-      int64_t line[lines];
+    for (int r = 0, h = top; r < d.h.taps; r++, h += d.h.dilation) {
+      const T *pixel = row, *weight = weight_row;
+#pragma unroll 2
+      for (int s = 0, w = left; s < d.w.taps; s++, w += d.w.dilation) {
+        if (unsigned(w) < unsigned(d.w.in)) {
+          const Acc v = load(weight);
 #pragma unroll
-      for (int i = 0; i < lines; i++) {
-        const int h = top + r * d.h.dilation + i * d.h.stride;
-        inside[i] = unsigned(h) < unsigned(d.h.in);
-        line[i] = h * d.in.h;
+          for (int i = 0; i < lines; i++)
+            if (unsigned(h + i * d.h.stride) < unsigned(d.h.in)) sum[i] += v * load(pixel + i * line_step);
+        }
+        pixel += tap_step;
+        weight += d.weight_w;
       }
-#pragma unroll
-      for (int s = 0; s < taps; s++) {
-        const int w = left + s * d.w.dilation;
-        if (unsigned(w) >= unsigned(d.w.in)) continue;
-        const Acc v = load(weight + r * d.weight_h + s * d.weight_w);
-#pragma unroll
-        for (int i = 0; i < lines; i++)
-          if (inside[i]) sum[i] += v * load(image + (line[i] + w * d.in.w));
-      }
+      row += row_step;
+      weight_row += d.weight_h;
     }
-    T* result = out + at.n * d.out.n + at.c * d.out.c + at.column * d.out.w;
+    T* result = out + (at.n * d.out.n + at.c * d.out.c + first * d.out.h + at.column * d.out.w);
 #pragma unroll
     for (int i = 0; i < lines; i++)
-      if (first + i < d.h.out) store(result + (first + i) * d.out.h, sum[i]);
+      if (first + i < d.h.out) store(result + i * d.out.h, sum[i]);
+  });
+}
+
+// The input lines under `lines_together` outputs of a 3 x 3 filter, one after the other from the top: three
+// pixels each, zero where they lie outside.
+template <class T, int stride>
+struct InputLines {
+  static constexpr int count = (lines_together - 1) * stride + 3;
+  const T* line;
+  int64_t line_step, pixel_step;
+  int h, lines_in;
+  bool column_inside[3];
+  PYSEQNET_DEVICE InputLines(const T* corner, const Strides& in, const SpatialAxis& rows,
+                             const SpatialAxis& columns, int top, int left)
+      : line(corner), line_step(in.h), pixel_step(in.w), h(top), lines_in(rows.in) {
+#pragma unroll
+    for (int s = 0; s < 3; s++) column_inside[s] = unsigned(left + s) < unsigned(columns.in);
+  }
+  PYSEQNET_DEVICE void next(accumulator_t<T> (&pixel)[3]) {
+    const bool inside = unsigned(h) < unsigned(lines_in);
+    const T* at = line;
+#pragma unroll
+    for (int s = 0; s < 3; s++, at += pixel_step)
+      pixel[s] = inside && column_inside[s] ? load(at) : accumulator_t<T>(0);
+    line += line_step;
+    h++;
+  }
+  // The output whose tap row r lies on input line j, or -1.
+  PYSEQNET_DEVICE static constexpr int output(int j, int r) {
+    return j >= r && (j - r) % stride == 0 && (j - r) / stride < lines_together ? (j - r) / stride : -1;
+  }
+};
+
+template <class T, int stride>
+__global__ void __launch_bounds__(threads, 3)
+    correlate_3x3(const T* __restrict__ in, const T* __restrict__ weights, const T* __restrict__ bias,
+                  T* __restrict__ out, Depthwise d) {
+  using Acc = accumulator_t<T>;
+  using Lines = InputLines<T, stride>;
+  walk_outputs(d, [&](Position at) {
+    const int first = at.line * lines_together;
+    const int top = first * stride - d.h.pad, left = at.column * d.w.stride - d.w.pad;
+    Lines lines(in + (at.n * d.in.n + at.c * d.in.c + top * d.in.h + left * d.in.w), d.in, d.h, d.w, top,
+                left);
+    const T* filter = weights + (d.weight_origin + int64_t(at.c) * d.weight_c);
+    Acc weight[3][3], sum[lines_together];
+#pragma unroll
+    for (int tap = 0; tap < 9; tap++)
+      weight[tap / 3][tap % 3] = load(filter + (tap / 3 * d.weight_h + tap % 3 * d.weight_w));
+    const Acc b = bias ? load(bias + at.c) : Acc(0);
+#pragma unroll
+    for (int i = 0; i < lines_together; i++) sum[i] = b;
+#pragma unroll
+    for (int j = 0; j < Lines::count; j++) {
+      Acc pixel[3];
+      lines.next(pixel);
+#pragma unroll
+      for (int r = 0; r < 3; r++)
+        if (const int i = Lines::output(j, r); i >= 0)
+#pragma unroll
+          for (int s = 0; s < 3; s++) sum[i] += weight[r][s] * pixel[s];
+    }
+    T* result = out + (at.n * d.out.n + at.c * d.out.c + first * d.out.h + at.column * d.out.w);
+#pragma unroll
+    for (int i = 0; i < lines_together; i++)
+      if (first + i < d.h.out) store(result + i * d.out.h, sum[i]);
   });
 }
 
@@ -127,7 +191,7 @@ struct OutputOfTap {
 };
 
 template <class T>
-__global__ void __launch_bounds__(threads)
+__global__ void __launch_bounds__(threads, 5)
     gather_strided(const T* __restrict__ gy, const T* __restrict__ weights, T* __restrict__ gx, Depthwise d) {
   using Acc = accumulator_t<T>;
   walk_outputs(d, [&](Position at) {
@@ -163,9 +227,24 @@ struct DepthwiseSums {
   Strides x;
 };
 
-// fixed_side: 3 where the filter is 3 x 3, so that tests of rows and columns are shared among taps; else 0.
-template <class T, int fixed_side>
-__global__ void __launch_bounds__(channel_threads)
+// Writes a thread's `count` sums of taps, from first_tap on, to the workspace or to gw.
+template <class T, class Acc>
+PYSEQNET_DEVICE void store_taps(const Acc (&sum)[taps_together], void* out, const ChannelSums& s,
+                                int64_t channel, int filter, int first_tap, int count) {
+  const int64_t part = blockIdx.x / s.channel_blocks % s.parts;
+  const int64_t first = (s.accumulators_out ? part * s.channels + channel : channel) * filter + first_tap;
+#pragma unroll
+  for (int k = 0; k < taps_together; k++) {
+    if (k >= count) break;
+    if (s.accumulators_out)
+      static_cast<Acc*>(out)[first + k] = sum[k];
+    else
+      store(static_cast<T*>(out) + first + k, sum[k]);
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(channel_threads, sizeof(T) == 8 ? 2 : 3)
     correlate_sums(const T* __restrict__ gy, const T* __restrict__ x, void* __restrict__ out,
                    DepthwiseSums d) {
   using Acc = accumulator_t<T>;
@@ -177,8 +256,7 @@ __global__ void __launch_bounds__(channel_threads)
   const int first_tap = int(blockIdx.x / (s.channel_blocks * s.parts)) * taps_together;
   const int count = filter - first_tap < taps_together ? filter - first_tap : taps_together;
   if (t < count) {
-    const int r = (first_tap + t) / d.w.taps, tap = (first_tap + t) % d.w.taps;
-    const int h = r * d.h.dilation, w = tap * d.w.dilation;
+    const int h = (first_tap + t) / d.w.taps * d.h.dilation, w = (first_tap + t) % d.w.taps * d.w.dilation;
     taps[t] = {h * d.x.h + w * d.x.w, h, w};
   }
   __syncthreads();
@@ -188,41 +266,66 @@ __global__ void __launch_bounds__(channel_threads)
   if (mine.channel < s.channels && mine.begin < mine.end) {
     gy += mine.channel * s.gy.c;
     x += mine.channel * d.x.c;
-    Digits<3> i = digits_of(mine.begin, s.pixel.extent);
-    for (int64_t pixel = mine.begin; pixel < mine.end; pixel += pixel_lanes) {
-      const Acc g = load(gy + i.digit[0] * s.gy.n + i.digit[1] * s.gy.h + i.digit[2] * s.gy.w);
+    Digits<3> i = digits_of(mine.begin, s.item.extent);
+    for (int64_t item = mine.begin; item < mine.end; item += pixel_lanes) {
+      const Acc g = load(gy + (i.digit[0] * s.gy.n + i.digit[1] * s.gy.h + i.digit[2] * s.gy.w));
       const int top = i.digit[1] * d.h.stride - d.h.pad, left = i.digit[2] * d.w.stride - d.w.pad;
-      const int64_t corner = i.digit[0] * d.x.n + top * d.x.h + left * d.x.w;
+      const T* corner = x + (i.digit[0] * d.x.n + top * d.x.h + left * d.x.w);
 #pragma unroll
       for (int k = 0; k < taps_together; k++) {
-        if (!fixed_side && k >= count) break;
-        Tap tap;
-        if constexpr (fixed_side > 0) {
-          tap.h = k / fixed_side * d.h.dilation;
-          tap.w = k % fixed_side * d.w.dilation;
-          tap.offset = tap.h * d.x.h + tap.w * d.x.w;
-        } else {
-          tap = taps[k];
-        }
+        if (k >= count) break;
+        const Tap tap = taps[k];
         if (unsigned(top + tap.h) < unsigned(d.h.in) && unsigned(left + tap.w) < unsigned(d.w.in))
-          sum[k] += g * load(x + corner + tap.offset);
+          sum[k] += g * load(corner + tap.offset);
       }
-      advance(i, s.pixel);
+      advance(i, s.item);
     }
   }
   add_pixel_lanes(sum, memory, t, s.channel_lanes);
-  if (t >= s.channel_lanes || mine.channel >= s.channels) return;
-  const int64_t part = blockIdx.x / s.channel_blocks % s.parts;
-  const int64_t first =
-      (s.accumulators_out ? part * s.channels + mine.channel : mine.channel) * filter + first_tap;
+  if (t < s.channel_lanes && mine.channel < s.channels)
+    store_taps<T>(sum, out, s, mine.channel, filter, first_tap, count);
+}
+
+template <class T, int stride>
+__global__ void __launch_bounds__(channel_threads, 2)
+    correlate_sums_3x3(const T* __restrict__ gy, const T* __restrict__ x, void* __restrict__ out,
+                       DepthwiseSums d) {
+  using Acc = accumulator_t<T>;
+  using Lines = InputLines<T, stride>;
+  PYSEQNET_SHARED(Acc, memory, [taps_together][channel_threads]);
+  const ChannelSums& s = d.sums;
+  const int t = int(threadIdx.x), pixel_lanes = channel_threads / s.channel_lanes;
+  const ChannelShare mine(s, t);
+  Acc sum[taps_together] = {};
+  if (mine.channel < s.channels && mine.begin < mine.end) {
+    gy += mine.channel * s.gy.c;
+    x += mine.channel * d.x.c;
+    Digits<3> at = digits_of(mine.begin, s.item.extent);
+    for (int64_t item = mine.begin; item < mine.end; item += pixel_lanes) {
+      const int first = at.digit[1] * lines_together;
+      const T* gradient = gy + (at.digit[0] * s.gy.n + first * s.gy.h + at.digit[2] * s.gy.w);
+      Acc g[lines_together];
 #pragma unroll
-  for (int k = 0; k < taps_together; k++) {
-    if (k >= count) break;
-    if (s.accumulators_out)
-      static_cast<Acc*>(out)[first + k] = sum[k];
-    else
-      store(static_cast<T*>(out) + first + k, sum[k]);
+      for (int i = 0; i < lines_together; i++)
+        g[i] = first + i < d.h.out ? load(gradient + i * s.gy.h) : Acc(0);
+      const int top = first * stride - d.h.pad, left = at.digit[2] * d.w.stride - d.w.pad;
+      Lines lines(x + (at.digit[0] * d.x.n + top * d.x.h + left * d.x.w), d.x, d.h, d.w, top, left);
+#pragma unroll
+      for (int j = 0; j < Lines::count; j++) {
+        Acc pixel[3];
+        lines.next(pixel);
+#pragma unroll
+        for (int r = 0; r < 3; r++)
+          if (const int i = Lines::output(j, r); i >= 0)
+#pragma unroll
+            for (int k = 0; k < 3; k++) sum[r * 3 + k] += g[i] * pixel[k];
+      }
+      advance(at, s.item);
+    }
   }
+  add_pixel_lanes(sum, memory, t, s.channel_lanes);
+  if (t < s.channel_lanes && mine.channel < s.channels)
+    store_taps<T>(sum, out, s, mine.channel, taps_together, 0, taps_together);
 }
 
 // ------------------------------------------------------------------------------------------------ host side
@@ -270,15 +373,20 @@ Refusal refuses(const ConvProblem& p) {
 
 int64_t no_workspace(const ConvProblem&) { return 0; }
 
+// Whether the kernels for 3 x 3 filters take it: neighbouring taps, lines that overlap.
+bool common_filter(const SpatialAxis& h, const SpatialAxis& w) {
+  return h.taps == 3 && w.taps == 3 && h.dilation == 1 && w.dilation == 1 && (h.stride == 1 || h.stride == 2);
+}
+
 template <class T>
 int launch_correlate(Depthwise& d, const ConvProblem& p, const void* in, const void* w, const void* bias,
                      void* out, void* stream) {
   const bool together = d.h.out >= lines_together;
-  const int fixed = d.w.taps == 3 ? 3 : 0;
   number_outputs(d, p, d.h.out, d.w.out, together ? lines_together : 1);
   if (d.items == 0) return launch_ok;
-  const auto kernel = together ? (fixed ? correlate<T, lines_together, 3> : correlate<T, lines_together, 0>)
-                               : (fixed ? correlate<T, 1, 3> : correlate<T, 1, 0>);
+  auto kernel = together ? correlate<T, lines_together> : correlate<T, 1>;
+  if (together && common_filter(d.h, d.w))
+    kernel = d.h.stride == 1 ? correlate_3x3<T, 1> : correlate_3x3<T, 2>;
   return launch(config_of(d, stream), kernel, static_cast<const T*>(in), static_cast<const T*>(w),
                 static_cast<const T*>(bias), static_cast<T*>(out), d);
 }
@@ -323,27 +431,36 @@ int launch_input_gradient(const ConvProblem& problem, const ConvTensors& tensors
   });
 }
 
-int64_t weight_gradient_workspace_bytes(const ConvProblem& p) {
-  return parts_bytes(p.dtype, channel_sums(p, tap_blocks(p)).parts, p.C * p.R * p.S);
+DepthwiseSums weight_gradient_sums(const ConvProblem& problem) {
+  const ConvProblem p = simplified(problem);
+  DepthwiseSums d = {};
+  d.h = spatial(p.H, p.P, p.R, p.stride_h, p.pad_h, p.dilation_h);
+  d.w = spatial(p.W, p.Q, p.S, p.stride_w, p.pad_w, p.dilation_w);
+  d.x = p.x_strides();
+  d.sums = channel_sums(p, common_filter(d.h, d.w) ? lines_together : 1, tap_blocks(p));
+  return d;
 }
 
-int launch_weight_gradient(const ConvProblem& problem, const ConvTensors& tensors, void* workspace,
-                           void* stream) {
-  const ConvProblem p = simplified(problem);
+int64_t weight_gradient_workspace_bytes(const ConvProblem& p) {
+  return parts_bytes(p.dtype, weight_gradient_sums(p).sums.parts, p.C * p.R * p.S);
+}
+
+int launch_weight_gradient(const ConvProblem& p, const ConvTensors& tensors, void* workspace, void* stream) {
   const int64_t weights = p.C * p.R * p.S;
   if (weights == 0) return launch_ok;
-  const DepthwiseSums d = {channel_sums(p, tap_blocks(p)),
-                           spatial(p.H, p.P, p.R, p.stride_h, p.pad_h, p.dilation_h),
-                           spatial(p.W, p.Q, p.S, p.stride_w, p.pad_w, p.dilation_w), p.x_strides()};
-  const unsigned blocks = d.sums.channel_blocks * d.sums.parts * unsigned(tap_blocks(p));
+  const DepthwiseSums d = weight_gradient_sums(p);
+  const ChannelSums& s = d.sums;
+  const unsigned blocks = s.channel_blocks * s.parts * unsigned(tap_blocks(p));
   return dispatch_dtype(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const auto kernel = p.R == 3 && p.S == 3 ? correlate_sums<T, 3> : correlate_sums<T, 0>;
+    auto kernel = correlate_sums<T>;
+    if (common_filter(d.h, d.w))
+      kernel = d.h.stride == 1 ? correlate_sums_3x3<T, 1> : correlate_sums_3x3<T, 2>;
     const int error = launch({.grid = dim3(blocks), .block = dim3(channel_threads), .stream = stream}, kernel,
                              static_cast<const T*>(tensors.gy), static_cast<const T*>(tensors.x),
-                             d.sums.accumulators_out ? workspace : tensors.gw, d);
-    if (error != launch_ok || !d.sums.accumulators_out) return error;
-    return launch_sum_parts<T>(workspace, tensors.gw, weights, d.sums.parts, stream);
+                             s.accumulators_out ? workspace : tensors.gw, d);
+    if (error != launch_ok || !s.accumulators_out) return error;
+    return launch_sum_parts<T>(workspace, tensors.gw, weights, s.parts, stream);
   });
 }
 

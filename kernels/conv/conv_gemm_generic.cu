@@ -49,6 +49,7 @@ constexpr int step_depth = 8;  // eight floats of neighbouring channels are a wh
 // Each thread owns row_groups x 2 squares of a 16-byte vector's width: shared memory is read by vectors.
 template <class T, int row_groups_>
 struct GemmTile {
+  using Element = T;
   using Acc = accumulator_t<T>;
   static constexpr int group = 16 / int(sizeof(Acc));
   static constexpr int row_groups = row_groups_, column_groups = 2;
@@ -56,6 +57,9 @@ struct GemmTile {
   static constexpr int rows = row_threads * thread_rows, columns = column_threads * thread_columns;
   static constexpr int dense_loads = rows * step_depth / threads;
   static constexpr int gathered_loads = columns * step_depth / threads;
+  // Allows 168 registers a thread for 8 x 8 results in float, 128 for half as many.
+  static constexpr int blocks_per_multiprocessor =
+      thread_rows * thread_columns * int(sizeof(Acc)) > 128 ? 3 : 4;
   // One vector of padding a line: eight depths of four neighbours are written to 32 different banks.
   static constexpr int padding = group;
 };
@@ -99,11 +103,13 @@ struct ImplicitGemm {
   ResidueAxis residue_h, residue_w;
 };
 
+// Offsets of operands are in bytes here, so that an address is one addition.
 template <class Tile>
 struct alignas(16) TileMemory {
   typename Tile::Acc dense[2][step_depth][Tile::rows + Tile::padding];
   typename Tile::Acc gathered[2][step_depth][Tile::columns + Tile::padding];
   Place column[Tile::columns];
+  int64_t row[Tile::rows];  // of the dense operand
   int64_t column_out[Tile::columns];
   Place depth[2][step_depth];
   int64_t depth_dense[2][step_depth];  // -1: past the end
@@ -145,17 +151,23 @@ PYSEQNET_DEVICE int64_t partner_of(const Digits<3>& d, const Axis (&axis)[3]) {
   return d.digit[0] * axis[0].partner + d.digit[1] * axis[1].partner + d.digit[2] * axis[2].partner;
 }
 
-// Lists the places of the block's columns, one thread a column.
+// Lists the rows and columns of the block, one thread each. Rows past the last read the last: their results
+// are not stored. Columns past the last lie outside of the image, and nothing is read for them.
 template <class Tile>
-PYSEQNET_DEVICE void list_columns(TileMemory<Tile>& memory, const ImplicitGemm& g, int64_t first, int t) {
+PYSEQNET_DEVICE void list_lines(TileMemory<Tile>& memory, const ImplicitGemm& g, int64_t first_row,
+                                int64_t first_column, int t) {
+  constexpr int64_t bytes = sizeof(typename Tile::Element);
+  static_assert(Tile::rows <= threads && Tile::columns <= threads);
+  if (t < Tile::rows)
+    memory.row[t] = (first_row + t < g.rows ? first_row + t : g.rows - 1) * g.dense_row * bytes;
   if (t >= Tile::columns) return;
   Place place = {0, outside, outside};
   int64_t out = 0;
-  if (first + t < size_of(g.column)) {
+  if (first_column + t < size_of(g.column)) {
     const int extent[3] = {g.column[0].extent, g.column[1].extent, g.column[2].extent};
-    const Digits<3> d = digits_of(first + t, extent);
+    const Digits<3> d = digits_of(first_column + t, extent);
     place = place_of(d, g.column);
-    place.offset += g.origin.offset;
+    place.offset = (place.offset + g.origin.offset) * bytes;
     place.h += g.origin.h;
     place.w += g.origin.w;
     out = partner_of(d, g.column);
@@ -181,9 +193,16 @@ class DepthWalk {
   template <class Tile>
   PYSEQNET_DEVICE void list_next(TileMemory<Tile>& memory, const ImplicitGemm& g, int slot) {
     if (!mine_) return;
-    const bool inside = depth_ < end_;
-    memory.depth[slot][t_] = inside ? place_of(digits_, g.depth) : Place{0, outside, outside};
-    memory.depth_dense[slot][t_] = inside ? partner_of(digits_, g.depth) : -1;
+    constexpr int64_t bytes = sizeof(typename Tile::Element);
+    Place place = {0, outside, outside};
+    int64_t dense = -1;
+    if (depth_ < end_) {
+      place = place_of(digits_, g.depth);
+      place.offset *= bytes;
+      dense = partner_of(digits_, g.depth) * bytes;
+    }
+    memory.depth[slot][t_] = place;
+    memory.depth_dense[slot][t_] = dense;
     depth_ += step_depth;
     if (depth_ < end_) advance(digits_, radix_);
   }
@@ -216,21 +235,28 @@ struct Fetched {
   using DenseShare = Share<Tile::rows, dense_along_depth>;
   T gathered[Tile::gathered_loads], dense[Tile::dense_loads];
 
-  PYSEQNET_DEVICE void load(const T* __restrict__ image, const T* __restrict__ matrix, const ImplicitGemm& g,
-                            const TileMemory<Tile>& memory, int slot, int rows_left, int t) {
+  // Of the two places that make an element, one is the same in all of a thread's loads; it goes first into
+  // the address.
+  PYSEQNET_DEVICE void load(const char* __restrict__ image, const char* __restrict__ matrix,
+                            const ImplicitGemm& g, const TileMemory<Tile>& memory, int slot, int t) {
     const T zero = from_accumulator<T>(0);
 #pragma unroll
     for (int j = 0; j < Tile::gathered_loads; j++) {
-      const Place a = memory.column[GatheredShare::line(t, j)];
-      const Place b = memory.depth[slot][GatheredShare::depth(t, j)];
-      const bool inside = unsigned(a.h + b.h) < unsigned(g.H) && unsigned(a.w + b.w) < unsigned(g.W);
-      gathered[j] = inside ? image[a.offset + b.offset] : zero;
+      const Place column = memory.column[GatheredShare::line(t, j)];
+      const Place depth = memory.depth[slot][GatheredShare::depth(t, j)];
+      const bool inside =
+          unsigned(column.h + depth.h) < unsigned(g.H) && unsigned(column.w + depth.w) < unsigned(g.W);
+      const auto* base = image + (gathered_along_depth ? depth.offset : column.offset);
+      const auto* element = base + (gathered_along_depth ? column.offset : depth.offset);
+      gathered[j] = inside ? *reinterpret_cast<const T*>(element) : zero;
     }
 #pragma unroll
     for (int j = 0; j < Tile::dense_loads; j++) {
-      const int row = DenseShare::line(t, j);
-      const int64_t offset = memory.depth_dense[slot][DenseShare::depth(t, j)];
-      dense[j] = row < rows_left && offset >= 0 ? matrix[row * g.dense_row + offset] : zero;
+      const int64_t row = memory.row[DenseShare::line(t, j)];
+      const int64_t depth = memory.depth_dense[slot][DenseShare::depth(t, j)];
+      const auto* base = matrix + (dense_along_depth ? depth : row);
+      const auto* element = base + (dense_along_depth ? row : depth);
+      dense[j] = depth >= 0 ? *reinterpret_cast<const T*>(element) : zero;
     }
   }
 
@@ -252,30 +278,34 @@ struct ThreadPlace {
       : row(t % 32 / 8 + t / 64 * 4), column(t % 8 + t / 32 % 2 * 8) {}
 };
 
-template <class Tile>
-PYSEQNET_DEVICE void multiply(typename Tile::Acc (&sum)[Tile::thread_rows][Tile::thread_columns],
-                              const TileMemory<Tile>& memory, int buffer, ThreadPlace at) {
-  constexpr int group = Tile::group;
-#pragma unroll
-  for (int depth = 0; depth < step_depth; depth++) {
-    typename Tile::Acc a[Tile::thread_rows], b[Tile::thread_columns];
-#pragma unroll
-    for (int i = 0; i < Tile::thread_rows; i++)
-      a[i] = memory.dense[buffer][depth][(i / group * row_threads + at.row) * group + i % group];
-#pragma unroll
-    for (int j = 0; j < Tile::thread_columns; j++)
-      b[j] = memory.gathered[buffer][depth][(j / group * column_threads + at.column) * group + j % group];
-#pragma unroll
-    for (int i = 0; i < Tile::thread_rows; i++)
-#pragma unroll
-      for (int j = 0; j < Tile::thread_columns; j++) sum[i][j] += a[i] * b[j];
-  }
-}
-
 template <class T, int n>
 struct alignas(sizeof(T) * n) Vector {
   T element[n];
 };
+
+template <class Tile>
+PYSEQNET_DEVICE void multiply(typename Tile::Acc (&sum)[Tile::thread_rows][Tile::thread_columns],
+                              const TileMemory<Tile>& memory, int buffer, ThreadPlace at) {
+  constexpr int group = Tile::group;
+  using Group = Vector<typename Tile::Acc, group>;
+#pragma unroll
+  for (int depth = 0; depth < step_depth; depth++) {
+    Group a[Tile::row_groups], b[Tile::column_groups];
+#pragma unroll
+    for (int i = 0; i < Tile::row_groups; i++)
+      a[i] =
+          *reinterpret_cast<const Group*>(&memory.dense[buffer][depth][(i * row_threads + at.row) * group]);
+#pragma unroll
+    for (int j = 0; j < Tile::column_groups; j++)
+      b[j] = *reinterpret_cast<const Group*>(
+          &memory.gathered[buffer][depth][(j * column_threads + at.column) * group]);
+#pragma unroll
+    for (int i = 0; i < Tile::thread_rows; i++)
+#pragma unroll
+      for (int j = 0; j < Tile::thread_columns; j++)
+        sum[i][j] += a[i / group].element[i % group] * b[j / group].element[j % group];
+  }
+}
 
 // Writes a group of results that are neighbours in the output: `count` of them exist.
 template <class Out, int group, class Acc>
@@ -333,7 +363,7 @@ PYSEQNET_DEVICE void store_results(Out* out,
 }
 
 template <class T, int row_groups, bool gathered_along_depth, bool dense_along_depth>
-__global__ void __launch_bounds__(threads)
+__global__ void __launch_bounds__(threads, GemmTile<T, row_groups>::blocks_per_multiprocessor)
     implicit_gemm(const T* __restrict__ dense, const T* __restrict__ gathered, const T* __restrict__ bias,
                   void* __restrict__ out, ImplicitGemm g) {
   using Tile = GemmTile<T, row_groups>;
@@ -359,8 +389,8 @@ __global__ void __launch_bounds__(threads)
   const int64_t columns_left = size_of(g.column) - first_column, rows_left = g.rows - first_row;
   if (columns_left <= 0) return;  // residues differ in their number of pixels
 
-  gathered += group * g.gathered_group;
-  dense += g.dense_origin + group * g.dense_group + first_row * g.dense_row;
+  const auto* image = reinterpret_cast<const char*>(gathered + group * g.gathered_group);
+  const auto* matrix = reinterpret_cast<const char*>(dense + g.dense_origin + group * g.dense_group);
   const int64_t begin = part * g.part_depths, depths = size_of(g.depth);
   const int64_t end = begin + g.part_depths < depths ? begin + g.part_depths : depths;
   const int64_t steps = end > begin ? (end - begin + step_depth - 1) / step_depth : 0;
@@ -369,18 +399,18 @@ __global__ void __launch_bounds__(threads)
   Fetched<T, Tile, gathered_along_depth, dense_along_depth> next;
   const ThreadPlace at(t);
   DepthWalk walk(g, begin, end, t);
-  list_columns(memory, g, first_column, t);
+  list_lines(memory, g, first_row, first_column, t);
   walk.list_next(memory, g, 0);
   walk.list_next(memory, g, 1);
   __syncthreads();
-  next.load(gathered, dense, g, memory, 0, rows_left, t);
+  next.load(image, matrix, g, memory, 0, t);
   next.stash(memory, 0, t);
   __syncthreads();
   // In step i buffer i % 2 is multiplied, list (i + 1) % 2 is read, and the other buffer and list, last read
   // in the step before, are written: one barrier a step.
   for (int64_t step = 0; step < steps; step++) {
     const int now = int(step % 2);
-    next.load(gathered, dense, g, memory, 1 - now, rows_left, t);
+    next.load(image, matrix, g, memory, 1 - now, t);
     walk.list_next(memory, g, now);
     multiply(sum, memory, now, at);
     next.stash(memory, 1 - now, t);

@@ -148,27 +148,27 @@ inline int64_t parts_bytes(DType dtype, int64_t parts, int64_t count) {
 // ---- Sums over the pixels of each channel: the bias gradient and the depthwise weight gradient.
 //
 // A block takes channel_lanes neighbouring channels (one in NCHW, up to a warp's width in NHWC) and a part of
-// the pixels (n, p, q); its threads are channel_lanes x pixel_lanes, so that a warp reads neighbouring
-// addresses in both layouts. Each thread adds every pixel_lanes-th pixel of the part; then halves are added
-// to halves.
+// the items, an item being a pixel (n, p, q) or several lines of a column of them; its threads are
+// channel_lanes x pixel_lanes, so that a warp reads neighbouring addresses in both layouts. Each thread adds
+// every pixel_lanes-th item of the part; then halves are added to halves.
 constexpr int channel_threads = 256;
 
 struct ChannelSums {
-  Radix<3> pixel;  // (n, p, q), walked by pixel_lanes
+  Radix<3> item;  // (n, p / lines, q), walked by pixel_lanes
   Strides gy;
-  int64_t channels, pixels, part_pixels;
+  int64_t channels, items, part_items;
   int channel_lanes;
   unsigned channel_blocks, parts;
   bool accumulators_out;  // out is the workspace
 };
 
-// A thread's own: first pixel, last pixel, channel (which may be past the last).
+// A thread's own: first item, the part's end, channel (which may be past the last).
 struct ChannelShare {
   int64_t begin, end, channel;
   PYSEQNET_DEVICE ChannelShare(const ChannelSums& s, int t) {
     channel = int64_t(blockIdx.x % s.channel_blocks) * s.channel_lanes + t % s.channel_lanes;
-    begin = int64_t(blockIdx.x / s.channel_blocks % s.parts) * s.part_pixels;
-    end = begin + s.part_pixels < s.pixels ? begin + s.part_pixels : s.pixels;
+    begin = int64_t(blockIdx.x / s.channel_blocks % s.parts) * s.part_items;
+    end = begin + s.part_items < s.items ? begin + s.part_items : s.items;
     begin += t / s.channel_lanes;
   }
 };
@@ -187,22 +187,24 @@ PYSEQNET_DEVICE void add_pixel_lanes(Acc (&sum)[count], Acc (*memory)[channel_th
   }
 }
 
-inline ChannelSums channel_sums(const ConvProblem& p, int64_t blocks_per_channel_block) {
+// lines: pixels of an item. blocks_per_channels: blocks that take the same channels and the same part.
+inline ChannelSums channel_sums(const ConvProblem& p, int64_t lines = 1, int64_t blocks_per_channels = 1) {
   // Enough pixels for a thread to make the block's fixed cost small beside them.
   constexpr int64_t least_pixels_per_lane = 16;
+  const int64_t line_groups = ceil_div(p.P, lines);
   ChannelSums s = {};
   s.gy = p.y_strides();
   s.channels = p.K;
-  s.pixels = p.N * p.P * p.Q;
+  s.items = p.N * line_groups * p.Q;
   s.channel_lanes = 1;
   if (p.layout == Layout::nhwc)
     while (s.channel_lanes < 32 && s.channel_lanes < p.K) s.channel_lanes *= 2;
   const int64_t pixel_lanes = channel_threads / s.channel_lanes;
   const int64_t channel_blocks = ceil_div(p.K, s.channel_lanes);
-  const Split split = split_reduction(s.pixels, channel_blocks * blocks_per_channel_block,
-                                      pixel_lanes * least_pixels_per_lane, pixel_lanes);
-  if (s.pixels > 0) s.pixel = radix_of<3>({p.N, p.P, p.Q}, pixel_lanes);
-  s.part_pixels = split.length;
+  const Split split = split_reduction(s.items, channel_blocks * blocks_per_channels,
+                                      pixel_lanes * ceil_div(least_pixels_per_lane, lines), pixel_lanes);
+  if (s.items > 0) s.item = radix_of<3>({p.N, line_groups, p.Q}, pixel_lanes);
+  s.part_items = split.length;
   s.channel_blocks = unsigned(channel_blocks);
   s.parts = unsigned(split.count);
   s.accumulators_out = split.count > 1;
