@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import dataclass, field
 
@@ -44,7 +45,8 @@ def train(model: torch.nn.Module, data: Digits, epochs: int, seed: int) -> Histo
     criterion = torch.nn.CrossEntropyLoss()
     history = History()
     start = time.perf_counter()
-    with tqdm(range(epochs), desc="training", unit="epoch") as bar:
+    often = 0.1 if sys.stderr.isatty() else 5.0  # seconds: a log wants few lines
+    with tqdm(range(epochs), desc="training", unit="epoch", mininterval=often) as bar:
         for _ in bar:
             model.train()
             total, right = 0.0, 0
@@ -63,6 +65,8 @@ def train(model: torch.nn.Module, data: Digits, epochs: int, seed: int) -> Histo
             history.train_accuracy.append(right / count)
             correct = predict(model, data.test_images) == data.test_labels
             history.test_accuracy.append(correct.double().mean().item())
-            bar.set_postfix_str(f"loss {history.loss[-1]:.3f}, test accuracy {history.test_accuracy[-1]:.2%}")
+            bar.set_postfix_str(
+                f"loss {history.loss[-1]:.3f}, test accuracy {history.test_accuracy[-1]:.2%}", refresh=False
+            )
     history.seconds = time.perf_counter() - start
     return history
