@@ -89,9 +89,11 @@ struct ChannelsLast {
 
   // Pointers to the first tap of every pixel, and the offsets of the taps.
   void locate_pixels(int64_t group) {
-    const T* from = in + group * k.depth * k.in.c;
-    int64_t row = k.in.h, column = k.in.w;
-    const bool in_place = sizeof(T) == sizeof(float) && k.h.inside() && k.w.inside();
+    const T* from = in + group * k.group_in;
+    int64_t row = k.in.h / PAIR, column = k.in.w / PAIR;
+    const bool words = PAIR * sizeof(T) == sizeof(float) && k.channels % PAIR == 0 &&
+                       reinterpret_cast<uintptr_t>(in) % sizeof(float) == 0;
+    const bool in_place = words && k.h.inside() && k.w.inside();
     Pixels pixels{};
     if (!in_place) {
       pixels = staged_pixels(k, block);
@@ -102,7 +104,7 @@ struct ChannelsLast {
     for (int64_t g = 0; g < block.segment_count; ++g) {
       const Segment& sg = block.segments[g];
       const Piece& piece = block.pieces[sg.piece];
-      const float* a = in_place ? (const float*)from + sg.n * k.in.n +
+      const float* a = in_place ? (const float*)from + sg.n * (k.in.n / PAIR) +
                                       (sg.i * k.h.in_step + k.h.tap_offset) * row +
                                       (sg.j * k.w.in_step + k.w.tap_offset) * column
                                 : s.stage + (piece.slot + (sg.i - piece.i0) * pixels.kept_step) * row +
@@ -185,6 +187,13 @@ struct ChannelsLast {
   }
 };
 
+// The two halves of every pair of filter channels are neighbours, and every pair is aligned.
+template <class T>
+bool words_lie_together(const Correlation& k, const T* w) {
+  return k.filter_partner == 1 && k.channels % 2 == 0 && k.row_stride % 2 == 0 &&
+         reinterpret_cast<uintptr_t>(w) % sizeof(float) == 0;
+}
+
 // One item is one tap of one panel: [channel][lane], zero in the lanes beyond the filters.
 template <class T>
 void pack_channels_last_filters(const Correlation& k, const ChannelsLastSizes& z, const T* w, float* to,
@@ -196,15 +205,19 @@ void pack_channels_last_filters(const Correlation& k, const ChannelsLastSizes& z
     const int64_t valid = smaller(lanes, k.rows - v0 * VL);
     const T* src = w + k.filter_offset(group, v0 * VL, 0, r, c);
     float* dst = to + (group * z.vectors + v0) * VL * taps * k.depth + tap * k.depth * lanes;
-    if (k.depth_stride == 1) {
-      transpose_elements(src, k.row_stride, valid, k.depth, dst, lanes);
-      for (int64_t d = 0; d < k.depth; ++d) fill_zero(dst + d * lanes + valid, lanes - valid);
+    if (k.depth_stride == 1 || (words_lie_together(k, w) && paired<T>)) {
+      // Channels are neighbours in memory: transposed word by word.
+      const float* rows = (const float*)src;
+      if constexpr (paired<T>)
+        transpose_words(rows, k.row_stride / 2, valid, k.depth, dst, lanes);
+      else
+        transpose_words(src, k.row_stride, valid, k.depth, dst, lanes);
     } else {
-      for (int64_t d = 0; d < k.depth; ++d) {
-        copy_strided(dst + d * lanes, src + d * k.depth_stride, k.row_stride, valid);
-        fill_zero(dst + d * lanes + valid, lanes - valid);
-      }
+      for (int64_t d = 0; d < k.depth; ++d)
+        copy_words(dst + d * lanes, src + d * k.depth_stride, k.row_stride, valid,
+                   k.channel_partner(k.filter_partner, d));
     }
+    for (int64_t d = 0; valid < lanes && d < k.depth; ++d) fill_zero(dst + d * lanes + valid, lanes - valid);
   }
 }
 

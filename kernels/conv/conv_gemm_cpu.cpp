@@ -1,3 +1,5 @@
+// ISA: +avx512bf16
+//
 // General convolution, forward and input gradient: every stride, padding, dilation and group count, f32, bf16
 // and f16, computed in float. Which of two methods runs depends on the layout:
 //
@@ -13,10 +15,7 @@ namespace pyseqnet {
 inline namespace PYSEQNET_ISA {
 namespace conv {
 
-template <ConvPass pass>
-bool lanes_are_filters(const Correlation& k) {
-  return k.layout == Layout::nhwc && 2 * k.rows >= VL;
-}
+inline bool lanes_are_filters(const Correlation& k) { return k.layout == Layout::nhwc && 2 * k.rows >= VL; }
 // Rows of [channel][tap] in float are what a planar NCHW forward is given.
 template <ConvPass pass>
 bool filters_in_place(const ConvProblem& p) {
@@ -47,7 +46,7 @@ template <ConvPass pass>
 Part part(const ConvProblem& p, int64_t index) {
   Part part;
   part.k = correlation(p, pass, index);
-  part.channels_last = lanes_are_filters<pass>(part.k);
+  part.channels_last = lanes_are_filters(part.k);
   if (part.channels_last)
     part.last = channels_last_sizes(part.k);
   else
@@ -55,7 +54,15 @@ Part part(const ConvProblem& p, int64_t index) {
   return part;
 }
 
-inline Refusal refuses(const ConvProblem& p) {
+template <ConvPass pass>
+Refusal refuses(const ConvProblem& p) {
+  if (PAIR == 2) {
+    if (p.dtype != DType::bf16) return "multiplies pairs of bfloat16";
+    const Correlation k = correlation(p, pass, 0);
+    if (k.channels < 2) return "pairs channels, and there is one";
+    if (k.layout == Layout::nhwc && !lanes_are_filters(k))
+      return "too few channels written for channels-last";
+  }
   return p.dtype == DType::f64 ? "computes in float, not double" : accepted;
 }
 
@@ -129,6 +136,9 @@ void run_as(const ConvProblem& p, const ConvTensors& t, const WorkSlice& slice) 
 
 template <ConvPass pass>
 void run(const ConvProblem& p, const ConvTensors& t, const WorkSlice& slice) {
+#if defined(__AVX512BF16__)
+  run_as<pass, bfloat16>(p, t, slice);
+#else
   switch (p.dtype) {
     case DType::f32:
       return run_as<pass, float>(p, t, slice);
@@ -139,16 +149,18 @@ void run(const ConvProblem& p, const ConvTensors& t, const WorkSlice& slice) {
     case DType::f64:
       return;  // refused
   }
+#endif
 }
 
 }  // namespace conv
 
 extern const ConvCpuKernel conv_gemm_forward, conv_gemm_input_gradient;
-const ConvCpuKernel conv_gemm_forward = {"gemm_" PYSEQNET_ISA_NAME, this_isa, conv::refuses,
-                                         conv::plan<ConvPass::forward>, conv::run<ConvPass::forward>};
-const ConvCpuKernel conv_gemm_input_gradient = {"gemm_" PYSEQNET_ISA_NAME, this_isa, conv::refuses,
-                                                conv::plan<ConvPass::input_gradient>,
-                                                conv::run<ConvPass::input_gradient>};
+const ConvCpuKernel conv_gemm_forward = {"gemm_" PYSEQNET_ISA_NAME, this_isa,
+                                         conv::refuses<ConvPass::forward>, conv::plan<ConvPass::forward>,
+                                         conv::run<ConvPass::forward>};
+const ConvCpuKernel conv_gemm_input_gradient = {
+    "gemm_" PYSEQNET_ISA_NAME, this_isa, conv::refuses<ConvPass::input_gradient>,
+    conv::plan<ConvPass::input_gradient>, conv::run<ConvPass::input_gradient>};
 
 }  // namespace PYSEQNET_ISA
 }  // namespace pyseqnet

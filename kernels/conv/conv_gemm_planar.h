@@ -180,12 +180,12 @@ struct Planar {
 
   // Channels [d0, d0 + channels) of the group become readable at `staged`.
   void stage(int64_t group, int64_t d0, int64_t channels) {
-    const T* from = in + (group * k.depth + d0) * k.in.c;
+    const T* from = in + group * k.group_in + d0 * k.in.c;
     if (planes_in_place<T>(k)) {
       // Whole vectors are loaded: the last one must not leave the tensor.
       const Segment& last = block.segments[block.segment_count - 1];
-      const int64_t end = in_place_offset(k, last) + last.length + (group * k.depth + k.depth - 1) * k.in.c +
-                          (k.h.reach() - 1) * k.in.h + k.w.reach() - 1 + VL;
+      const int64_t end = in_place_offset(k, last) + last.length + group * k.group_in +
+                          (k.depth - 1) * k.in.c + (k.h.reach() - 1) * k.in.h + k.w.reach() - 1 + VL;
       if (end <= in_elements) {
         planes = in_place_planes(k);
         for (int64_t i = 0; i < block.segment_count; ++i)
@@ -197,7 +197,7 @@ struct Planar {
     planes = staged_planes(k, block);
     for (int64_t i = 0; i < block.segment_count; ++i)
       s.segment_offsets[i] = staged_offset(planes, block, block.segments[i]);
-    stage_planes(k, block, planes, from, channels, s.stage);
+    stage_planes(k, block, planes, from, d0, channels, s.stage);
     staged = s.stage;
   }
 
@@ -362,16 +362,16 @@ PYSEQNET_INLINE TapPermutation tap_permutation(const Correlation& k, int64_t fil
   return p;
 }
 template <class T>
-PYSEQNET_INLINE void permute_taps(const TapPermutation& p, const T* from, float* to) {
+PYSEQNET_INLINE void permute_taps(const TapPermutation& p, const T* from, Partner partner, float* to) {
 #if defined(__AVX512F__)
-  const vf all = load_between(from, 0, p.elements, vf{});
+  const vf all = load_words(from, 0, p.elements, partner);
   store_lanes_n(to, (vf)_mm512_permutexvar_ps(p.from, (__m512)all), p.taps);
 #else
-  (void)p, (void)from, (void)to;
+  (void)p, (void)from, (void)partner, (void)to;
 #endif
 }
 
-// Filters as rows of [channel][tap], in float. One item is a block of rows of one group: for an input
+// Filters as rows of [channel][tap], in words. One item is a block of rows of one group: for an input
 // gradient neighbouring rows are neighbours in the filter tensor, so that whole cache lines are used.
 constexpr int64_t PACK_ROWS = 16;
 PYSEQNET_INLINE int64_t planar_pack_items(const Correlation& k) {
@@ -389,15 +389,17 @@ void pack_planar_filters(const Correlation& k, int64_t filter_elements, const T*
     for (int64_t d = 0; d < k.depth; ++d)
       for (int64_t m = 0; m < rows; ++m) {
         float* row = dst + m * depth + d * k.taps();
+        const Partner partner = k.channel_partner(k.filter_partner, d);
         if (permutation.usable) {
-          permute_taps(permutation, w + group * k.group_stride + (m0 + m) * k.row_stride + d * k.depth_stride,
-                       row);
+          const T* all = w + group * k.group_stride + (m0 + m) * k.row_stride + d * k.depth_stride;
+          permute_taps(permutation, all, partner, row);
           continue;
         }
         const T* src = w + k.filter_offset(group, m0 + m, d, 0, 0);
         for (int64_t r = 0; r < k.h.taps; ++r)
           for (int64_t c = 0; c < k.w.taps; ++c)
-            *row++ = to_float(src[r * k.h.filter_step * k.r_stride + c * k.w.filter_step * k.s_stride]);
+            *row++ =
+                load_word(src + r * k.h.filter_step * k.r_stride + c * k.w.filter_step * k.s_stride, partner);
       }
   }
 }

@@ -1,3 +1,5 @@
+// ISA: +avx512bf16
+//
 // General weight gradient: every stride, padding, dilation and group count, both layouts, f32, bf16 and f16.
 //
 //   gw[row = (channel, tap)][filter] = sum over pixels of  x[channel, pixel + tap] * gy[pixel][filter]
@@ -173,9 +175,9 @@ struct Kernel {
   // Row pointers, and the runs of pixels that the block consists of.
   void locate_rows(const PixelBlock& block, int64_t& run_count) {
     const bool in_place = planes_in_place<T>(k);
-    const T* from = x + (group * k.depth + c0) * k.in.c;
+    const T* from = x + group * k.group_in + c0 * k.in.c;
     const Planes planes = in_place ? in_place_planes(k) : staged_planes(k, block);
-    if (!in_place) stage_planes(k, block, planes, from, channels, s.stage);
+    if (!in_place) stage_planes(k, block, planes, from, c0, channels, s.stage);
     for (int64_t g = 0; g < block.segment_count; ++g) {
       const Segment& sg = block.segments[g];
       const int64_t offset = in_place ? in_place_offset(k, sg) : staged_offset(planes, block, sg);
@@ -196,29 +198,27 @@ struct Kernel {
 
   // gy as [pixel][lane].
   const float* filter_panel(const PixelBlock& block, int64_t& stride) {
-    const int64_t filter = group * k.rows + v0 * VL;
-    if (k.layout == Layout::nhwc) {
-      const T* from = gy + block.begin * k.out.w + filter;
-      // Whole vectors are loaded: the last one must not leave the tensor.
-      if (sizeof(T) == sizeof(float) && (block.end - 1) * k.out.w + filter + lanes <= k.pixels() * k.out.w) {
-        stride = k.out.w;
-        return (const float*)from;
-      }
-      for (int64_t e = 0; e < block.pixels(); ++e) {
-        copy_strided(s.panel + e * lanes, from + e * k.out.w, 1, valid);
-        fill_zero(s.panel + e * lanes + valid, lanes - valid);
-      }
-      return s.panel;
+    const int64_t filter = (group * k.rows + v0 * VL) * k.out.c;
+    // Channels-last is such a panel already; whole vectors are loaded, the last one must not leave the
+    // tensor.
+    if (k.layout == Layout::nhwc && sizeof(T) == sizeof(float) &&
+        (block.end - 1) * k.out.w + filter + lanes <= k.pixels() * k.out.w) {
+      stride = k.out.w;
+      return (const float*)gy + block.begin * k.out.w + filter;
     }
     const int64_t image = k.image_pixels();
     for (int64_t e = block.begin; e < block.end;) {
-      const int64_t n = e / image, last = smaller(block.end, (n + 1) * image);
-      float* dst = s.panel + (e - block.begin) * lanes;
-      transpose_elements(gy + n * k.out.n + filter * k.out.c + e % image, k.out.c, valid, last - e, dst,
-                         lanes);
-      if (valid < lanes)
-        for (; e < last; ++e, dst += lanes) fill_zero(dst + valid, lanes - valid);
-      e = last;
+      const int64_t n = e / image, first = e % image, count = smaller(block.end - e, image - first);
+      const Partner partner = k.image_partner(k.out_partner, n);
+      const T* from = gy + n * k.out.n + filter;
+      float* to = s.panel + (e - block.begin) * lanes;
+      if (k.layout == Layout::nhwc)
+        for (int64_t i = 0; i < count; ++i)
+          copy_words(to + i * lanes, from + (first + i) * k.out.w, 1, valid, partner);
+      else
+        transpose_words(from + first, k.out.c, valid, count, to, lanes, partner);
+      for (int64_t i = 0; valid < lanes && i < count; ++i) fill_zero(to + i * lanes + valid, lanes - valid);
+      e += count;
     }
     return s.panel;
   }
@@ -228,11 +228,11 @@ struct Kernel {
     const int64_t taps = k.taps(), count = to - from;
     T* first = gw + (group * k.rows + v0 * VL) * k.row_stride;
     if (channel_major()) {
-      transpose_elements(sums, lanes, count * taps, valid, first + (c0 + from) * taps, k.row_stride);
+      transpose_words(sums, lanes, count * taps, valid, first + (c0 + from) * taps, k.row_stride);
     } else {
       for (int64_t t = 0; t < taps; ++t)
-        transpose_elements(sums + t * count * lanes, lanes, count, valid, first + t * k.depth + c0 + from,
-                           k.row_stride);
+        transpose_words(sums + t * count * lanes, lanes, count, valid, first + t * k.depth + c0 + from,
+                        k.row_stride);
     }
   }
 
@@ -262,11 +262,13 @@ struct Kernel {
 };
 
 Refusal refuses(const ConvProblem& p) {
+  if (PAIR == 2 && p.dtype != DType::bf16) return "multiplies pairs of bfloat16";
+  if (PAIR == 2 && p.N < 2) return "pairs images, and there is one";
   return p.dtype == DType::f64 ? "computes in float, not double" : accepted;
 }
 
 WorkPlan plan(const ConvProblem& p) {
-  const Correlation k = correlation(p, ConvPass::forward, 0);
+  const Correlation k = correlation(p, ConvPass::weight_gradient, 0);
   const Sizes z = sizes(k);
   WorkPlan plan;
   plan.add_phase(z.items, grain_of(p.flops() / (2 * VL), z.items));
@@ -280,7 +282,7 @@ WorkPlan plan(const ConvProblem& p) {
 
 template <class T>
 void run_as(const ConvProblem& p, const ConvTensors& t, const WorkSlice& slice) {
-  const Correlation k = correlation(p, ConvPass::forward, 0);
+  const Correlation k = correlation(p, ConvPass::weight_gradient, 0);
   const Sizes z = sizes(k);
   Kernel<T> kernel{p,
                    k,
@@ -295,6 +297,9 @@ void run_as(const ConvProblem& p, const ConvTensors& t, const WorkSlice& slice) 
 }
 
 void run(const ConvProblem& p, const ConvTensors& t, const WorkSlice& slice) {
+#if defined(__AVX512BF16__)
+  run_as<bfloat16>(p, t, slice);
+#else
   switch (p.dtype) {
     case DType::f32:
       return run_as<float>(p, t, slice);
@@ -305,6 +310,7 @@ void run(const ConvProblem& p, const ConvTensors& t, const WorkSlice& slice) {
     case DType::f64:
       return;  // refused
   }
+#endif
 }
 
 }  // namespace weights

@@ -7,8 +7,8 @@
 // that line ("blocks"), which may begin and end anywhere and may span images: batches of small images then
 // fill vectors as well as one large image does.
 #pragma once
-#include "common/simd.h"
 #include "conv/conv.h"
+#include "conv/conv_words.h"
 
 namespace pyseqnet {
 inline namespace PYSEQNET_ISA {
@@ -70,12 +70,25 @@ PYSEQNET_INLINE Axis gradient_axis(int64_t read, int64_t written, int64_t taps, 
 struct Correlation {
   Axis h, w;
   int64_t images, groups;
-  int64_t depth, rows;  // channels read and channels written, of a group
-  Layout layout;        // of the tensors read and written
+  int64_t channels, rows;  // channels read and channels written, of a group
+  int64_t depth;           // words of channels: channels, or pairs of them
+  Layout layout;           // of the tensors read and written
   Strides in, out;
+  int64_t group_in;  // from one group of channels read to the next
   int64_t row_stride, depth_stride, r_stride, s_stride, group_stride;  // of the filters
+  // Where words are pairs: the partners of the tensor read, of the filters and of the tensor written, and the
+  // image pair (paired_images) or channel pair that has none, or -1. Strides of a paired dimension step by
+  // words.
+  bool paired_images;
+  int64_t in_partner, filter_partner, out_partner, unpaired;
 
   int64_t taps() const { return h.taps * w.taps; }
+  Partner image_partner(int64_t offset, int64_t n) const {
+    return {offset, !(paired_images && n == unpaired)};
+  }
+  Partner channel_partner(int64_t offset, int64_t d) const {
+    return {offset, paired_images || d != unpaired};
+  }
   int64_t image_pixels() const { return h.out * w.out; }
   int64_t pixels() const { return images * h.out * w.out; }
   int64_t filter_offset(int64_t group, int64_t row, int64_t d, int64_t r, int64_t s) const {
@@ -91,10 +104,9 @@ PYSEQNET_INLINE Correlation correlation(const ConvProblem& p, ConvPass pass, int
   const Strides w = p.w_strides();
   // One pixel an image: both layouts are the same bytes, and channels-last is the natural way to read them.
   const bool one_pixel = p.H == 1 && p.W == 1 && p.P == 1 && p.Q == 1;
-  const Layout layout = one_pixel ? Layout::nhwc : p.layout;
-  const Strides x = dense_strides(layout, p.C, p.H, p.W), y = dense_strides(layout, p.K, p.P, p.Q);
   Correlation k;
-  k.layout = layout;
+  k.layout = one_pixel ? Layout::nhwc : p.layout;
+  const Strides x = dense_strides(k.layout, p.C, p.H, p.W), y = dense_strides(k.layout, p.K, p.P, p.Q);
   k.images = p.N;
   k.groups = p.groups;
   k.r_stride = w.h;
@@ -103,7 +115,7 @@ PYSEQNET_INLINE Correlation correlation(const ConvProblem& p, ConvPass pass, int
   if (pass == ConvPass::input_gradient) {
     k.h = gradient_axis(p.P, p.H, p.R, p.stride_h, p.pad_h, p.dilation_h, index / p.stride_w);
     k.w = gradient_axis(p.Q, p.W, p.S, p.stride_w, p.pad_w, p.dilation_w, index % p.stride_w);
-    k.depth = p.group_filters();
+    k.channels = p.group_filters();
     k.rows = p.group_channels();
     k.in = y;
     k.out = x;
@@ -112,12 +124,30 @@ PYSEQNET_INLINE Correlation correlation(const ConvProblem& p, ConvPass pass, int
   } else {
     k.h = forward_axis(p.H, p.P, p.R, p.stride_h, p.pad_h, p.dilation_h);
     k.w = forward_axis(p.W, p.Q, p.S, p.stride_w, p.pad_w, p.dilation_w);
-    k.depth = p.group_channels();
+    k.channels = p.group_channels();
     k.rows = p.group_filters();
     k.in = x;
     k.out = y;
     k.row_stride = w.n;
     k.depth_stride = w.c;
+  }
+  k.group_in = k.channels * k.in.c;
+  k.depth = k.channels;
+  k.paired_images = pass == ConvPass::weight_gradient;
+  k.in_partner = k.paired_images ? k.in.n : k.in.c;
+  k.filter_partner = k.depth_stride;
+  k.out_partner = k.out.n;
+  k.unpaired = -1;
+  if (PAIR == 1) return k;
+  int64_t& words = k.paired_images ? k.images : k.depth;
+  if (words % 2) k.unpaired = words / 2;
+  words = ceil_div(words, 2);
+  if (k.paired_images) {
+    k.in.n *= 2;
+    k.out.n *= 2;
+  } else {
+    k.in.c *= 2;
+    k.depth_stride *= 2;
   }
   return k;
 }

@@ -8,44 +8,11 @@
 //             into in_step phases, so that neighbouring outputs read neighbouring elements.
 //   pixels    [slot][column][channel]: depth runs along channels.
 #pragma once
-#include "common/element_lanes.h"
-#include "common/transpose.h"
 #include "conv/conv_geometry.h"
 
 namespace pyseqnet {
 inline namespace PYSEQNET_ISA {
 namespace conv {
-
-// to[c][r] = from[r][c] with conversion between storage types, nothing else is touched.
-template <class From, class To>
-PYSEQNET_INLINE void transpose_elements(const From* from, int64_t from_stride, int64_t rows, int64_t columns,
-                                        To* to, int64_t to_stride) {
-  for (int64_t r0 = 0; r0 < rows; r0 += VL)
-    for (int64_t c0 = 0; c0 < columns; c0 += VL) {
-      const From* src = from + r0 * from_stride + c0;
-      To* dst = to + c0 * to_stride + r0;
-      const int64_t nr = rows - r0, nc = columns - c0;
-      vf v[VL];
-      if (nr >= VL && nc >= VL) {
-#pragma GCC unroll 16
-        for (int i = 0; i < VL; ++i) v[i] = load_lanes(src + i * from_stride);
-        transpose(v);
-#pragma GCC unroll 16
-        for (int i = 0; i < VL; ++i) store_lanes(dst + i * to_stride, v[i]);
-      } else {
-      // Rows beyond the last repeat it: their lanes are not stored.
-#pragma GCC unroll 16
-        for (int i = 0; i < VL; ++i) {
-          const From* row = src + (i < nr ? i : nr - 1) * from_stride;
-          v[i] = nc >= VL ? load_lanes(row) : load_between(row, 0, nc, vf{});
-        }
-        transpose(v);
-#pragma GCC unroll 16
-        for (int i = 0; i < VL; ++i)
-          if (i < nc) store_lanes_n(dst + i * to_stride, v[i], nr);
-      }
-    }
-}
 
 // Lanes 0, 2, 4, .. of two neighbouring vectors, and the reverse: a vector's lanes spread to every other
 // place.
@@ -57,20 +24,6 @@ PYSEQNET_INLINE void transpose_elements(const From* from, int64_t from_stride, i
 #else
 #define PYSEQNET_EVEN_LANES(a, b) __builtin_shufflevector(a, b, 0, 2, 4, 6)
 #endif
-
-template <class T>
-PYSEQNET_INLINE void copy_strided(float* to, const T* from, int64_t step, int64_t count) {
-  if (step == 1) {
-    int64_t i = 0;
-    for (; i + VL <= count; i += VL) store(to + i, load_lanes(from + i));
-    if (i < count) store_lanes_n(to + i, load_between(from + i, 0, count - i, vf{}), count - i);
-  } else {
-    for (int64_t i = 0; i < count; ++i) to[i] = to_float(from[i * step]);
-  }
-}
-PYSEQNET_INLINE void fill_zero(float* to, int64_t count) {
-  for (int64_t i = 0; i < count; i += VL) store_lanes_n(to + i, vf{}, count - i);
-}
 
 // Offsets, in elements, of a staged or in-place arrangement.
 struct Planes {
@@ -93,35 +46,37 @@ PYSEQNET_INLINE Inside inside_row(int64_t position, int64_t step, int64_t extent
   return {smaller(first, count), larger(smaller(first, count), smaller(last, count))};
 }
 
-// Elements [i, i + VL) of a staged row: from[j * step] for the indices j inside the image, zero elsewhere.
+// Words [i, i + VL) of a staged row: those at from[j * step] for the indices j inside the image, zero
+// elsewhere.
 template <int step, class T>
-PYSEQNET_INLINE vf staged_vector(const T* from, int64_t i, Inside in) {
-  if constexpr (step == 1) return load_between(from + i, in.first - i, in.last - i, vf{});
+PYSEQNET_INLINE vf staged_vector(const T* from, int64_t i, Inside in, Partner partner) {
+  if constexpr (step == 1) return load_words(from + i, in.first - i, in.last - i, partner);
   const int64_t first = 2 * (in.first - i), last = 2 * (in.last - i) - 1;
-  const vf low = load_between(from + 2 * i, first, last, vf{});
-  const vf high = load_between(from + 2 * i + VL, first - VL, last - VL, vf{});
+  const vf low = load_words(from + 2 * i, first, last, partner);
+  const vf high = load_words(from + 2 * i + VL, first - VL, last - VL, partner);
   return PYSEQNET_EVEN_LANES(low, high);
 }
 template <int step, class T>
 PYSEQNET_INLINE void stage_rows_by(float* to, int64_t to_stride, const T* from, int64_t from_stride,
-                                   int64_t channels, Inside in, int64_t count) {
+                                   int64_t channels, Inside in, int64_t count, Partner partner) {
   // Short rows: channels run innermost, so that what is inside is worked out once for all of them.
   constexpr int64_t short_row = 4 * VL;
   const int64_t together = count <= short_row ? channels : 1;
   for (int64_t c0 = 0; c0 < channels; c0 += together)
     for (int64_t i = 0; i < count; i += VL)
       for (int64_t c = c0; c < c0 + together; ++c)
-        store_lanes_n(to + c * to_stride + i, staged_vector<step>(from + c * from_stride, i, in), count - i);
+        store_lanes_n(to + c * to_stride + i, staged_vector<step>(from + c * from_stride, i, in, partner),
+                      count - i);
 }
-// A staged row of `count` elements in each of `channels` planes. `from` may point before the image.
+// A staged row of `count` words in each of `channels` planes. `from` may point before the image.
 template <class T>
-PYSEQNET_INLINE void stage_rows(float* to, int64_t to_stride, const T* from, int64_t from_stride,
-                                int64_t channels, int64_t step, Inside in, int64_t count) {
-  if (step == 1) return stage_rows_by<1>(to, to_stride, from, from_stride, channels, in, count);
-  if (step == 2) return stage_rows_by<2>(to, to_stride, from, from_stride, channels, in, count);
+void stage_rows(float* to, int64_t to_stride, const T* from, int64_t from_stride, int64_t channels,
+                int64_t step, Inside in, int64_t count, Partner partner) {
+  if (step == 1) return stage_rows_by<1>(to, to_stride, from, from_stride, channels, in, count, partner);
+  if (step == 2) return stage_rows_by<2>(to, to_stride, from, from_stride, channels, in, count, partner);
   for (int64_t c = 0; c < channels; ++c, to += to_stride, from += from_stride) {
     for (int64_t i = 0; i < in.first; ++i) to[i] = 0.0f;
-    for (int64_t i = in.first; i < in.last; ++i) to[i] = to_float(from[i * step]);
+    for (int64_t i = in.first; i < in.last; ++i) to[i] = load_word(from + i * step, partner);
     for (int64_t i = in.last; i < count; ++i) to[i] = 0.0f;
   }
 }
@@ -162,11 +117,13 @@ PYSEQNET_INLINE int64_t in_place_offset(const Correlation& k, const Segment& s) 
   return s.n * k.in.n + (s.i * k.h.in_step + k.h.tap_offset) * k.in.h + s.j + k.w.tap_offset;
 }
 
-// Copies channels [0, channels) of the images at `in` into `to`.
+// Copies `channels` words of channels, the first of which is number d0 of its group and begins at `in`, into
+// `to`.
 template <class T>
 void stage_planes(const Correlation& k, const PixelBlock& block, const Planes& planes, const T* in,
-                  int64_t channels, float* to) {
+                  int64_t d0, int64_t channels, float* to) {
   if (k.taps() == 0) return;
+  const bool whole = k.channel_partner(0, d0 + channels - 1).present;  // the last channel word has two halves
   const bool planar = k.in.w == 1;
   for (int64_t i = 0; i < block.piece_count; ++i) {
     const Piece& piece = block.pieces[i];
@@ -182,7 +139,12 @@ void stage_planes(const Correlation& k, const PixelBlock& block, const Planes& p
         if (h < 0 || h >= k.h.in) in_row = {pitch, pitch};
         const T* src = in + piece.n * k.in.n + h * k.in.h + position * k.in.w;
         if (planar) {
-          stage_rows(row, planes.channel, src, k.in.c, channels, k.w.in_step, in_row, pitch);
+          const Partner partner = k.image_partner(k.in_partner, piece.n);
+          const int64_t pairs = channels - !whole;
+          stage_rows(row, planes.channel, src, k.in.c, pairs, k.w.in_step, in_row, pitch, partner);
+          if (!whole)
+            stage_rows(row + pairs * planes.channel, 0, src + pairs * k.in.c, 0, 1, k.w.in_step, in_row,
+                       pitch, {});
         } else {
           const int64_t count = in_row.last - in_row.first;
           for (int64_t c = 0; c < channels; ++c) {
@@ -190,8 +152,8 @@ void stage_planes(const Correlation& k, const PixelBlock& block, const Planes& p
             fill_zero(row + c * planes.channel + in_row.last, pitch - in_row.last);
           }
           if (count)
-            transpose_elements(src + in_row.first * k.w.in_step * k.in.w, k.w.in_step * k.in.w, count,
-                               channels, row + in_row.first, planes.channel);
+            transpose_words(src + in_row.first * k.w.in_step * k.in.w, k.w.in_step * k.in.w, count, channels,
+                            row + in_row.first, planes.channel, k.image_partner(k.in_partner, piece.n));
         }
       }
     }
@@ -212,6 +174,31 @@ PYSEQNET_INLINE int64_t staged_pixels_size(const Correlation& k, const BlockLimi
 PYSEQNET_INLINE Pixels staged_pixels(const Correlation& k, const PixelBlock& block) {
   return {staged_positions(k, block.columns) * k.depth, k.depth, k.h.kept_step()};
 }
+// `count` pixels of `channels` elements each become `words` words each.
+template <class T>
+PYSEQNET_INLINE void copy_pixels(float* to, const T* from, int64_t count, int64_t stride, int64_t channels,
+                                 int64_t words) {
+  if constexpr (paired<T>) {
+    // Neighbours are pairs already; an odd last channel is followed by a zero.
+    uint16_t* dst = (uint16_t*)to;
+    const bool dense = stride == channels && channels == 2 * words;
+    const int64_t rows = dense ? 1 : count, length = dense ? count * channels : channels;
+    for (int64_t u = 0; u < rows; ++u, dst += 2 * words, from += stride) {
+      for (int64_t i = 0; i < length; i += VL) {
+        const vh bits = load_bits_between((const uint16_t*)from + i, 0, length - i);
+        if (length - i >= VL)
+          *(vh_u*)(dst + i) = bits;
+        else
+          store_bits_n(dst + i, bits, length - i);
+      }
+      if (channels < 2 * words) dst[channels] = 0;
+    }
+  } else if (stride == channels) {
+    copy_words(to, from, 1, count * channels);
+  } else {
+    for (int64_t u = 0; u < count; ++u) copy_words(to + u * words, from + u * stride, 1, channels);
+  }
+}
 template <class T>
 void stage_pixels(const Correlation& k, const PixelBlock& block, const Pixels& pixels, const T* in,
                   float* to) {
@@ -231,12 +218,7 @@ void stage_pixels(const Correlation& k, const PixelBlock& block, const Pixels& p
       const T* src = in + piece.n * k.in.n + h * k.in.h + (position + in_row.first) * k.in.w;
       const int64_t count = in_row.last - in_row.first;
       fill_zero(row, in_row.first * D);
-      if (k.in.w == D) {
-        copy_strided(row + in_row.first * D, src, 1, count * D);
-      } else {
-        for (int64_t u = 0; u < count; ++u)
-          copy_strided(row + (in_row.first + u) * D, src + u * k.in.w, 1, D);
-      }
+      copy_pixels(row + in_row.first * D, src, count, k.in.w, k.channels, D);
       fill_zero(row + in_row.last * D, (positions - in_row.last) * D);
     }
   }

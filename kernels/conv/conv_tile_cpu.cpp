@@ -1,3 +1,5 @@
+// ISA: +avx512bf16
+//
 // The register tiles of conv_tile.h for every shape, behind one table.
 #include "common/gemm.h"
 #include "conv/conv_tile.h"
@@ -18,6 +20,27 @@ PYSEQNET_INLINE void keep(vf (&c)[R][NV], vf (&kept)[R][NV], bool add) {
 #pragma GCC unroll 8
     for (int j = 0; j < NV; ++j) kept[i][j] = add ? kept[i][j] + c[i][j] : c[i][j];
   zero(c);
+}
+
+// c += a * b over n words of depth.
+template <int R, int NV>
+PYSEQNET_INLINE void multiply_add(int64_t n, const float* const* a, const float* b, int64_t b_stride,
+                                  vf (&c)[R][NV]) {
+#if defined(__AVX512BF16__)
+  for (int64_t k = 0; k < n; ++k, b += b_stride) {
+    __m512bh bv[NV];
+#pragma GCC unroll 8
+    for (int j = 0; j < NV; ++j) bv[j] = (__m512bh)load(b + j * VL);
+#pragma GCC unroll 32
+    for (int i = 0; i < R; ++i) {
+      const __m512bh av = (__m512bh)_mm512_set1_ps(a[i][k]);
+#pragma GCC unroll 8
+      for (int j = 0; j < NV; ++j) c[i][j] = (vf)_mm512_dpbf16_ps((__m512)c[i][j], av, bv[j]);
+    }
+  }
+#else
+  mk_rows<R, NV>(n, a, b, b_stride, c);
+#endif
 }
 
 template <int R, int NV, class Term>
@@ -53,7 +76,7 @@ void tile(const TileJob& t) {
       const float* a[R];
 #pragma GCC unroll 32
       for (int i = 0; i < R; ++i) a[i] = t.a[i] + run.offset + k;
-      mk_rows<R, NV>(n, a, b, t.b_stride, c);
+      multiply_add<R, NV>(n, a, b, t.b_stride, c);
       b += n * t.b_stride;
       summed += n;
       k += n;
