@@ -55,22 +55,27 @@ float plane_sum(const T* p, int64_t count) {
   return hsum(total);
 }
 
+// The next `vectors` vectors of filters, or the last one, of which n lanes exist.
+template <int vectors, class T>
+PYSEQNET_INLINE void pixel_sums_of(const T* p, int64_t stride, int64_t pixels, int64_t n, float* to) {
+  vf total[vectors] = {};
+  for (int64_t e = 0; e < pixels;) {
+    const int64_t end = smaller(pixels, e + BLOCK);
+    vf sum[vectors] = {};
+    for (; e < end; ++e)
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) sum[v] += load_between(p + e * stride + v * VL, 0, n - v * VL, vf{});
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) total[v] += sum[v];
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < vectors; ++v) store_lanes_n(to + v * VL, total[v], n - v * VL);
+}
 template <class T>
 void pixel_sums(const T* p, int64_t stride, int64_t pixels, int64_t filters, float* to) {
-  for (int64_t f = 0; f < filters; f += VL) {
-    const int64_t n = filters - f;
-    vf total{};
-    for (int64_t e = 0; e < pixels;) {
-      const int64_t end = smaller(pixels, e + BLOCK);
-      vf sum{};
-      if (n >= VL)
-        for (; e < end; ++e) sum += load_lanes(p + e * stride + f);
-      else
-        for (; e < end; ++e) sum += load_between(p + e * stride + f, 0, n, vf{});
-      total += sum;
-    }
-    store_lanes_n(to + f, total, n);
-  }
+  if (filters == LANE_BLOCK * VL) return pixel_sums_of<LANE_BLOCK>(p, stride, pixels, LANE_BLOCK * VL, to);
+  for (int64_t f = 0; f < filters; f += VL)
+    pixel_sums_of<1>(p + f, stride, pixels, smaller(VL, filters - f), to + f);
 }
 
 template <class T>

@@ -173,6 +173,9 @@ struct ChannelsLast {
         c[i] = !last_depth ? s.sums + (e0 + i) * lanes
                : direct    ? (float*)(out + s.out_offsets[e0 + i] + (group * k.rows + v0 * VL) * k.out.c)
                            : s.tile + i * lanes;
+      if (last_depth && !direct)
+        for (int64_t i = 0; i < rows; ++i)
+          prefetch_results(out + s.out_offsets[e0 + i] + (group * k.rows + v0 * VL) * k.out.c, valid);
       run_tile(int(rows), int(vectors),
                {s.a + e0, runs, run_count, b, lanes, start ? start + e0 * start_stride : nullptr,
                 start_stride, nullptr, c, last_depth && direct ? int(valid - (vectors - 1) * VL) : VL});
@@ -180,7 +183,7 @@ struct ChannelsLast {
         for (int64_t i = 0; i < rows; ++i) {
           T* to = out + s.out_offsets[e0 + i] + (group * k.rows + v0 * VL) * k.out.c;
           for (int64_t l = 0; l < valid; l += VL)
-            store_lanes_n(to + l, load(s.tile + i * lanes + l), valid - l);
+            store_result(to + l, load(s.tile + i * lanes + l), valid - l);
         }
     });
     if (cut) runs[0].offset -= cut;

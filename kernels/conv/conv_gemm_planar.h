@@ -269,7 +269,7 @@ struct Planar {
         T* dst = to + r * k.out.c + runs[i].offset;
         const int64_t n = runs[i].length;
         if (step == 1) {
-          for (int64_t l = 0; l < n; l += VL) store_lanes_n(dst + l, load(src + l), n - l);
+          for (int64_t l = 0; l < n; l += VL) store_result(dst + l, load(src + l), n - l);
         } else {
           store_strided(dst, step, src, n);
         }
@@ -328,6 +328,9 @@ struct Planar {
           c[i] = (float*)(to + i * k.out.c + out_run[0].offset);
         else
           c[i] = s.tile + i * lanes;
+        if (last_depth && !direct)
+          for (int g = 0; g < out_run_count; ++g)
+            prefetch_results(to + i * k.out.c + out_run[g].offset, out_run[g].length * out_step());
       }
       run_tile(int(r), vectors,
                {a, &run, 1, s.panel, lanes, d ? sums + r0 * lanes : nullptr, lanes,

@@ -50,6 +50,27 @@ PYSEQNET_INLINE float load_word(const T* p, Partner partner) {
     return to_float(*p);
 }
 
+// The first n lanes of finished sums, rounded to the storage type.
+template <class T>
+PYSEQNET_INLINE void store_result(T* to, vf v, int64_t n) {
+#if defined(__AVX512BF16__)
+  const vh bits = (vh)_mm512_cvtneps_pbh((__m512)v);
+  if (n >= VL)
+    *(vh_u*)to = bits;
+  else
+    store_bits_n((uint16_t*)to, bits, n);
+#else
+  store_lanes_n(to, v, n);
+#endif
+}
+
+// Results go to memory that is seldom in the cache: fetched while the sums are still being worked out.
+template <class T>
+PYSEQNET_INLINE void prefetch_results(const T* to, int64_t count) {
+  constexpr int64_t line = 64 / int64_t(sizeof(T));
+  for (int64_t i = 0; i < count; i += line) __builtin_prefetch(to + i, 1);
+}
+
 // to[c][r] = from[r][c] as words, or converted to another storage type; nothing else is touched.
 template <class From, class To>
 PYSEQNET_INLINE void transpose_words(const From* from, int64_t from_stride, int64_t rows, int64_t columns,
