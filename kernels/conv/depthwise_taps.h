@@ -121,6 +121,9 @@ PYSEQNET_INLINE void correlate_tensor_row(const Taps<In>& taps, vf start, int64_
 }
 
 // gradient[t] += sum over rows and outputs q of g[q g_step] x[(q + t) x_step].
+// A float sum is closed after this many products and added to the gradient: the rounding of one long chain
+// over a whole batch of images would exceed that of a blocked matrix product.
+constexpr int64_t products_in_a_sum = 256;
 constexpr int pixels_at_once = VL == 16 ? 8 : 4;
 template <class T>
 struct GradientRows {
@@ -132,7 +135,20 @@ template <int taps, class T>
 PYSEQNET_INLINE void gradient_of_run(GradientRows<T> in, float* gradient) {
   constexpr int chains = taps <= 2 ? 4 : taps <= 4 ? 2 : 1;  // independent sums, to cover the latency
   vf sum[chains][taps] = {};
+  int64_t products = 0;
+  auto close = [&]() PYSEQNET_LAMBDA {
+#pragma GCC unroll 8
+    for (int t = 0; t < taps; t++) {
+      vf total = sum[0][t];
+      sum[0][t] = vf{};
+#pragma GCC unroll 4
+      for (int c = 1; c < chains; c++) total += sum[c][t], sum[c][t] = vf{};
+      store(gradient + t * VL, load(gradient + t * VL) + total);
+    }
+    products = 0;
+  };
   for (int64_t r = 0; r < in.rows; r++, in.x += in.x_pitch, in.g += in.g_pitch) {
+    if ((products += in.count) > products_in_a_sum) close();
     int64_t q = 0;
     for (; q + pixels_at_once <= in.count; q += pixels_at_once) {
       const T *x = in.x + q * in.x_step, *g = in.g + q * in.g_step;
@@ -154,13 +170,7 @@ PYSEQNET_INLINE void gradient_of_run(GradientRows<T> in, float* gradient) {
       for (int t = 0; t < taps; t++) sum[0][t] += pixel * load_lanes(in.x + (q + t) * in.x_step);
     }
   }
-#pragma GCC unroll 8
-  for (int t = 0; t < taps; t++) {
-    vf total = sum[0][t];
-#pragma GCC unroll 4
-    for (int c = 1; c < chains; c++) total += sum[c][t];
-    store(gradient + t * VL, load(gradient + t * VL) + total);
-  }
+  close();
 }
 
 template <class T>
