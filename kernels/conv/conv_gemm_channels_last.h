@@ -151,7 +151,7 @@ struct ChannelsLast {
     const int64_t k0 = d * z.depth_block, k1 = smaller(depth, k0 + z.depth_block);
     const int64_t valid = smaller(lanes, k.rows - v0 * VL);
     const float* b = filters + (group * z.vectors + v0) * VL * depth + k0 * lanes;
-    const bool last_depth = k1 == depth, direct = sizeof(T) == sizeof(float);
+    const bool last_depth = k1 == depth, direct = tile_stores<T>;
     // The runs that [k0, k1) of the depth touches; the first and the last may be cut.
     Run* runs = s.runs;
     int64_t run_count = 0, cut = 0;
@@ -178,7 +178,8 @@ struct ChannelsLast {
           prefetch_results(out + s.out_offsets[e0 + i] + (group * k.rows + v0 * VL) * k.out.c, valid);
       run_tile(int(rows), int(vectors),
                {s.a + e0, runs, run_count, b, lanes, start ? start + e0 * start_stride : nullptr,
-                start_stride, nullptr, c, last_depth && direct ? int(valid - (vectors - 1) * VL) : VL});
+                start_stride, nullptr, c, last_depth && direct ? int(valid - (vectors - 1) * VL) : VL,
+                last_depth && direct && paired<T>});
       if (last_depth && !direct)
         for (int64_t i = 0; i < rows; ++i) {
           T* to = out + s.out_offsets[e0 + i] + (group * k.rows + v0 * VL) * k.out.c;

@@ -313,7 +313,7 @@ struct Planar {
     OutRun out_run[TILE_LANES];
     const int out_run_count = out_runs(first, pixels, segment, out_run);
     const bool last_depth = d + 1 == z.depth_blocks;
-    const bool direct = sizeof(T) == sizeof(float) && out_run_count == 1 && out_step() == 1;
+    const bool direct = tile_stores<T> && out_run_count == 1 && out_step() == 1;
     const Run run = {0, channels * k.taps()};
     const int tail = last_depth && direct ? int(pixels - (vectors - 1) * VL) : VL;
     for_even_tiles(rows, tile_rows(vectors), [&](int64_t r0, int64_t r) PYSEQNET_LAMBDA {
@@ -334,7 +334,7 @@ struct Planar {
       }
       run_tile(int(r), vectors,
                {a, &run, 1, s.panel, lanes, d ? sums + r0 * lanes : nullptr, lanes,
-                bias ? s.bias + r0 : nullptr, c, tail});
+                bias ? s.bias + r0 : nullptr, c, tail, last_depth && direct && paired<T>});
       if (last_depth && !direct) store_rows(s.tile, r, lanes, out_run, out_run_count, to);
     });
   }
@@ -389,8 +389,11 @@ void pack_planar_filters(const Correlation& k, int64_t filter_elements, const T*
     const int64_t group = item / blocks, m0 = item % blocks * PACK_ROWS;
     const int64_t rows = smaller(PACK_ROWS, k.rows - m0);
     float* dst = to + (group * k.rows + m0) * depth;
-    for (int64_t d = 0; d < k.depth; ++d)
-      for (int64_t m = 0; m < rows; ++m) {
+    // The filters are walked in the order in which they are stored.
+    const bool by_rows = k.row_stride > k.depth_stride;
+    for (int64_t outer = 0; outer < (by_rows ? rows : k.depth); ++outer)
+      for (int64_t inner = 0; inner < (by_rows ? k.depth : rows); ++inner) {
+        const int64_t m = by_rows ? outer : inner, d = by_rows ? inner : outer;
         float* row = dst + m * depth + d * k.taps();
         const Partner partner = k.channel_partner(k.filter_partner, d);
         if (permutation.usable) {

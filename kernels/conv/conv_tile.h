@@ -44,6 +44,7 @@ struct TileJob {
   const float* row_start;  // used when start is null: one value a row, or null for zero
   float* const* c;         // one pointer a row
   int last_lanes;          // lanes stored of the last vector, 1 .. VL
+  bool narrow = false;     // c points to bfloat16 (only where tiles multiply pairs of it)
 };
 
 // 1 <= rows <= tile_rows(vectors). Reads whole vectors of b and start, stores only valid lanes.

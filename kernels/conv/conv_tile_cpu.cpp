@@ -3,6 +3,7 @@
 // The register tiles of conv_tile.h for every shape, behind one table.
 #include "common/gemm.h"
 #include "conv/conv_tile.h"
+#include "conv/conv_words.h"
 
 namespace pyseqnet {
 inline namespace PYSEQNET_ISA {
@@ -56,10 +57,11 @@ void tile(const TileJob& t) {
   vf c[R][NV];
   zero(c);
   // The results go to memory that is seldom in the cache: fetching it now costs nothing, waiting for it does.
+  const int64_t result_bytes = t.narrow ? VL * 2 : VL * 4;
 #pragma GCC unroll 32
   for (int i = 0; i < R; ++i)
 #pragma GCC unroll 8
-    for (int j = 0; j < NV; ++j) __builtin_prefetch(t.c[i] + j * VL, 1);
+    for (int j = 0; j < NV; ++j) __builtin_prefetch((const char*)t.c[i] + j * result_bytes, 1);
   vf kept[R][NV];  // in memory: the sums of earlier chunks
   bool any_kept = false;
   int64_t summed = 0;
@@ -88,6 +90,17 @@ void tile(const TileJob& t) {
     add<R, NV>(c, [&](int i, int j) PYSEQNET_LAMBDA { return load(t.start + i * t.start_stride + j * VL); });
   else if (t.row_start)
     add<R, NV>(c, [&](int i, int) PYSEQNET_LAMBDA { return set1(t.row_start[i]); });
+#if defined(__AVX512BF16__)
+  if (t.narrow) {
+#pragma GCC unroll 32
+    for (int i = 0; i < R; ++i) {
+      bfloat16* p = (bfloat16*)t.c[i];
+#pragma GCC unroll 8
+      for (int j = 0; j < NV; ++j) store_result(p + j * VL, c[i][j], j < NV - 1 ? VL : t.last_lanes);
+    }
+    return;
+  }
+#endif
 #pragma GCC unroll 32
   for (int i = 0; i < R; ++i) {
     float* p = t.c[i];

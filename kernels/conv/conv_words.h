@@ -21,6 +21,10 @@ constexpr int PAIR = 1;
 template <class T>
 constexpr bool paired = PAIR == 2 && sizeof(T) == 2;
 
+// What a tile can store itself.
+template <class T>
+constexpr bool tile_stores = sizeof(T) == sizeof(float) || paired<T>;
+
 // Where the second element of a pair lies, in elements after the first; not present: it is zero.
 struct Partner {
   int64_t offset = 0;
@@ -104,8 +108,9 @@ PYSEQNET_INLINE void transpose_words(const From* from, int64_t from_stride, int6
 template <class T>
 PYSEQNET_INLINE void copy_words(float* to, const T* from, int64_t step, int64_t count, Partner partner = {}) {
   if (step == 1) {
-    for (int64_t i = 0; i < count; i += VL)
-      store_lanes_n(to + i, load_words(from + i, 0, count - i, partner), count - i);
+    int64_t i = 0;
+    for (; i + VL <= count; i += VL) store(to + i, load_words(from + i, 0, VL, partner));
+    if (i < count) store_lanes_n(to + i, load_words(from + i, 0, count - i, partner), count - i);
   } else {
     for (int64_t i = 0; i < count; ++i) to[i] = load_word(from + i * step, partner);
   }
