@@ -14,12 +14,14 @@ namespace bias {
 constexpr int64_t ENOUGH_ITEMS = 16;
 constexpr int64_t CHUNK_ELEMENTS = 64 * 1024;  // a chunk worth having
 constexpr int64_t GRAIN_ELEMENTS = 128 * 1024;
-constexpr int64_t BLOCK = 256;     // vectors or pixels added before a sum goes to the next level
-constexpr int64_t LANE_BLOCK = 4;  // vectors of filters of an NHWC item
+constexpr int64_t BLOCK_VECTORS = 256;  // of a plane, added before the sum goes to the next level
+constexpr int64_t BLOCK_PIXELS =
+    64;  // likewise; their rows of filters stay in the first-level cache or near it
+constexpr int64_t ROW_VECTORS = 4;  // of filters that are added side by side
 
 struct Sizes {
   bool planar;
-  int64_t places;         // items of a chunk: filters, or blocks of filters
+  int64_t places;         // items of a chunk: filters, or 1
   int64_t parts, chunks;  // images or pixels, and in how many chunks
   int64_t pixels;         // of an image
 };
@@ -27,7 +29,7 @@ Sizes sizes(const ConvProblem& p) {
   Sizes z;
   z.pixels = p.P * p.Q;
   z.planar = p.layout == Layout::nchw && z.pixels > 1;
-  z.places = z.planar ? p.K : ceil_div(p.K, LANE_BLOCK * VL);
+  z.places = z.planar ? p.K : smaller(p.K, 1);
   z.parts = z.planar ? p.N : p.N * z.pixels;
   const int64_t elements = p.N * p.K * z.pixels;
   z.chunks =
@@ -41,7 +43,7 @@ template <class T>
 float plane_sum(const T* p, int64_t count) {
   vf total{};
   for (int64_t i = 0; i < count;) {
-    const int64_t end = smaller(count, i + BLOCK * VL);
+    const int64_t end = smaller(count, i + BLOCK_VECTORS * VL);
     vf a{}, b{}, c{}, d{};
     for (; i + 4 * VL <= end; i += 4 * VL) {
       a += load_lanes(p + i);
@@ -55,27 +57,28 @@ float plane_sum(const T* p, int64_t count) {
   return hsum(total);
 }
 
-// The next `vectors` vectors of filters, or the last one, of which n lanes exist.
+// to[f] += the sum over a few pixels of the next `vectors` vectors of filters, of which n lanes exist.
 template <int vectors, class T>
-PYSEQNET_INLINE void pixel_sums_of(const T* p, int64_t stride, int64_t pixels, int64_t n, float* to) {
-  vf total[vectors] = {};
-  for (int64_t e = 0; e < pixels;) {
-    const int64_t end = smaller(pixels, e + BLOCK);
-    vf sum[vectors] = {};
-    for (; e < end; ++e)
+PYSEQNET_INLINE void add_pixels(const T* p, int64_t stride, int64_t pixels, int64_t n, float* to) {
+  vf sum[vectors] = {};
+  for (int64_t e = 0; e < pixels; ++e)
 #pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) sum[v] += load_between(p + e * stride + v * VL, 0, n - v * VL, vf{});
+    for (int v = 0; v < vectors; ++v) sum[v] += load_between(p + e * stride + v * VL, 0, n - v * VL, vf{});
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) total[v] += sum[v];
-  }
-#pragma GCC unroll 4
-  for (int v = 0; v < vectors; ++v) store_lanes_n(to + v * VL, total[v], n - v * VL);
+  for (int v = 0; v < vectors; ++v)
+    store_lanes_n(to + v * VL, load_between(to + v * VL, 0, n - v * VL, vf{}) + sum[v], n - v * VL);
 }
 template <class T>
-void pixel_sums(const T* p, int64_t stride, int64_t pixels, int64_t filters, float* to) {
-  if (filters == LANE_BLOCK * VL) return pixel_sums_of<LANE_BLOCK>(p, stride, pixels, LANE_BLOCK * VL, to);
-  for (int64_t f = 0; f < filters; f += VL)
-    pixel_sums_of<1>(p + f, stride, pixels, smaller(VL, filters - f), to + f);
+void pixel_sums(const T* p, int64_t pixels, int64_t filters, float* to) {
+  for (int64_t f = 0; f < filters; f += VL) store_lanes_n(to + f, vf{}, filters - f);
+  for (int64_t e = 0; e < pixels; e += BLOCK_PIXELS) {
+    const T* rows = p + e * filters;
+    const int64_t count = smaller(BLOCK_PIXELS, pixels - e);
+    int64_t f = 0;
+    for (; f + ROW_VECTORS * VL <= filters; f += ROW_VECTORS * VL)
+      add_pixels<ROW_VECTORS>(rows + f, filters, count, ROW_VECTORS * VL, to + f);
+    for (; f < filters; f += VL) add_pixels<1>(rows + f, filters, count, smaller(VL, filters - f), to + f);
+  }
 }
 
 template <class T>
@@ -95,22 +98,18 @@ void run_as(const ConvProblem& p, const ConvTensors& t, const WorkSlice& slice) 
   for (int64_t item = slice.begin; item < slice.end; ++item) {
     const int64_t place = item % z.places, chunk = item / z.places;
     const int64_t first = z.parts * chunk / z.chunks, last = z.parts * (chunk + 1) / z.chunks;
-    float sums[LANE_BLOCK * VL];
-    int64_t filter = place, filters = 1;
     if (z.planar) {
-      sums[0] = 0;
-      for (int64_t n = first; n < last; ++n)
-        sums[0] += plane_sum(gy + (n * p.K + filter) * z.pixels, z.pixels);
-    } else {
-      filter = place * LANE_BLOCK * VL;
-      filters = smaller(LANE_BLOCK * VL, p.K - filter);
-      pixel_sums(gy + first * p.K + filter, p.K, last - first, filters, sums);
-    }
-    for (int64_t i = 0; i < filters; ++i) {
+      float sum = 0;
+      for (int64_t n = first; n < last; ++n) sum += plane_sum(gy + (n * p.K + place) * z.pixels, z.pixels);
       if (z.chunks == 1)
-        round_to(gb[filter + i], sums[i]);
+        round_to(gb[place], sum);
       else
-        shared[chunk * p.K + filter + i] = sums[i];
+        shared[chunk * p.K + place] = sum;
+    } else {
+      float* sums = z.chunks == 1 ? reinterpret_cast<float*>(slice.scratch) : shared + chunk * p.K;
+      pixel_sums(gy + first * p.K, last - first, p.K, sums);
+      if (z.chunks == 1)
+        for (int64_t k = 0; k < p.K; ++k) round_to(gb[k], sums[k]);
     }
   }
 }
@@ -124,6 +123,7 @@ WorkPlan plan(const ConvProblem& p) {
   const int64_t items = z.places * z.chunks, elements = p.N * p.K * z.pixels;
   WorkPlan plan;
   plan.add_phase(items, larger(1, GRAIN_ELEMENTS * items / larger(1, elements)));
+  if (!z.planar && z.chunks == 1) plan.thread_bytes = p.K * int64_t(sizeof(float));
   if (z.chunks > 1) {
     plan.add_phase(p.K, GRAIN_ELEMENTS / z.chunks);
     plan.shared_bytes = z.chunks * p.K * int64_t(sizeof(float));
