@@ -1,8 +1,11 @@
 // The bias gradient on any CUDA device: gb[k] = sum over n, p, q of gy[n,k,p,q].
 //
 // Two stages without atomics: blocks sum parts of the pixels of each channel (conv_generic.cuh says who takes
-// which), sum_parts adds the parts in order. Bound: memory, gy is read once.
-//@PREDICTION@
+// which), sum_parts adds the parts in order. Bound: memory, gy is read once; in 16 bits the 36 instructions
+// an element. 32 to 40 registers.
+//
+// Predicted before any measurement, for an H200 (4.3 TB/s), N32 K64 56x56: 26 MB in float32, 12 us; as long
+// in 16 bits.
 #include "conv/conv_generic.cuh"
 
 namespace pyseqnet {

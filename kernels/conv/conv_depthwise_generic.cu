@@ -2,24 +2,29 @@
 // products, so all of it is bound by memory, and by the instructions around a product; no tile of a matrix
 // product would be filled.
 //
-//   correlate_3x3       forward of the common filter, stride 1 or 2 down the lines: a thread computes four
-//   lines
-//                       of one column and loads the three pixels of an input line once for all of them.
-//   correlate           forward of every other filter: four lines of one column (one where there are fewer)
-//                       share index arithmetic, weights and the test of a tap's column. What several outputs
-//                       read comes from the L1 cache.
-//                       The input gradient of stride 1 is the same with the filter turned around.
-//   gather_strided      input gradient of a stride above 1: every pixel sums the taps that meet an output.
-//                       Whether tap r does is kept as a quotient and a remainder by the stride, which change
-//                       by constants from tap to tap.
-//   correlate_sums_3x3, correlate_sums   weight gradient: a thread keeps the sums of nine taps over its share
-//                       of the pixels; blocks are summed as conv_generic.cuh says. Filters of more than nine
-//                       taps take several blocks.
+// correlate_3x3: forward of the common filter, stride 1 or 2 down the lines. A thread computes four lines of
+// one column and loads the three pixels of an input line once for all of them.
+//
+// correlate: forward of every other filter. Four lines of one column (one where there are fewer) share index
+// arithmetic, weights and the test of a tap's column. What several outputs read comes from the L1 cache.
+// The input gradient of stride 1 is the same two, with the filter turned around.
+//
+// gather_strided: input gradient of a stride above 1. Every pixel sums the taps that meet an output. Whether
+// tap r does is kept as a quotient and a remainder by the stride, which change by constants from tap to tap.
+//
+// correlate_sums_3x3, correlate_sums: weight gradient. A thread keeps the sums of nine taps over its share of
+// the pixels; blocks are summed as conv_generic.cuh says. Filters of more than nine taps take several blocks.
 //
 // Neighbouring threads hold neighbouring elements of the output: pixels in NCHW, channels in NHWC. Outputs
 // are numbered in the order of memory, so planes of any size fill the warps, and a thread walks that
 // numbering by constant steps.
-//@PREDICTION@
+//
+// Instructions an output (counted in sm_90a code, float32 / bfloat16): correlate_3x3 67 / 90,
+// correlate_sums_3x3 55 / 75, correlate 15 a product. A GPU of 132 multiprocessors issues 30e12 a second, so
+// float32 is near the bandwidth and 16 bits are bound by instructions. 40 to 122 registers, no spills.
+//
+// Predicted before any measurement, for an H200 (4.3 TB/s), N32 C64 56x56 3x3 pad 1 (51 MB in float32, 12
+// us): forward and input gradient 15 us in float32, 19 us in bfloat16; weight gradient 17 us and 20 us.
 #include "conv/conv_generic.cuh"
 
 namespace pyseqnet {
