@@ -189,11 +189,13 @@ void scatter_channels(const MaxPoolProblem& p, const T* gy, const Tap* arg, T* g
         const int64_t o = ((n * p.P + i) * p.Q + j) * p.C + c, corner = (h0 * p.W + w0) * pitch;
         for (int64_t l = 0; l < count; l++) {
           const int64_t tap = arg[o + l];
+          if (uint64_t(tap) >= uint64_t(p.R * p.S)) continue;  // forged, see scatter_plane
           if (checked) {
             const int64_t h = h0 + tap / p.S * p.dilation_h, w = w0 + tap % p.S * p.dilation_w;
             if (h < 0 || h >= p.H || w < 0 || w >= p.W) continue;
           }
-          sum[corner + offset[tap] + l] += to_float(gy[o + l]);
+          const int64_t pixel = corner + offset[tap];
+          if (uint64_t(pixel) < uint64_t(pixels * pitch)) sum[pixel + l] += to_float(gy[o + l]);
         }
       }
     if constexpr (!in_place)

@@ -188,11 +188,14 @@ void run_backward(const MaxPoolProblem& p, const MaxPoolTensors& t, const WorkSl
 // Indices: rows of windows, n C P + c P + i (planar) or n P + i.
 int64_t rows_of_windows(const MaxPoolProblem& p) { return p.N * p.P * (planar(p) ? p.C : 1); }
 
+// A forged arg may name taps that the window does not have: every value of a byte has an entry in the table.
+constexpr int64_t byte_values = 256;
+
 Refusal refuses_indices(const MaxPoolProblem&) { return accepted; }
 
 WorkPlan plan_indices(const MaxPoolProblem& p) {
   WorkPlan plan = plan_items(rows_of_windows(p), p.Q * (planar(p) ? 1 : p.C) * 4);
-  plan.thread_bytes = align_up(p.R * p.S * 8);
+  plan.thread_bytes = align_up(larger(p.R * p.S, byte_values) * 8);
   return plan;
 }
 
@@ -200,13 +203,18 @@ template <class Tap>
 void index_rows(const MaxPoolProblem& p, const Tap* arg, int64_t* indices, const WorkSlice& slice) {
   int64_t* offset = reinterpret_cast<int64_t*>(slice.scratch);
   tap_offsets(p, offset);
+  const int64_t taps = p.R * p.S;
+  for (int64_t t = taps; t < byte_values; t++) offset[t] = 0;
   const int64_t channels = planar(p) ? 1 : p.C;
   arg += slice.begin * p.Q * channels;
   indices += slice.begin * p.Q * channels;
   for (int64_t item = slice.begin; item < slice.end; item++) {
     int64_t base = (item % p.P * p.stride_h - p.pad_h) * p.W - p.pad_w;
     for (int64_t j = 0; j < p.Q; j++, base += p.stride_w)
-      for (int64_t c = 0; c < channels; c++) *indices++ = base + offset[*arg++];
+      for (int64_t c = 0; c < channels; c++) {
+        const uint64_t tap = uint64_t(*arg++);
+        *indices++ = base + offset[sizeof(Tap) == 1 || tap < uint64_t(taps) ? tap : 0];
+      }
   }
 }
 

@@ -179,15 +179,19 @@ PYSEQNET_INLINE bool every_window_inside(const MaxPoolProblem& p) {
 
 template <class T, class Tap, bool checked>
 void scatter_plane(const MaxPoolProblem& p, const T* gy, const Tap* arg, const int64_t* offset, float* sum) {
-  for (int64_t k = 0; k < p.H * p.W; k++) sum[k] = 0;
+  // arg comes from a caller: one that forward did not write must not make us write outside the plane.
+  const uint64_t taps = p.R * p.S, pixels = p.H * p.W;
+  for (uint64_t k = 0; k < pixels; k++) sum[k] = 0;
   for (int64_t i = 0; i < p.P; i++)
     for (int64_t j = 0; j < p.Q; j++, gy++, arg++) {
       const int64_t h0 = i * p.stride_h - p.pad_h, w0 = j * p.stride_w - p.pad_w, tap = *arg;
+      if (uint64_t(tap) >= taps) continue;
       if (checked) {
         const int64_t h = h0 + tap / p.S * p.dilation_h, w = w0 + tap % p.S * p.dilation_w;
         if (h < 0 || h >= p.H || w < 0 || w >= p.W) continue;
       }
-      sum[h0 * p.W + w0 + offset[tap]] += to_float(*gy);
+      const int64_t pixel = h0 * p.W + w0 + offset[tap];
+      if (uint64_t(pixel) < pixels) sum[pixel] += to_float(*gy);
     }
 }
 
