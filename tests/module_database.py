@@ -188,7 +188,7 @@ def check_error_inputs(info, device: str, dtype: torch.dtype) -> None:
     found = info.module_error_inputs_func(info, device=device, dtype=dtype, requires_grad=False, training=False)
     for error_input in found:
         module_input = error_input.module_error_input
-        with pytest.raises(error_input.error_type, match=error_input.error_regex):
+        with pytest.raises(error_input.error_type, match=error_input.error_regex):  # noqa: PT012 - either line may
             module = build(info, module_input, device, dtype)
             if error_input.error_on == ModuleErrorEnum.FORWARD_ERROR:
                 call(module, module_input)
