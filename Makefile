@@ -38,7 +38,7 @@ lint: $(BUILT)
 	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
 
 test-cpp: $(BUILT)
-	$(call ctest,build/cmake,)
+	$(call ctest,build/cmake,-DPYSEQNET_CUDA=OFF)
 
 test-python: $(BUILT)
 	$(PY) -m pytest

@@ -57,7 +57,8 @@ def describe(device: torch.device, threads: int) -> dict[str, object]:
         "cuda": torch.version.cuda if device.type == "cuda" else None,
         "pyseqnet": pyseqnet.__version__,
         "python": platform.python_version(),
-        "commit": _git("rev-parse", "--short", "HEAD"),
+        # a tree that was copied without its history may still say what it is
+        "commit": _git("rev-parse", "--short", "HEAD") or os.environ.get("PYSEQNET_COMMIT", ""),
         # a run's own results are no change of what was measured
         "modified": bool(
             _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results", ":!README.md")
