@@ -419,7 +419,9 @@ PYSEQNET_INLINE bool better_along_taps(const MaxPoolProblem& p) {
                         : p.stride_w <= widest_shuffle ? p.stride_w * p.stride_w
                                                        : p.stride_w * VL;
   const int64_t windows = new_rows * (vectors * (3 * p.S + split) + 10) + vectors * 3 * p.R;
-  const int64_t taps = p.Q * (p.R * (3 * ceil_div(p.S, VL) + 3) + 20);
+  const bool one_run = p.S == p.W && p.Q == 1 && p.pad_w == 0 && p.dilation_h == 1;
+  const int64_t runs = one_run ? 1 : p.R, length = one_run ? p.R * p.S : p.S;
+  const int64_t taps = p.Q * (runs * (3 * ceil_div(length, VL) + 3) + 20);
   return taps < windows;
 }
 
@@ -446,12 +448,16 @@ void window_along_taps(const MaxPoolProblem& p, const T* x, Extent<T> all, int64
       const int64_t h0 = i * p.stride_h - p.pad_h, w0 = j * p.stride_w - p.pad_w;
       const TapRange rows = taps_inside(h0, p.dilation_h, p.R, p.H), columns = taps_inside(w0, 1, p.S, p.W);
       const int64_t first = first_tap(h0, p.dilation_h, p.R) * p.S + first_tap(w0, 1, p.S);
+      // A window as wide as the image (global pooling) is one run of taps, not R short ones.
+      const bool one_run = p.S == p.W && w0 == 0 && p.dilation_h == 1;
+      const int64_t runs = one_run ? smaller(rows.first + 1, rows.end) : rows.end;
+      const int64_t end = one_run ? (rows.end - rows.first) * p.S : columns.end;
       Best best{lowest, set1_tap(first)};
       Lanes nan = {};
-      for (int64_t r = rows.first; r < rows.end; r++) {
+      for (int64_t r = rows.first; r < runs; r++) {
         const T* row = x + (h0 + r * p.dilation_h) * p.W + w0;
-        for (int64_t s = columns.first; s < columns.end; s += VL) {
-          const int64_t left = columns.end - s;
+        for (int64_t s = columns.first; s < end; s += VL) {
+          const int64_t left = end - s;
           const vf v = left >= VL ? load_lanes(row + s) : load_clipped(row + s, 0, left, lowest, all);
           nan |= either_nan(v, v);
           best.consider<false, true>(v, set1_tap(r * p.S + s) + iota());
