@@ -59,6 +59,8 @@ def _fresh_compiler():
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=[needs_compiler, pytest.mark.slow])])
 def test_compile_whole_model(device: str, backend: str, dynamic: bool) -> None:
+    if device == "cuda" and backend == "inductor" and dynamic and torch.__version__.startswith("2.11."):
+        pytest.skip("torch 2.11's inductor raises an AssertionError (tiling_utils) on torch's own layers, too")
     model = Net().to(device)
     compiled = torch.compile(model, fullgraph=True, backend=backend, dynamic=dynamic)
     for shape in [(2, 2, 12, 14), (3, 2, 17, 13)] if dynamic else [(2, 2, 12, 14)]:
