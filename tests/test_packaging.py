@@ -94,10 +94,15 @@ def test_without_the_binary_the_error_says_how_to_build(tmp_path: Path) -> None:
     shutil.copytree(
         Path(pyseqnet.__file__).parent, tmp_path / "pyseqnet", ignore=shutil.ignore_patterns("*.so", "__pycache__")
     )
+    # an editable install puts a finder of its own before sys.path
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[1]); "
+        "sys.meta_path = [f for f in sys.meta_path if '__editable__' not in str(getattr(f, '__module__', ''))]; "
+        "import pyseqnet"
+    )
     result = subprocess.run(
-        [sys.executable, "-c", "import sys; sys.path.insert(0, sys.argv[1]); import pyseqnet", str(tmp_path)],
-        capture_output=True, text=True, cwd=tmp_path,
-    )  # fmt: skip
+        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, cwd=tmp_path
+    )
     assert result.returncode != 0
     assert "ImportError" in result.stderr
     assert "pip install -e . --no-build-isolation" in result.stderr
