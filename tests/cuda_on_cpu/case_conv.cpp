@@ -1,5 +1,5 @@
 // Every generic CUDA kernel of convolution against the oracle: forward and all gradients, within the rounding
-// of their sums.
+// of their sums. Its kernels: implicit_gemm, sum_parts and the bias and depthwise kernels.
 // clang-format off
 // Sources: conv/conv_gemm_generic.cu conv/conv_bias_generic.cu conv/conv_depthwise_generic.cu conv/conv_reference.cpp
 // clang-format on
