@@ -46,6 +46,11 @@ struct Table {
   int count;
 };
 
+template <class Kernel, int n>
+constexpr Table<Kernel> table_of(const Kernel* const (&kernels)[n]) {
+  return {kernels, n};
+}
+
 template <class Kernel>
 struct Choice {
   const Kernel* kernel = nullptr;

@@ -54,23 +54,18 @@ constexpr const ConvCpuKernel* weight_gradient[] = {
 constexpr const ConvCpuKernel* bias_gradient[] = {EVERY_ISA(conv_bias_gradient),
                                                   &conv_reference_bias_gradient};
 
-template <class Kernel, int n>
-constexpr Table<Kernel> table(const Kernel* const (&kernels)[n]) {
-  return {kernels, n};
-}
-
 }  // namespace
 
 Table<ConvCpuKernel> conv_cpu_table(ConvPass pass) {
   switch (pass) {
     case ConvPass::forward:
-      return table(forward);
+      return table_of(forward);
     case ConvPass::input_gradient:
-      return table(input_gradient);
+      return table_of(input_gradient);
     case ConvPass::weight_gradient:
-      return table(weight_gradient);
+      return table_of(weight_gradient);
     case ConvPass::bias_gradient:
-      return table(bias_gradient);
+      return table_of(bias_gradient);
   }
   return {};
 }
@@ -92,13 +87,13 @@ constexpr const ConvCudaKernel* cuda_bias_gradient[] = {&conv_bias_gradient_cuda
 Table<ConvCudaKernel> conv_cuda_table(ConvPass pass) {
   switch (pass) {
     case ConvPass::forward:
-      return table(cuda_forward);
+      return table_of(cuda_forward);
     case ConvPass::input_gradient:
-      return table(cuda_input_gradient);
+      return table_of(cuda_input_gradient);
     case ConvPass::weight_gradient:
-      return table(cuda_weight_gradient);
+      return table_of(cuda_weight_gradient);
     case ConvPass::bias_gradient:
-      return table(cuda_bias_gradient);
+      return table_of(cuda_bias_gradient);
   }
   return {};
 }

@@ -35,21 +35,16 @@ constexpr const MaxPoolCpuKernel* forward[] = {EVERY_ISA(max_pool_forward), &max
 constexpr const MaxPoolCpuKernel* backward[] = {EVERY_ISA(max_pool_backward), &max_pool_reference_backward};
 constexpr const MaxPoolCpuKernel* indices[] = {EVERY_ISA(max_pool_indices), &max_pool_reference_indices};
 
-template <class Kernel, int n>
-constexpr Table<Kernel> table(const Kernel* const (&kernels)[n]) {
-  return {kernels, n};
-}
-
 }  // namespace
 
 Table<MaxPoolCpuKernel> max_pool_cpu_table(MaxPoolPass pass) {
   switch (pass) {
     case MaxPoolPass::forward:
-      return table(forward);
+      return table_of(forward);
     case MaxPoolPass::backward:
-      return table(backward);
+      return table_of(backward);
     case MaxPoolPass::indices:
-      return table(indices);
+      return table_of(indices);
   }
   return {};
 }
@@ -66,11 +61,11 @@ constexpr const MaxPoolCudaKernel* cuda_indices[] = {&max_pool_indices_cuda};
 Table<MaxPoolCudaKernel> max_pool_cuda_table(MaxPoolPass pass) {
   switch (pass) {
     case MaxPoolPass::forward:
-      return table(cuda_forward);
+      return table_of(cuda_forward);
     case MaxPoolPass::backward:
-      return table(cuda_backward);
+      return table_of(cuda_backward);
     case MaxPoolPass::indices:
-      return table(cuda_indices);
+      return table_of(cuda_indices);
   }
   return {};
 }
