@@ -16,6 +16,12 @@ typedef uint32_t vw __attribute__((vector_size(VL * 4)));
 
 PYSEQNET_INLINE vf widen_bf16(vh b) { return (vf)(__builtin_convertvector(b, vw) << 16); }
 PYSEQNET_INLINE vh round_bf16(vf x) {
+#if defined(__AVX512BF16__)
+  // The instruction takes subnormal numbers for zero: those lanes, which hardly ever occur, go the long way.
+  constexpr int subnormal = 0x20;
+  if (__builtin_expect(!_mm512_fpclass_ps_mask((__m512)x, subnormal), 1))
+    return (vh)_mm512_cvtneps_pbh((__m512)x);
+#endif
   const vw b = (vw)x;
   const vw rounded = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
   const vw quiet = (b >> 16) | 0x40;
@@ -111,6 +117,13 @@ PYSEQNET_INLINE vf load_between(const float16* p, int64_t lo, int64_t hi, vf fil
   return fill_outside(widen_f16(load_bits_between((const uint16_t*)p, lo, hi)), lo, hi, fill);
 }
 
+// The first n lanes, n <= VL or more; the others read as zero.
+PYSEQNET_INLINE vf load_lanes_n(const float* p, int64_t n) { return load_n(p, int(n)); }
+template <class T>
+PYSEQNET_INLINE vf load_lanes_n(const T* p, int64_t n) {
+  return n >= VL ? load_lanes(p) : load_between(p, 0, n, vf{});
+}
+
 // The first n lanes, n <= VL or more.
 PYSEQNET_INLINE void store_lanes_n(float* p, vf v, int64_t n) {
   if (n >= VL) return store(p, v);
@@ -132,6 +145,14 @@ PYSEQNET_INLINE void store_lanes_n(bfloat16* p, vf v, int64_t n) {
 }
 PYSEQNET_INLINE void store_lanes_n(float16* p, vf v, int64_t n) {
   n >= VL ? store_lanes(p, v) : store_bits_n((uint16_t*)p, round_f16(v), n);
+}
+
+// Calls f(T{}) for the element type; float64 has no lanes here.
+template <class F>
+PYSEQNET_INLINE void with_element(DType dtype, F&& f) {
+  if (dtype == DType::f32) f(float{});
+  if (dtype == DType::bf16) f(bfloat16{});
+  if (dtype == DType::f16) f(float16{});
 }
 
 }  // namespace PYSEQNET_ISA

@@ -1,10 +1,11 @@
-// Transposes of float matrices through registers: VL x VL blocks, log2(VL) shuffles a vector.
+// Transposes of matrices through registers: VL x VL blocks of float lanes, log2(VL) shuffles a vector. The
+// side that is a tensor may hold 16-bit elements.
 //
 // Kernels that put channels into lanes read planar images (NCHW) with transpose_block and write them back
 // with transpose_block_exact. A block costs about as much as copying it four times, so it is worth keeping in
 // the first-level cache and using more than once.
 #pragma once
-#include "common/simd.h"
+#include "common/element_lanes.h"
 
 namespace pyseqnet {
 inline namespace PYSEQNET_ISA {
@@ -68,19 +69,20 @@ PYSEQNET_INLINE void transpose(vf (&r)[VL]) {
 
 // dst[c][r] = src[r][c] for r < rows <= VL, c < columns <= VL; each of the `columns` destination rows is
 // written as a whole vector, zero beyond `rows`: for private layouts padded to VL lanes.
-PYSEQNET_INLINE void transpose_block(const float* src, int64_t src_stride, int rows, int columns, float* dst,
+template <class T>
+PYSEQNET_INLINE void transpose_block(const T* src, int64_t src_stride, int rows, int columns, float* dst,
                                      int64_t dst_stride) {
   vf r[VL];
   if (rows == VL && columns == VL) {
 #pragma GCC unroll 16
-    for (int i = 0; i < VL; ++i) r[i] = load(src + i * src_stride);
+    for (int i = 0; i < VL; ++i) r[i] = load_lanes(src + i * src_stride);
     transpose(r);
 #pragma GCC unroll 16
     for (int i = 0; i < VL; ++i) store(dst + i * dst_stride, r[i]);
     return;
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < VL; ++i) r[i] = i < rows ? load_n(src + i * src_stride, columns) : vf{};
+  for (int i = 0; i < VL; ++i) r[i] = i < rows ? load_lanes_n(src + i * src_stride, columns) : vf{};
   transpose(r);
 #pragma GCC unroll 16
   for (int i = 0; i < VL; ++i)
@@ -89,16 +91,24 @@ PYSEQNET_INLINE void transpose_block(const float* src, int64_t src_stride, int r
 
 // dst[c][r] = src[r][c]; writes columns x rows elements and nothing else. Source rows are private: they are
 // read as whole vectors.
+template <class T>
 PYSEQNET_INLINE void transpose_block_exact(const float* src, int64_t src_stride, int rows, int columns,
-                                           float* dst, int64_t dst_stride) {
+                                           T* dst, int64_t dst_stride) {
   vf r[VL];
-  if (rows == VL && columns == VL) return transpose_block(src, src_stride, VL, VL, dst, dst_stride);
+  if (rows == VL && columns == VL) {
+#pragma GCC unroll 16
+    for (int i = 0; i < VL; ++i) r[i] = load(src + i * src_stride);
+    transpose(r);
+#pragma GCC unroll 16
+    for (int i = 0; i < VL; ++i) store_lanes(dst + i * dst_stride, r[i]);
+    return;
+  }
 #pragma GCC unroll 16
   for (int i = 0; i < VL; ++i) r[i] = i < rows ? load(src + i * src_stride) : vf{};
   transpose(r);
 #pragma GCC unroll 16
   for (int i = 0; i < VL; ++i)
-    if (i < columns) store_n(dst + i * dst_stride, r[i], rows);
+    if (i < columns) store_lanes_n(dst + i * dst_stride, r[i], rows);
 }
 
 }  // namespace PYSEQNET_ISA

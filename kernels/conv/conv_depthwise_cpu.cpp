@@ -39,13 +39,6 @@ Refusal refuses(const ConvProblem& p) {
   return accepted;
 }
 
-template <class F>
-PYSEQNET_INLINE void with_element(DType dtype, F&& f) {
-  if (dtype == DType::f32) f(float{});
-  if (dtype == DType::bf16) f(bfloat16{});
-  if (dtype == DType::f16) f(float16{});
-}
-
 // Whether whole blocks of channels are read straight from the tensor: not where 16-bit elements would be
 // converted again for each of many taps.
 template <class T>

@@ -1,6 +1,7 @@
-// 3 x 3 convolution, stride 1, dilation 1, float32, by Winograd F(4x4, 3x3): forward, input gradient, weight
-// gradient. A quarter of the multiplications of the direct sum, for transforms that cost 15 to 30 % of the
-// rest.
+// 3 x 3 convolution, stride 1, dilation 1, by Winograd F(4x4, 3x3): forward, input gradient, weight gradient.
+// A quarter of the multiplications of the direct sum, for transforms that cost 15 to 30 % of the rest. 16-bit
+// tensors are widened on the way in and rounded once on the way out; transforms and products are float32. A
+// quarter of the products in float32 is still less work than all of them as bfloat16 dot products.
 //
 // Design
 //   Lanes are channels, so the transforms (winograd_points.h) are elementwise arithmetic on one tile, and the
@@ -36,6 +37,8 @@ namespace winograd {
 // kernel or up to a third faster).
 constexpr double TRANSFORM_COST = 250;  // one tile, VL channels: in or out, with its gather or scatter
 constexpr double FILTER_COST = 170;     // one filter of VL output channels
+// A multiply-add of the direct sum where the processor has dot products of bfloat16 pairs.
+constexpr double DOT_PRODUCT_COST = 0.5;
 
 constexpr int64_t FEWEST_CHANNELS = 8;
 
@@ -49,7 +52,8 @@ bool pays(const ConvProblem& p) {
   const double c = double(ceil_div(C, VL)), k = double(ceil_div(K, VL));
   const double direct = double(taps) * pixels * double(C) * double(K) / VL;
   const double products = double(points) * tiles * double(C) * k;
-  return products + TRANSFORM_COST * tiles * (c + k) + FILTER_COST * double(C) * k <= direct;
+  const double price = p.dtype == DType::bf16 && best_isa() >= Isa::avx512bf16 ? DOT_PRODUCT_COST : 1;
+  return products + TRANSFORM_COST * tiles * (c + k) + FILTER_COST * double(C) * k <= price * direct;
 }
 
 template <ConvPass pass>
@@ -57,7 +61,7 @@ Refusal refuses(const ConvProblem& p) {
   const char* wanted = std::getenv("PYSEQNET_WINOGRAD");
   if (wanted && wanted[0] == '0' && !wanted[1]) return "PYSEQNET_WINOGRAD=0 turns it off";
   if (this_isa == Isa::portable) return "needs AVX2 or AVX-512";
-  if (p.dtype != DType::f32) return "float32 only";
+  if (p.dtype == DType::f64) return "float64 is served by the reference";
   if (p.R != 3 || p.S != 3) return "3x3 filters only";
   if (p.stride_h != 1 || p.stride_w != 1) return "stride 1 only";
   if (p.dilation_h != 1 || p.dilation_w != 1) return "dilation 1 only";

@@ -13,10 +13,10 @@ namespace winograd {
 constexpr int64_t BLOCK_BYTES = 640 * KIB;
 
 struct Convolution {
-  Image<const float*> in;
-  Image<float*> out;
-  Filters<const float*> filters;
-  const float* bias;
+  Image<const void*> in;
+  Image<void*> out;
+  Filters<const void*> filters;
+  const void* bias;
   int64_t pad_h, pad_w;
   Tiling tiling;
   int64_t C() const { return in.C; }
@@ -26,19 +26,18 @@ struct Convolution {
 template <ConvPass pass>
 Convolution convolution(const ConvProblem& p, const ConvTensors& t) {
   const Strides x = p.x_strides(), y = p.y_strides(), w = p.w_strides();
-  const float* filters = static_cast<const float*>(t.w);
   if (pass == ConvPass::forward)
-    return {{static_cast<const float*>(t.x), x, p.C, p.H, p.W},
-            {static_cast<float*>(t.y), y, p.K, p.P, p.Q},
-            {filters, w.n, w.c, w.w, p.K, p.C, false},
-            static_cast<const float*>(t.bias),
+    return {{t.x, p.dtype, x, p.C, p.H, p.W},
+            {t.y, p.dtype, y, p.K, p.P, p.Q},
+            {t.w, p.dtype, w.n, w.c, w.w, p.K, p.C, false},
+            t.bias,
             p.pad_h,
             p.pad_w,
             Tiling(p.N, p.P, p.Q)};
   // gx[h] = sum over r of gy[h + pad - r] w[r]: with r = 2 - r', a convolution of padding 2 - pad.
-  return {{static_cast<const float*>(t.gy), y, p.K, p.P, p.Q},
-          {static_cast<float*>(t.gx), x, p.C, p.H, p.W},
-          {filters, w.c, w.n, w.w, p.C, p.K, true},
+  return {{t.gy, p.dtype, y, p.K, p.P, p.Q},
+          {t.gx, p.dtype, x, p.C, p.H, p.W},
+          {t.w, p.dtype, w.c, w.n, w.w, p.C, p.K, true},
           nullptr,
           2 - p.pad_h,
           2 - p.pad_w,

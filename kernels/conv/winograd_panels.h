@@ -120,6 +120,7 @@ PYSEQNET_INLINE void panel_product(int64_t rows, int64_t lanes, const float* A, 
 template <class Pointer>
 struct Image {  // a batch of images; where they lie is in the strides
   Pointer p;
+  DType dtype;
   Strides s;
   int64_t C, H, W;
 };
@@ -173,30 +174,32 @@ struct Run {
     }
   }
 };
-PYSEQNET_INLINE void gather_run(const Run& run, const float* src, int64_t channel_stride, int lanes,
+template <class E>
+PYSEQNET_INLINE void gather_run(const Run& run, const E* src, int64_t channel_stride, int lanes,
                                 float* strip) {
   run.blocks([&](int64_t i, int count) PYSEQNET_LAMBDA {
     vf r[VL];
 #pragma GCC unroll 16
-    for (int c = 0; c < VL; ++c) r[c] = c < lanes ? load_n(src + c * channel_stride + i, count) : vf{};
+    for (int c = 0; c < VL; ++c) r[c] = c < lanes ? load_lanes_n(src + c * channel_stride + i, count) : vf{};
     transpose(r);
     run.each(strip, i, count, [&](int j, float* to) PYSEQNET_LAMBDA { store(to, r[j]); });
   });
 }
-PYSEQNET_INLINE void scatter_run(const Run& run, float* strip, float* dst, int64_t channel_stride,
-                                 int lanes) {
+template <class E>
+PYSEQNET_INLINE void scatter_run(const Run& run, float* strip, E* dst, int64_t channel_stride, int lanes) {
   run.blocks([&](int64_t i, int count) PYSEQNET_LAMBDA {
     vf r[VL] = {};
     run.each(strip, i, count, [&](int j, const float* from) PYSEQNET_LAMBDA { r[j] = load(from); });
     transpose(r);
 #pragma GCC unroll 16
     for (int c = 0; c < VL; ++c)
-      if (c < lanes) store_n(dst + c * channel_stride + i, r[c], count);
+      if (c < lanes) store_lanes_n(dst + c * channel_stride + i, r[c], count);
   });
 }
 
 // strip[r][q][VL] = channels c0 .. c0 + VL of rows h0 + r and columns w0 + q; zero outside the image.
-inline void gather_strip(const Image<const float*>& x, int64_t n, int64_t c0, int64_t h0, int64_t lines,
+template <class E>
+inline void gather_strip(const Image<const void*>& x, int64_t n, int64_t c0, int64_t h0, int64_t lines,
                          int64_t w0, int64_t columns, float* strip) {
   const int lanes = int(least(VL, x.C - c0));
   const int64_t pitch = columns * VL;
@@ -208,11 +211,12 @@ inline void gather_strip(const Image<const float*>& x, int64_t n, int64_t c0, in
     for (int64_t q = inside ? right : columns; q < columns; ++q) store(strip + r * pitch + q * VL, vf{});
   }
   if (width == 0) return;
-  const float* src = x.p + n * x.s.n + c0 * x.s.c + (h0 + top) * x.s.h + (w0 + left) * x.s.w;
+  const E* src =
+      static_cast<const E*>(x.p) + n * x.s.n + c0 * x.s.c + (h0 + top) * x.s.h + (w0 + left) * x.s.w;
   float* dst = strip + top * pitch + left * VL;
   if (x.s.c == 1) {
     for (int64_t r = top; r < bottom; ++r, src += x.s.h, dst += pitch)
-      for (int64_t q = 0; q < width; ++q) store(dst + q * VL, load_n(src + q * x.s.w, lanes));
+      for (int64_t q = 0; q < width; ++q) store(dst + q * VL, load_lanes_n(src + q * x.s.w, lanes));
   } else if (width == x.W) {
     gather_run({(bottom - top) * width, width, pitch}, src, x.s.c, lanes, dst);
   } else {
@@ -222,15 +226,16 @@ inline void gather_strip(const Image<const float*>& x, int64_t n, int64_t c0, in
 }
 
 // The way back: rows h0 + r < H and columns w0 + q < W of channels c0 .. c0 + VL.
-inline void scatter_strip(float* strip, const Image<float*>& y, int64_t n, int64_t c0, int64_t h0,
+template <class E>
+inline void scatter_strip(float* strip, const Image<void*>& y, int64_t n, int64_t c0, int64_t h0,
                           int64_t lines, int64_t w0, int64_t columns) {
   const int lanes = int(least(VL, y.C - c0));
   const int64_t pitch = columns * VL;
   const int64_t width = least(columns, y.W - w0), height = least(lines, y.H - h0);
-  float* dst = y.p + n * y.s.n + c0 * y.s.c + h0 * y.s.h + w0 * y.s.w;
+  E* dst = static_cast<E*>(y.p) + n * y.s.n + c0 * y.s.c + h0 * y.s.h + w0 * y.s.w;
   if (y.s.c == 1) {
     for (int64_t r = 0; r < height; ++r, dst += y.s.h, strip += pitch)
-      for (int64_t q = 0; q < width; ++q) store_n(dst + q * y.s.w, load(strip + q * VL), lanes);
+      for (int64_t q = 0; q < width; ++q) store_lanes_n(dst + q * y.s.w, load(strip + q * VL), lanes);
   } else if (width == y.W) {
     scatter_run({height * width, width, pitch}, strip, dst, y.s.c, lanes);
   } else {
@@ -242,12 +247,15 @@ inline void scatter_strip(float* strip, const Image<float*>& y, int64_t n, int64
 // Channels c0 .. c0 + VL of a strip of inputs (B' x B) or of output gradients (A gy A') -> rows row ...,
 // channels at ... of V.
 template <class Transform>
-inline void transform_strip(const Image<const float*>& x, const Tiling& t, int64_t strip, int64_t pad_h,
+inline void transform_strip(const Image<const void*>& x, const Tiling& t, int64_t strip, int64_t pad_h,
                             int64_t pad_w, int64_t c0, float* scratch, const Panels& V, int64_t row,
                             int64_t at) {
   constexpr int64_t lines = Transform::in;
   const int64_t columns = t.strip_tiles * M + lines - M;
-  gather_strip(x, t.image(strip), c0, t.row(strip) - pad_h, lines, t.column(strip) - pad_w, columns, scratch);
+  with_element(x.dtype, [&](auto element) PYSEQNET_LAMBDA {
+    gather_strip<decltype(element)>(x, t.image(strip), c0, t.row(strip) - pad_h, lines,
+                                    t.column(strip) - pad_w, columns, scratch);
+  });
   for (int64_t j = 0; j < t.strip_tiles; ++j) {
     const float* s = scratch + j * M * VL;
     float* v = V.at(0, row + j, at);
@@ -258,10 +266,14 @@ inline void transform_strip(const Image<const float*>& x, const Tiling& t, int64
 
 // Rows row ... of the products -> A'mA + bias -> channels k0 .. k0 + VL of a strip of y. `at` is the channel
 // of the products that holds k0.
-inline void output_strip(const Panels& products, int64_t row, int64_t at, const float* bias, const Tiling& t,
-                         int64_t strip, int64_t k0, float* scratch, const Image<float*>& y) {
+inline void output_strip(const Panels& products, int64_t row, int64_t at, const void* bias, const Tiling& t,
+                         int64_t strip, int64_t k0, float* scratch, const Image<void*>& y) {
   const int64_t columns = t.strip_tiles * M;
-  const vf shift = bias ? load_n(bias + k0, int(least(VL, y.C - k0))) : vf{};
+  vf shift = {};
+  if (bias)
+    with_element(y.dtype, [&](auto element) PYSEQNET_LAMBDA {
+      shift = load_lanes_n(static_cast<const decltype(element)*>(bias) + k0, least(VL, y.C - k0));
+    });
   for (int64_t j = 0; j < t.strip_tiles; ++j) {
     const float* m = products.at(0, row + j, at);
     float* s = scratch + j * M * VL;
@@ -269,7 +281,10 @@ inline void output_strip(const Panels& products, int64_t row, int64_t at, const 
         [&](int r, int q) PYSEQNET_LAMBDA { return load(m + (r * T + q) * products.point); },
         [&](int r, int q, vf u) PYSEQNET_LAMBDA { store(s + (r * columns + q) * VL, u + shift); });
   }
-  scatter_strip(scratch, y, t.image(strip), k0, t.row(strip), M, t.column(strip), columns);
+  with_element(y.dtype, [&](auto element) PYSEQNET_LAMBDA {
+    scatter_strip<decltype(element)>(scratch, y, t.image(strip), k0, t.row(strip), M, t.column(strip),
+                                     columns);
+  });
 }
 
 // ---- Filters ----
@@ -279,6 +294,7 @@ inline void output_strip(const Panels& products, int64_t row, int64_t at, const 
 template <class Pointer>
 struct Filters {
   Pointer w;
+  DType dtype;
   int64_t lane, row, tap;  // strides
   int64_t lanes, rows;
   bool turned;
@@ -286,15 +302,16 @@ struct Filters {
 constexpr int64_t FILTER_ROWS = 16;  // filters are read in pieces of 16 x VL: 144 x VL floats of scratch
 constexpr int64_t filter_floats = FILTER_ROWS * taps * VL;
 
-// G w G' of rows r0 .. r0 + count (at most FILTER_ROWS) and lanes l0 .. l0 + VL -> rows row ... of U.
-inline void transform_filters(const Filters<const float*>& f, int64_t l0, int64_t r0, int64_t count,
-                              float* scratch, const Panels& U, int64_t row, int64_t lane) {
+// Rows r0 .. r0 + count (at most FILTER_ROWS) and lanes l0 .. l0 + VL -> scratch[r][tap][VL].
+template <class E>
+inline void load_filters(const Filters<const void*>& f, int64_t l0, int64_t r0, int64_t count,
+                         float* scratch) {
   const int n = int(least(VL, f.lanes - l0));
-  const float* src = f.w + l0 * f.lane + r0 * f.row;  // scratch[r][tap][VL]
+  const E* src = static_cast<const E*>(f.w) + l0 * f.lane + r0 * f.row;
   if (f.lane == 1) {
     for (int64_t r = 0; r < count; ++r)
       for (int64_t i = 0; i < taps; ++i)
-        store(scratch + (r * taps + i) * VL, load_n(src + r * f.row + i * f.tap, n));
+        store(scratch + (r * taps + i) * VL, load_lanes_n(src + r * f.row + i * f.tap, n));
   } else if (f.row == 1) {
     for (int64_t i = 0; i < taps; ++i)
       for (int64_t r = 0; r < count; r += VL)
@@ -308,6 +325,13 @@ inline void transform_filters(const Filters<const float*>& f, int64_t l0, int64_
         transpose_block(src + r * f.row + i, f.lane, n, int(least(VL, run - i)),
                         scratch + (r * taps + i) * VL, VL);
   }
+}
+
+// G w G' of these rows and lanes -> rows row ... of U.
+inline void transform_filters(const Filters<const void*>& f, int64_t l0, int64_t r0, int64_t count,
+                              float* scratch, const Panels& U, int64_t row, int64_t lane) {
+  with_element(f.dtype, [&](auto element)
+                            PYSEQNET_LAMBDA { load_filters<decltype(element)>(f, l0, r0, count, scratch); });
   const int64_t first = f.turned ? taps - 1 : 0, step = f.turned ? -VL : VL;
   for (int64_t r = 0; r < count; ++r) {
     const float* s = scratch + (r * taps + first) * VL;
@@ -319,10 +343,11 @@ inline void transform_filters(const Filters<const float*>& f, int64_t l0, int64_
 }
 
 // The way back for the weight gradient: scratch[r][tap][VL] -> rows r0 ..., lanes l0 ... of gw.
-inline void store_filters(const float* scratch, const Filters<float*>& f, int64_t l0, int64_t r0,
-                          int64_t count) {
+template <class E>
+inline void store_filters_as(const float* scratch, const Filters<void*>& f, int64_t l0, int64_t r0,
+                             int64_t count) {
   const int n = int(least(VL, f.lanes - l0));
-  float* dst = f.w + l0 * f.lane + r0 * f.row;
+  E* dst = static_cast<E*>(f.w) + l0 * f.lane + r0 * f.row;
   if (f.tap == 1) {
     for (int64_t i = 0; i < count * taps; i += VL)
       transpose_block_exact(scratch + i * VL, VL, int(least(VL, count * taps - i)), n, dst + i, f.lane);
@@ -332,6 +357,13 @@ inline void store_filters(const float* scratch, const Filters<float*>& f, int64_
         transpose_block_exact(scratch + (r * taps + i) * VL, taps * VL, int(least(VL, count - r)), n,
                               dst + i * f.tap + r, f.lane);
   }
+}
+
+inline void store_filters(const float* scratch, const Filters<void*>& f, int64_t l0, int64_t r0,
+                          int64_t count) {
+  with_element(f.dtype, [&](auto element) PYSEQNET_LAMBDA {
+    store_filters_as<decltype(element)>(scratch, f, l0, r0, count);
+  });
 }
 
 }  // namespace winograd

@@ -9,17 +9,17 @@ inline namespace PYSEQNET_ISA {
 namespace winograd {
 
 struct WeightGradient {
-  Image<const float*> x, gy;
-  Filters<float*> gw;  // lanes k, rows c
+  Image<const void*> x, gy;
+  Filters<void*> gw;  // lanes k, rows c
   int64_t pad_h, pad_w;
   Tiling tiling;
   int64_t C() const { return x.C; }
   int64_t K() const { return gy.C; }
 
   WeightGradient(const ConvProblem& p, const ConvTensors& t)
-      : x{static_cast<const float*>(t.x), p.x_strides(), p.C, p.H, p.W},
-        gy{static_cast<const float*>(t.gy), p.y_strides(), p.K, p.P, p.Q},
-        gw{static_cast<float*>(t.gw), p.w_strides().n, p.w_strides().c, p.w_strides().w, p.K, p.C, false},
+      : x{t.x, p.dtype, p.x_strides(), p.C, p.H, p.W},
+        gy{t.gy, p.dtype, p.y_strides(), p.K, p.P, p.Q},
+        gw{t.gw, p.dtype, p.w_strides().n, p.w_strides().c, p.w_strides().w, p.K, p.C, false},
         pad_h(p.pad_h),
         pad_w(p.pad_w),
         tiling(p.N, p.P, p.Q) {}

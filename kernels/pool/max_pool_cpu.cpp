@@ -40,14 +40,6 @@ Refusal refuses(const MaxPoolProblem& p) {
   return accepted;
 }
 
-// Calls f(T{}) for the element type of the problem.
-template <class F>
-PYSEQNET_INLINE void with_element(DType dtype, F&& f) {
-  if (dtype == DType::f32) f(float{});
-  if (dtype == DType::bf16) f(bfloat16{});
-  if (dtype == DType::f16) f(float16{});
-}
-
 WorkPlan plan_items(int64_t items, int64_t work_per_item) {
   WorkPlan plan;
   plan.add_phase(items, larger(1, grain_work / larger(1, work_per_item)));

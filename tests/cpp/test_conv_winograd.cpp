@@ -225,7 +225,6 @@ void check_refusals() {
       refuses("dilation 2", [](ConvProblem& p) { p.dilation_w = 2; });
       refuses("two groups", [](ConvProblem& p) { p.groups = 2; });
       refuses("float64", [](ConvProblem& p) { p.dtype = DType::f64; });
-      refuses("bfloat16", [](ConvProblem& p) { p.dtype = DType::bf16; });
       refuses("no image", [](ConvProblem& p) { p.N = 0; });
       refuses("no input pixel", [](ConvProblem& p) { p.H = 0; });
       refuses("no output pixel", [](ConvProblem& p) { p.Q = 0; });
