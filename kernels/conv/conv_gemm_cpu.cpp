@@ -35,7 +35,7 @@ struct Part {
     return channels_last ? k.groups * last.panels * k.taps() : planar_pack_items(k);
   }
   int64_t packed_floats() const {
-    return k.groups * (channels_last ? last.vectors * VL : k.rows) * k.depth * k.taps();
+    return k.groups * (channels_last ? last.vectors * VL * k.taps() : k.rows * k.tap_words()) * k.depth;
   }
   int64_t scratch_bytes() const {
     return channels_last ? channels_last_scratch(k, last, nullptr).bytes
@@ -59,7 +59,8 @@ Refusal refuses(const ConvProblem& p) {
   if (PAIR == 2) {
     if (p.dtype != DType::bf16) return "multiplies pairs of bfloat16";
     const Correlation k = correlation(p, pass, 0);
-    if (k.channels < 2) return "pairs channels, and there is one";
+    if (k.channels < 2 && (p.R * p.S < 2 || lanes_are_filters(k)))
+      return "pairs channels, or the taps of one planar channel: there is one of each";
     if (k.layout == Layout::nhwc && !lanes_are_filters(k))
       return "too few channels written for channels-last";
   }

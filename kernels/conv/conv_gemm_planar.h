@@ -48,8 +48,8 @@ struct PlanarSizes {
 
 PYSEQNET_INLINE PlanarSizes planar_sizes(const Correlation& k) {
   PlanarSizes z;
-  const int64_t vectors = ceil_div(k.pixels(), VL), depth = k.depth * k.taps();
-  z.depth_block = larger(1, PANEL_DEPTH / larger(1, k.taps()));
+  const int64_t vectors = ceil_div(k.pixels(), VL), depth = k.depth * k.tap_words();
+  z.depth_block = larger(1, PANEL_DEPTH / larger(1, k.tap_words()));
   z.depth_blocks = larger(1, ceil_div(k.depth, z.depth_block));
   z.depth_block = ceil_div(k.depth, z.depth_blocks);
 
@@ -102,7 +102,7 @@ PYSEQNET_INLINE PlanarScratch planar_scratch(const Correlation& k, const PlanarS
   s.segment_offsets = carver.take<int64_t>(z.limits.segments);
   s.tap_offsets = carver.take<int64_t>(k.taps());
   s.stage = carver.take<float>(z.plane * z.depth_block + VL);
-  s.panel = carver.take<float>(z.depth_block * k.taps() * TILE_LANES);
+  s.panel = carver.take<float>(z.depth_block * k.tap_words() * TILE_LANES);
   s.sums = carver.take<float>(z.depth_blocks > 1 ? z.block_vectors * VL * z.row_block : 0);
   s.tile = carver.take<float>(TILE_ROWS * TILE_LANES);
   s.bias = carver.take<float>(z.row_block);
@@ -151,6 +151,20 @@ PYSEQNET_INLINE void pack_rows(const float* planes, int64_t channel_stride, int6
       }
     }
 }
+// The same for the one channel whose taps are paired: words hold one element so far, the other half is zero.
+template <int vectors, int sources>
+PYSEQNET_INLINE void pack_tap_pairs(const float* plane, const int64_t* tap_offsets, int64_t taps,
+                                    const Source (&source)[TILE_VECTORS][2], float* dst) {
+  auto see = [&](int64_t t, int v) PYSEQNET_LAMBDA {
+    const float* p = plane + tap_offsets[t];
+    const vf x = load(p + source[v][0].offset);
+    return (vw)(sources == 2 ? merge(x, source[v][1].lanes, p + source[v][1].offset) : x);
+  };
+  for (int64_t t = 0; t < taps; t += 2, dst += vectors * VL)
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v)
+      store(dst + v * VL, (vf)(t + 1 < taps ? see(t, v) | see(t + 1, v) << 16 : see(t, v)));
+}
 // One vector of a panel from any number of rows: small images.
 PYSEQNET_INLINE void pack_vector(const float* planes, int64_t channel_stride, int64_t channels,
                                  const int64_t* tap_offsets, int64_t taps, const Source* source, int count,
@@ -162,6 +176,17 @@ PYSEQNET_INLINE void pack_vector(const float* planes, int64_t channel_stride, in
       for (int s = 1; s < count; ++s) v = merge(v, source[s].lanes, p + source[s].offset);
       store(dst, v);
     }
+}
+
+PYSEQNET_INLINE void pack_vector_of_tap_pairs(const float* plane, const int64_t* tap_offsets, int64_t taps,
+                                              const Source* source, int count, float* dst, int64_t stride) {
+  for (int64_t t = 0; t < taps; ++t) {
+    const float* p = plane + tap_offsets[t];
+    vf v = load(p + source[0].offset);
+    for (int s = 1; s < count; ++s) v = merge(v, source[s].lanes, p + source[s].offset);
+    float* word = dst + t / 2 * stride;
+    store(word, t % 2 ? (vf)((vw)load(word) | (vw)v << 16) : v);
+  }
 }
 
 template <class T>
@@ -226,7 +251,10 @@ struct Planar {
     }
     if (most <= 2) {
       auto pack = [&](auto n) PYSEQNET_LAMBDA {
-        if (most == 1)
+        if (PAIR == 2 && k.paired_taps)
+          most == 1 ? pack_tap_pairs<n.value, 1>(staged, s.tap_offsets, k.taps(), pairs, s.panel)
+                    : pack_tap_pairs<n.value, 2>(staged, s.tap_offsets, k.taps(), pairs, s.panel);
+        else if (most == 1)
           pack_rows<n.value, 1>(staged, planes.channel, channels, s.tap_offsets, k.taps(), pairs, s.panel);
         else
           pack_rows<n.value, 2>(staged, planes.channel, channels, s.tap_offsets, k.taps(), pairs, s.panel);
@@ -237,8 +265,12 @@ struct Planar {
     for (int v = 0; v < vectors; ++v) {
       Source source[VL];
       const int count = sources_of(first + v * VL, segment, source);
-      pack_vector(staged, planes.channel, channels, s.tap_offsets, k.taps(), source, count, s.panel + v * VL,
-                  vectors * VL);
+      if (PAIR == 2 && k.paired_taps)
+        pack_vector_of_tap_pairs(staged, s.tap_offsets, k.taps(), source, count, s.panel + v * VL,
+                                 vectors * VL);
+      else
+        pack_vector(staged, planes.channel, channels, s.tap_offsets, k.taps(), source, count,
+                    s.panel + v * VL, vectors * VL);
     }
   }
 
@@ -293,7 +325,7 @@ struct Planar {
         for (int64_t r = 0, t = 0; r < k.h.taps; ++r)
           for (int64_t c = 0; c < k.w.taps; ++c) s.tap_offsets[t++] = planes.tap(k, r, c);
       }
-      const float* first_filter = filters + ((group * k.rows + m0) * k.depth + d0) * k.taps();
+      const float* first_filter = filters + ((group * k.rows + m0) * k.depth + d0) * k.tap_words();
       float* sums = s.sums;
       int64_t segment = 0, first = 0;
       for_even_tiles(
@@ -314,14 +346,14 @@ struct Planar {
     const int out_run_count = out_runs(first, pixels, segment, out_run);
     const bool last_depth = d + 1 == z.depth_blocks;
     const bool direct = tile_stores<T> && out_run_count == 1 && out_step() == 1;
-    const Run run = {0, channels * k.taps()};
+    const Run run = {0, channels * k.tap_words()};
     const int tail = last_depth && direct ? int(pixels - (vectors - 1) * VL) : VL;
     for_even_tiles(rows, tile_rows(vectors), [&](int64_t r0, int64_t r) PYSEQNET_LAMBDA {
       const float* a[TILE_ROWS];
       float* c[TILE_ROWS];
       T* to = out + (group * k.rows + m0 + r0) * k.out.c;
       for (int64_t i = 0; i < r; ++i) {
-        a[i] = first_filter + (r0 + i) * k.depth * k.taps();
+        a[i] = first_filter + (r0 + i) * k.depth * k.tap_words();
         if (!last_depth)
           c[i] = sums + (r0 + i) * lanes;
         else if (direct)
@@ -354,7 +386,7 @@ PYSEQNET_INLINE TapPermutation tap_permutation(const Correlation& k, int64_t fil
   p.elements = int(filter_elements);
   p.taps = int(k.taps());
 #if defined(__AVX512F__)
-  p.usable = filter_elements <= VL && k.s_stride == 1 && k.taps() > 1;
+  p.usable = filter_elements <= VL && k.s_stride == 1 && k.taps() > 1 && !k.paired_taps;
   if (p.usable) {
     alignas(64) int32_t index[VL] = {};
     for (int64_t r = 0, t = 0; r < k.h.taps; ++r)
@@ -384,7 +416,7 @@ template <class T>
 void pack_planar_filters(const Correlation& k, int64_t filter_elements, const T* w, float* to, int64_t begin,
                          int64_t end) {
   const TapPermutation permutation = tap_permutation(k, filter_elements);
-  const int64_t blocks = ceil_div(k.rows, PACK_ROWS), depth = k.depth * k.taps();
+  const int64_t blocks = ceil_div(k.rows, PACK_ROWS), depth = k.depth * k.tap_words();
   for (int64_t item = begin; item < end; ++item) {
     const int64_t group = item / blocks, m0 = item % blocks * PACK_ROWS;
     const int64_t rows = smaller(PACK_ROWS, k.rows - m0);
@@ -394,7 +426,7 @@ void pack_planar_filters(const Correlation& k, int64_t filter_elements, const T*
     for (int64_t outer = 0; outer < (by_rows ? rows : k.depth); ++outer)
       for (int64_t inner = 0; inner < (by_rows ? k.depth : rows); ++inner) {
         const int64_t m = by_rows ? outer : inner, d = by_rows ? inner : outer;
-        float* row = dst + m * depth + d * k.taps();
+        float* row = dst + m * depth + d * k.tap_words();
         const Partner partner = k.channel_partner(k.filter_partner, d);
         if (permutation.usable) {
           const T* all = w + group * k.group_stride + (m0 + m) * k.row_stride + d * k.depth_stride;
@@ -402,6 +434,14 @@ void pack_planar_filters(const Correlation& k, int64_t filter_elements, const T*
           continue;
         }
         const T* src = w + k.filter_offset(group, m0 + m, d, 0, 0);
+        if (PAIR == 2 && k.paired_taps) {
+          auto tap_at = [&](int64_t t) PYSEQNET_LAMBDA {
+            return t / k.w.taps * k.h.filter_step * k.r_stride + t % k.w.taps * k.w.filter_step * k.s_stride;
+          };
+          for (int64_t t = 0; t < k.taps(); t += 2)
+            *row++ = load_word(src + tap_at(t), {tap_at(t + 1) - tap_at(t), t + 1 < k.taps()});
+          continue;
+        }
         for (int64_t r = 0; r < k.h.taps; ++r)
           for (int64_t c = 0; c < k.w.taps; ++c)
             *row++ =

@@ -81,8 +81,10 @@ struct Correlation {
   // words.
   bool paired_images;
   int64_t in_partner, filter_partner, out_partner, unpaired;
+  bool paired_taps;  // one channel has no partner: in panels, pairs are neighbours in the list of its taps
 
   int64_t taps() const { return h.taps * w.taps; }
+  int64_t tap_words() const { return paired_taps ? ceil_div(taps(), 2) : taps(); }  // of a channel in a panel
   Partner image_partner(int64_t offset, int64_t n) const {
     return {offset, !(paired_images && n == unpaired)};
   }
@@ -138,6 +140,7 @@ PYSEQNET_INLINE Correlation correlation(const ConvProblem& p, ConvPass pass, int
   k.filter_partner = k.depth_stride;
   k.out_partner = k.out.n;
   k.unpaired = -1;
+  k.paired_taps = PAIR == 2 && !k.paired_images && k.channels == 1;
   if (PAIR == 1) return k;
   int64_t& words = k.paired_images ? k.images : k.depth;
   if (words % 2) k.unpaired = words / 2;

@@ -4,7 +4,8 @@
 // of bfloat16: one instruction multiplies 16 pairs by 16 pairs and adds both products of each to a float, at
 // twice the rate. A pair is two neighbouring channels in forward and input gradient, and the same pixel of
 // two neighbouring images in the weight gradient, so that shifting by a tap never tears one apart. Where the
-// number is odd, the last partner is zero on both sides.
+// number is odd, the last partner is zero on both sides. A single channel pairs its taps, while they are
+// gathered into a panel.
 #pragma once
 #include "common/element_lanes.h"
 #include "common/transpose.h"
@@ -57,15 +58,7 @@ PYSEQNET_INLINE float load_word(const T* p, Partner partner) {
 // The first n lanes of finished sums, rounded to the storage type.
 template <class T>
 PYSEQNET_INLINE void store_result(T* to, vf v, int64_t n) {
-#if defined(__AVX512BF16__)
-  const vh bits = (vh)_mm512_cvtneps_pbh((__m512)v);
-  if (n >= VL)
-    *(vh_u*)to = bits;
-  else
-    store_bits_n((uint16_t*)to, bits, n);
-#else
   store_lanes_n(to, v, n);
-#endif
 }
 
 // Results go to memory that is seldom in the cache: fetched while the sums are still being worked out.
