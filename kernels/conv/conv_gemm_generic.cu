@@ -13,7 +13,8 @@
 // that fit, and no product with nothing is formed.
 //
 // The weight gradient is short and narrow, and deep: its depth is split over blocks. Each writes its part to
-// the workspace, sum_parts adds the parts in order.
+// the workspace, sum_parts adds the parts in order. So is that of the other passes where they have less than
+// half a block for each multiprocessor: a small batch of small images.
 //
 // Predicted before any measurement, for an H200 at 60 TFLOP/s, N32 C64 56x56 K64 3x3 pad 1 (7.4 GFLOP, 51
 // MB), in every 16- and 32-bit type:
@@ -33,6 +34,9 @@ namespace {
 
 // The shortest part of a weight gradient's depth: a block's fixed cost is about that of 20 steps of eight.
 constexpr int64_t shortest_part = 256;
+// Forward and input gradient have many results, and each part of them costs a write and a read: they are
+// split until there are about two blocks a multiprocessor, no further.
+constexpr int64_t few_blocks = 264;
 
 // Fills one axis; all extents and coordinates are below the limits of refuse_beyond_coordinates.
 Axis axis(int64_t extent, int64_t h, int64_t w, int64_t offset, int64_t partner) {
@@ -157,12 +161,14 @@ GemmPlan plan_gemm(ConvPass pass, const ConvProblem& problem) {
   const int64_t row_tiles = ceil_div(g.rows, tile_rows);
   const int64_t column_tiles = ceil_div(extent_of(g.column), tile_columns);
   const int64_t residues = g.by_residue ? int64_t(g.residue_h.count) * g.residue_w.count : 1;
+  const double blocks = double(row_tiles) * double(column_tiles) * double(p.groups) * double(residues);
   Split split = {1, extent_of(g.depth)};
   if (pass == ConvPass::weight_gradient)
     split =
         split_reduction(extent_of(g.depth), row_tiles * column_tiles * p.groups, shortest_part, step_depth);
-  plan.blocks =
-      double(row_tiles) * double(column_tiles) * double(p.groups) * double(split.count) * double(residues);
+  else if (blocks < double(few_blocks))
+    split = split_reduction(extent_of(g.depth), int64_t(blocks), shortest_part, step_depth, few_blocks);
+  plan.blocks = blocks * double(split.count);
   g.row_tiles = unsigned(row_tiles), g.column_tiles = unsigned(column_tiles), g.groups = unsigned(p.groups);
   g.parts = unsigned(split.count), g.part_depths = split.length;
   g.accumulators_out = split.count > 1;

@@ -97,11 +97,12 @@ struct Split {
 // About eight blocks a multiprocessor on the largest GPUs (132 to 148 of them).
 constexpr int64_t split_target_blocks = 1024;
 
-inline Split split_reduction(int64_t terms, int64_t blocks_per_part, int64_t shortest, int64_t multiple) {
+inline Split split_reduction(int64_t terms, int64_t blocks_per_part, int64_t shortest, int64_t multiple,
+                             int64_t target_blocks = split_target_blocks) {
   Split split;
   if (terms <= 0) return split;
   const int64_t most = ceil_div(terms, shortest);
-  int64_t wanted = split_target_blocks / (blocks_per_part > 0 ? blocks_per_part : 1);
+  int64_t wanted = target_blocks / (blocks_per_part > 0 ? blocks_per_part : 1);
   wanted = wanted < 1 ? 1 : wanted > most ? most : wanted;
   split.length = ceil_div(ceil_div(terms, wanted), multiple) * multiple;
   split.count = ceil_div(terms, split.length);

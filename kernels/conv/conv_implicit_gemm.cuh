@@ -15,7 +15,8 @@
 //
 // Bound: FMA issue. A warp's step of 8 depths is 512 FMA among about 700 instructions (counted in sm_90a
 // code), so 73 % of FMA peak; with 32 rows 256 among 430, 60 %. Registers: 157 to 167 with 64 rows, 108 to
-// 128 with 32 and in double; no spills on sm_80, 90a, 100, 120; three or four blocks a multiprocessor.
+// 128 with 32 and in double; no spills on sm_80 and 120, two values on sm_90a and 100 with 32 rows; three or
+// four blocks a multiprocessor.
 #pragma once
 #include "conv/conv_generic.cuh"
 
@@ -24,6 +25,9 @@ namespace pyseqnet {
 constexpr int gemm_threads = 128;
 constexpr int row_threads = 8, column_threads = gemm_threads / row_threads;
 constexpr int step_depth = 8;  // eight floats of neighbouring channels are a whole sector of memory
+// Where registers allow it (the tile of 32 rows), a sum in float is cut into pieces of 256 terms: the error
+// of one long chain grows with the root of its length.
+constexpr int chunk_steps = 32;
 
 // Each thread owns row_groups x 2 squares of a 16-byte vector's width: shared memory is read by vectors.
 template <class T, int row_groups_>
@@ -32,6 +36,7 @@ struct GemmTile {
   using Acc = accumulator_t<T>;
   static constexpr int group = 16 / int(sizeof(Acc));
   static constexpr int row_groups = row_groups_, column_groups = 2;
+  static constexpr bool chunked = row_groups == 1;
   static constexpr int thread_rows = row_groups * group, thread_columns = column_groups * group;
   static constexpr int rows = row_threads * thread_rows, columns = column_threads * thread_columns;
   static constexpr int dense_loads = rows * step_depth / gemm_threads;
@@ -375,6 +380,7 @@ __global__ void __launch_bounds__(gemm_threads, GemmTile<T, row_groups>::blocks_
   const int64_t steps = end > begin ? (end - begin + step_depth - 1) / step_depth : 0;
 
   Acc sum[Tile::thread_rows][Tile::thread_columns] = {};
+  Acc total[Tile::thread_rows][Tile::thread_columns] = {};  // of finished pieces, where there are such
   Fetched<T, Tile, gathered_along_depth, dense_along_depth> next;
   const ThreadPlace at(t);
   DepthWalk walk(g, begin, end, t);
@@ -394,9 +400,22 @@ __global__ void __launch_bounds__(gemm_threads, GemmTile<T, row_groups>::blocks_
     multiply(sum, memory, now, at);
     next.stash(memory, 1 - now, t);
     __syncthreads();
+    if (Tile::chunked && (step + 1) % chunk_steps == 0)
+#pragma unroll
+      for (int i = 0; i < Tile::thread_rows; i++)
+#pragma unroll
+        for (int j = 0; j < Tile::thread_columns; j++) {
+          total[i][j] += sum[i][j];
+          sum[i][j] = 0;
+        }
   }
+  if (Tile::chunked)
+#pragma unroll
+    for (int i = 0; i < Tile::thread_rows; i++)
+#pragma unroll
+      for (int j = 0; j < Tile::thread_columns; j++) sum[i][j] += total[i][j];
 
-  if (bias) {
+  if (bias && part == 0) {
 #pragma unroll
     for (int i = 0; i < Tile::thread_rows; i++) {
       const int row = (i / Tile::group * row_threads + at.row) * Tile::group + i % Tile::group;

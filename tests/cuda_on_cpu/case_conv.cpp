@@ -174,18 +174,20 @@ void check_edges(Suite& suite) {
     }
 }
 
-// The weight and bias gradients of many pixels: split over blocks, summed in a second kernel.
+// Gradients of many pixels, and few outputs with many terms: split over blocks, summed in a second kernel.
 void check_split(Suite& suite) {
   const ConvProblem problems[] = {
       problem(3, 2, {20, 20}, 3, {3, 3}, {1, 1}, {1, 1}),
       problem(3, 3, {41, 37}, 3, {1, 1}, {1, 1}, {0, 0}, {1, 1}, 3),
       problem(1, 2, {1, 4500}, 2, {1, 3}, {1, 1}, {0, 1}, {1, 1}, 2),
+      problem(1, 60, {6, 5}, 40, {3, 3}, {2, 1}, {1, 1}),  // three parts of y, by residue two and more of gx
+      problem(2, 64, {3, 7}, 16, {2, 4}, {1, 1}, {0, 0}),  // parts of exactly one chunk of a sum
   };
   for (ConvProblem p : problems)
     for (Layout layout : all_layouts) {
       p.layout = p.filter_layout = layout;
       p.dtype = suite.random.any(all_dtypes);
-      check_problem(suite, p, false);
+      check_problem(suite, p, !p.depthwise());
     }
 }
 
