@@ -33,7 +33,7 @@ namespace {
 
 #if defined(__x86_64__)
 #define EVERY_ISA(kernel) &avx512::kernel, &avx2::kernel, &portable::kernel
-#define ONLY_AVX(kernel) &avx512::kernel, &avx2::kernel
+#define ONLY_AVX(kernel) &avx512::kernel, &avx2::kernel,  // with its comma: elsewhere there is nothing
 #define WITH_BF16(kernel) &avx512bf16::kernel, EVERY_ISA(kernel)
 #else
 #define EVERY_ISA(kernel) &portable::kernel
@@ -43,14 +43,16 @@ namespace {
 
 // Depthwise first: it refuses everything that is not depthwise. Winograd refuses what it is slower at.
 constexpr const ConvCpuKernel* forward[] = {EVERY_ISA(conv_depthwise_forward),
-                                            ONLY_AVX(conv_winograd_forward), WITH_BF16(conv_gemm_forward),
+                                            ONLY_AVX(conv_winograd_forward) WITH_BF16(conv_gemm_forward),
                                             &conv_reference_forward};
-constexpr const ConvCpuKernel* input_gradient[] = {
-    EVERY_ISA(conv_depthwise_input_gradient), ONLY_AVX(conv_winograd_input_gradient),
-    WITH_BF16(conv_gemm_input_gradient), &conv_reference_input_gradient};
-constexpr const ConvCpuKernel* weight_gradient[] = {
-    EVERY_ISA(conv_depthwise_weight_gradient), ONLY_AVX(conv_winograd_weight_gradient),
-    WITH_BF16(conv_gemm_weight_gradient), &conv_reference_weight_gradient};
+constexpr const ConvCpuKernel* input_gradient[] = {EVERY_ISA(conv_depthwise_input_gradient),
+                                                   ONLY_AVX(conv_winograd_input_gradient)
+                                                       WITH_BF16(conv_gemm_input_gradient),
+                                                   &conv_reference_input_gradient};
+constexpr const ConvCpuKernel* weight_gradient[] = {EVERY_ISA(conv_depthwise_weight_gradient),
+                                                    ONLY_AVX(conv_winograd_weight_gradient)
+                                                        WITH_BF16(conv_gemm_weight_gradient),
+                                                    &conv_reference_weight_gradient};
 constexpr const ConvCpuKernel* bias_gradient[] = {EVERY_ISA(conv_bias_gradient),
                                                   &conv_reference_bias_gradient};
 
