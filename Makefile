@@ -29,7 +29,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 demo: $(BUILT)
 	OMP_WAIT_POLICY=passive $(PY) -m pyseqnet.demo --out demo_report
 
-test: lint test-cpp test-python
+# ctest has just run the C++ programs that tests/test_kernels_cpp.py would compile again.
+test: lint test-cpp
+	$(PY) -m pytest --ignore=tests/test_kernels_cpp.py
 
 lint: $(BUILT)
 	$(PY) -m ruff check .
