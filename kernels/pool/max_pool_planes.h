@@ -87,6 +87,16 @@ PYSEQNET_INLINE vf load_part(const T* p, Part part, Extent<T> all) {
   return load_clipped(p, part.lo, part.hi, vf{}, all);
 #endif
 }
+// Lanes outside hold `fill`.
+template <class T>
+PYSEQNET_INLINE vf load_part_or(const T* p, Part part, vf fill, Extent<T> all) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return (vf)_mm512_mask_loadu_ps((__m512)fill, part, p);
+  return (vf)_mm512_mask_mov_ps((__m512)fill, part, (__m512)load_part(p, part, all));
+#else
+  return load_clipped(p, part.lo, part.hi, fill, all);
+#endif
+}
 PYSEQNET_INLINE vb load_taps_part(const uint8_t* p, Part part, Extent<uint8_t> all) {
 #if defined(__AVX512F__)
   (void)all;
@@ -99,9 +109,24 @@ PYSEQNET_INLINE vb load_taps_part(const uint8_t* p, Part part, Extent<uint8_t> a
 
 // ---- small windows
 
+// The loads that a vector of windows makes of an image row, each so many columns after the first window's
+// first tap, and their lanes inside the image: the same for every row.
+template <int S, int stride>
+struct WindowLoads {
+  static constexpr int count = stride == 1 ? S : S == 3 ? 4 : 2;
+  static constexpr int column(int k) { return stride == 1 ? k : (k & 1) * VL + (k & 2) - (k == 3); }
+  Part part[count];
+  WindowLoads(const MaxPoolProblem& p, int64_t j) {
+    const int64_t c = j * stride - p.pad_w;
+#pragma GCC unroll 4
+    for (int k = 0; k < count; k++) part[k] = lanes_between(-c - column(k), p.W - c - column(k));
+  }
+};
+
 template <class T, int R, int S, int stride, bool inside, bool exact, bool with_arg>
 PYSEQNET_INLINE bool small_window_block(const MaxPoolProblem& p, const T* x, Extent<T> all, int64_t i,
-                                        int64_t j, int64_t count, T* y, uint8_t* arg) {
+                                        int64_t j, const WindowLoads<S, stride>& loads, int64_t count, T* y,
+                                        uint8_t* arg) {
   const int64_t h0 = i * p.stride_h - p.pad_h, c = j * stride - p.pad_w;
   const vf lowest = set1(minus_infinity);
   vi first = set1_tap(first_tap(h0, p.dilation_h, R) * S);
@@ -116,19 +141,20 @@ PYSEQNET_INLINE bool small_window_block(const MaxPoolProblem& p, const T* x, Ext
     const int64_t h = h0 + r * p.dilation_h;
     if (h < 0 || h >= p.H) continue;
     const T* row = x + h * p.W;
-    auto columns = [&](int64_t at) PYSEQNET_LAMBDA {
-      return inside ? load_lanes(row + at) : load_clipped(row + at, -at, p.W - at, lowest, all);
+    auto columns = [&](int k) PYSEQNET_LAMBDA {
+      const T* at = row + c + WindowLoads<S, stride>::column(k);
+      return inside ? load_lanes(at) : load_part_or(at, loads.part[k], lowest, all);
     };
     vf v[S];
     if constexpr (stride == 1) {
 #pragma GCC unroll 3
-      for (int s = 0; s < S; s++) v[s] = columns(c + s);
+      for (int s = 0; s < S; s++) v[s] = columns(s);
     } else {
       static_assert(stride == 2 && S >= 2);
-      const vf a = columns(c), b = columns(c + VL);
+      const vf a = columns(0), b = columns(1);
       v[0] = even_of(a, b);
       v[1] = odd_of(a, b);
-      if constexpr (S == 3) v[2] = even_short(columns(c + 2), columns(c + VL + 1), EveryLane{});
+      if constexpr (S == 3) v[2] = even_short(columns(2), columns(3), EveryLane{});
     }
     if (!exact) {
       nan |= either_nan(v[0], v[1]);
@@ -152,25 +178,30 @@ template <class T, int R, int S, int stride, bool with_arg>
 __attribute__((noinline)) void small_window_with_nan(const MaxPoolProblem& p, const T* x, Extent<T> all,
                                                      int64_t i, int64_t j, int64_t count, T* y,
                                                      uint8_t* arg) {
-  small_window_block<T, R, S, stride, false, true, with_arg>(p, x, all, i, j, count, y, arg);
+  small_window_block<T, R, S, stride, false, true, with_arg>(p, x, all, i, j, {p, j}, count, y, arg);
 }
 
-// Output rows [i0, i1) of one plane. The last block of a row begins early rather than being short.
+// Output rows [i0, i1) of one plane, a few at a time, so that what a block of columns loads is worked out once
+// for all of them. The last block of a row begins early rather than being short.
 template <class T, int R, int S, int stride, bool with_arg>
 void small_window_rows(const MaxPoolProblem& p, const T* x, Extent<T> all, int64_t i0, int64_t i1, T* y,
                        uint8_t* arg) {
-  y += i0 * p.Q;
-  arg += with_arg ? i0 * p.Q : 0;
-  for (int64_t i = i0; i < i1; i++, y += p.Q, arg += with_arg ? p.Q : 0)
+  constexpr int64_t rows_at_once = 8;
+  for (; i0 < i1; i0 += rows_at_once)
     for (int64_t block = 0; block < p.Q; block += VL) {
       const int64_t j = block + VL > p.Q ? larger(0, p.Q - VL) : block, count = smaller(VL, p.Q - j);
       const int64_t c = j * stride - p.pad_w;
       const bool inside = c >= 0 && c + stride * (VL - 1) + S <= p.W && count == VL;
-      const bool done = inside ? small_window_block<T, R, S, stride, true, false, with_arg>(
-                                     p, x, all, i, j, VL, y + j, arg + j)
-                               : small_window_block<T, R, S, stride, false, false, with_arg>(
-                                     p, x, all, i, j, count, y + j, arg + j);
-      if (!done) small_window_with_nan<T, R, S, stride, with_arg>(p, x, all, i, j, count, y + j, arg + j);
+      const WindowLoads<S, stride> loads(p, j);
+      for (int64_t i = i0; i < smaller(i1, i0 + rows_at_once); i++) {
+        T* to = y + i * p.Q + j;
+        uint8_t* taps = with_arg ? arg + i * p.Q + j : nullptr;
+        const bool done = inside ? small_window_block<T, R, S, stride, true, false, with_arg>(
+                                       p, x, all, i, j, loads, VL, to, taps)
+                                 : small_window_block<T, R, S, stride, false, false, with_arg>(
+                                       p, x, all, i, j, loads, count, to, taps);
+        if (!done) small_window_with_nan<T, R, S, stride, with_arg>(p, x, all, i, j, count, to, taps);
+      }
     }
 }
 
