@@ -26,4 +26,18 @@ STABLE_TORCH_LIBRARY(pyseqnet, m) {
   m.def(
       "max_pool_indices(Tensor arg, SymInt height, SymInt width, int kernel_h, int kernel_w, int stride_h, "
       "int stride_w, int pad_h, int pad_w, int dilation_h, int dilation_w, bool ceil_mode) -> Tensor");
+  // Attention. causal: 0 none, 1 top-left, 2 bottom-right. mask: None, bool or additive, four-dimensional,
+  // each extent 1 or that of (B, H, L, S). seed: one int64, needed when dropout_p > 0. weights, grad_weights:
+  // both or none.
+  m.def(
+      "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? key_lengths, Tensor? "
+      "seed, int causal, float scale, float dropout_p) -> (Tensor, Tensor)");
+  m.def(
+      "attention_weights(Tensor query, Tensor key, Tensor lse, Tensor? mask, Tensor? key_lengths, Tensor? "
+      "seed, int causal, float scale, float dropout_p) -> Tensor");
+  m.def(
+      "attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
+      "Tensor? mask, Tensor? key_lengths, Tensor? seed, Tensor? weights, Tensor? grad_weights, Tensor? "
+      "grad_lse, int causal, float scale, float dropout_p, bool need_query, bool need_key_value, bool "
+      "need_mask) -> (Tensor, Tensor, Tensor, Tensor)");
 }

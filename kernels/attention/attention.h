@@ -1,0 +1,127 @@
+// Contract of the masked softmax attention family (Vaswani et al., Attention is all you need, 2017).
+//
+//   z[i,j] = scale * sum_d q[i,d] k[j,d] + mask[i,j]        logits of batch b, head h; mask: additive or none
+//   P[i,j] = exp(z[i,j] - lse[i])  where key j is visible to query i, else 0
+//   lse[i] = log sum over visible j of exp(z[i,j])           natural logarithm
+//   W[i,j] = P[i,j] * keep[i,j] / (1 - dropout_p)            the returned weights; W = P without dropout
+//   out[i,e] = sum_j W[i,j] v[j,e]
+//
+// Backward, for gradients gout, gW (optional) and glse (optional):
+//   dW[i,j]  = sum_e gout[i,e] v[j,e] + gW[i,j]
+//   delta[i] = sum_e gout[i,e] out[i,e] + sum_j W[i,j] gW[i,j] - glse[i]      (= sum_j W dW - glse)
+//   dZ[i,j]  = W[i,j] dW[i,j] - P[i,j] delta[i]   = P * (keep/(1-p) * dW - delta)
+//   gq[i] = scale * sum_j dZ[i,j] k[j]     gk[j] = scale * sum_i dZ[i,j] q[i]     gv[j] = sum_i W[i,j]
+//   gout[i] gmask[i,j] = dZ[i,j], summed over every dimension that the mask was broadcast along
+// Only q, k, v, out and lse are kept from forward: memory is linear in L and S, in both directions.
+//
+// Which keys a query sees: j is visible to i iff all of
+//   - j < key_lengths[b]                        (if given; kernels clamp the value to 0..S)
+//   - j <= i + causal_offset                    (if causal; 0 is torch's top-left alignment, S - L
+//   bottom-right)
+//   - mask[i,j] is true (boolean mask), or is not -inf (additive mask).
+// Rules at the edges:
+//   - A query that sees no key: out = 0, weights = 0, lse = -inf, all its gradients 0. Backward uses neither
+//   its q
+//     nor its gout (lse = -inf tells): they may hold NaN.
+//   - A key that no query sees (of any query head that shares it): never leaks, forward or backward, even if
+//   k, v or
+//     the mask there hold NaN or infinity; gk = gv = 0. So 0 * v must not be computed for it.
+//   - A key masked for some queries only must be finite. A NaN that a query does see makes its row NaN.
+//   - L, S, B or H may be 0: with S = 0 no query sees a key. D, E >= 1.
+//   - Grouped queries: H = Hk * group, query head h uses key/value head h / group (torch's
+//   repeat_interleave).
+//
+// Dropout: keep[i,j] = dropout_keeps(dropout_row_key(seed, (b*H + h)*L + i), j, dropout_threshold(dropout_p))
+// of common/random.h, a function of its arguments only: the same bits for any tiling, on CPU and CUDA, in
+// forward and backward. The sum and lse are those before dropout.
+//
+// Tensors (owned by the caller; element strides; extents of 16-bit and 32-bit problems in `dtype`):
+//   q, gq      (B, H, L, D)   strides q_strides, gq_strides       k, gk  (B, Hk, S, D)   k_strides,
+//   gk_strides out, gout  (B, H, L, E)   out_strides, gout_strides           v, gv  (B, Hk, S, E) v_strides,
+//   gv_strides
+//              the last dimension of each has stride 1; other strides of inputs are anything, 0 included
+//              (expanded)
+//   mask       (B, H, L, S) by mask_strides, 0 along broadcast dimensions, any stride along S; boolean: one
+//   byte, 0 or
+//              1; additive: mask_dtype, which is `dtype` or f32
+//   gmask      dense (mask_B, mask_H, mask_L, mask_S) in mask_dtype, each extent 1 or that of the problem;
+//   every
+//              element is written
+//   key_lengths (B) int64        seed  one int64
+//   lse, glse, delta  (B, H, L) dense, float; double for f64
+//   weights, gweights (B, H, L, S) dense, in dtype
+// Accumulation, softmax and delta are in float for f32, bf16, f16 and in double for f64.
+#pragma once
+#include <string>
+
+#include "common/dispatch.h"
+#include "common/types.h"
+
+namespace pyseqnet {
+
+// Element strides of a (batch, head, position, channel) tensor; channels have stride 1.
+struct AttentionStrides {
+  int64_t b = 0, h = 0, n = 0;
+};
+
+enum class AttentionMask : int32_t { none, boolean, additive };
+
+struct AttentionProblem {
+  DType dtype = DType::f32;
+  int64_t B = 0, H = 0, Hk = 0;        // batch, query heads, key/value heads
+  int64_t L = 0, S = 0, D = 0, E = 0;  // queries, keys, head dimension, value dimension
+  double scale = 1.0;
+  bool causal = false;
+  int64_t causal_offset = 0;  // -2^62 < causal_offset < 2^62
+  bool with_key_lengths = false;
+  double dropout_p = 0.0;  // 0 <= p < 1: p = 1 is settled above the kernels
+
+  AttentionMask mask = AttentionMask::none;
+  DType mask_dtype = DType::f32;  // of an additive mask
+  AttentionStrides mask_strides;  // b, h, and n along the queries
+  int64_t mask_stride_s = 0;
+  int64_t mask_B = 1, mask_H = 1, mask_L = 1, mask_S = 1;  // extents of the mask before broadcasting
+
+  AttentionStrides q_strides, k_strides, v_strides, out_strides;
+  AttentionStrides gq_strides, gk_strides, gv_strides, gout_strides;
+
+  bool need_q = true, need_kv = true;  // backward: which of gq and (gk, gv) are wanted
+  bool with_gweights = false, with_glse = false;
+
+  int64_t group() const { return Hk > 0 ? H / Hk : 1; }
+};
+
+// Pointers of one call.
+//   forward        q, k, v [mask, key_lengths, seed]                -> out, lse
+//   weights        q, k, lse [mask, key_lengths, seed]              -> weights   (every element, 0 where not
+//   visible) delta          gout, out, lse [weights, gweights] [glse]        -> delta     (0 where lse =
+//   -inf) backward       q, k, v, gout, lse, delta [gweights, mask, ...]  -> gq and/or gk, gv (every element
+//   is written) mask_gradient  as backward                                      -> gmask
+struct AttentionTensors {
+  const void *q = nullptr, *k = nullptr, *v = nullptr, *mask = nullptr;
+  const int64_t *key_lengths = nullptr, *seed = nullptr;
+  const void *gout = nullptr, *gweights = nullptr, *glse = nullptr;
+  void *out = nullptr, *lse = nullptr, *weights = nullptr, *delta = nullptr;
+  void *gq = nullptr, *gk = nullptr, *gv = nullptr, *gmask = nullptr;
+};
+
+enum class AttentionPass : int32_t { forward, weights, delta, backward, mask_gradient };
+constexpr AttentionPass all_attention_passes[] = {AttentionPass::forward, AttentionPass::weights,
+                                                  AttentionPass::delta, AttentionPass::backward,
+                                                  AttentionPass::mask_gradient};
+constexpr const char* operation_of(AttentionPass pass) {
+  return pass == AttentionPass::forward    ? "attention_forward"
+         : pass == AttentionPass::weights  ? "attention_weights"
+         : pass == AttentionPass::delta    ? "attention_delta"
+         : pass == AttentionPass::backward ? "attention_backward"
+                                           : "attention_mask_gradient";
+}
+
+std::string describe(const AttentionProblem&);
+
+using AttentionCpuKernel = CpuKernel<AttentionProblem, AttentionTensors>;
+using AttentionCudaKernel = CudaKernel<AttentionProblem, AttentionTensors>;
+Table<AttentionCpuKernel> attention_cpu_table(AttentionPass);    // attention_table.cpp
+Table<AttentionCudaKernel> attention_cuda_table(AttentionPass);  // attention_table.cpp; empty without CUDA
+
+}  // namespace pyseqnet
