@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "attention/attention.h"
 #include "common/dispatch.h"
 #include "common/isa.h"
 #include "common/probe.h"
@@ -38,6 +39,8 @@ py::dict dispatch_tables() {
     add(operation_of(pass), conv_cpu_table(pass), conv_cuda_table(pass));
   for (MaxPoolPass pass : {MaxPoolPass::forward, MaxPoolPass::backward, MaxPoolPass::indices})
     add(operation_of(pass), max_pool_cpu_table(pass), max_pool_cuda_table(pass));
+  for (AttentionPass pass : all_attention_passes)
+    add(operation_of(pass), attention_cpu_table(pass), attention_cuda_table(pass));
   return result;
 }
 

@@ -21,8 +21,14 @@ PYSEQNET_HOST_DEVICE uint64_t mix64(uint64_t x) {
   return x ^ (x >> 31);
 }
 
-// Constants of the element's mixer, by name: vector code spells the same lines.
-constexpr uint32_t mix32_first = 0x21f0aaadu, mix32_second = 0x735a2d97u;
+// The element's mixer: of a uint32_t, or of a vector of them, lane by lane.
+template <class U>
+PYSEQNET_HOST_DEVICE U dropout_mix(U x, uint32_t upper_key) {
+  x = (x ^ (x >> 16)) * 0x21f0aaadu;
+  x = ((x ^ (x >> 15)) ^ upper_key) * 0x735a2d97u;
+  x = (x ^ (x >> 15)) * 0x21f0aaadu;
+  return x ^ (x >> 16);
+}
 
 // 64 bits for a row (any numbering) of a random matrix.
 PYSEQNET_HOST_DEVICE uint64_t dropout_row_key(int64_t seed, int64_t row) {
@@ -32,12 +38,7 @@ PYSEQNET_HOST_DEVICE uint64_t dropout_row_key(int64_t seed, int64_t row) {
 
 // 32 uniform bits for a column of that row. Columns beyond 2^32 would repeat.
 PYSEQNET_HOST_DEVICE uint32_t dropout_bits(uint64_t row_key, int64_t column) {
-  uint32_t x = uint32_t(column) + uint32_t(row_key);
-  x = (x ^ (x >> 16)) * mix32_first;
-  x = (x ^ (x >> 15)) ^ uint32_t(row_key >> 32);
-  x = x * mix32_second;
-  x = (x ^ (x >> 15)) * mix32_first;
-  return x ^ (x >> 16);
+  return dropout_mix(uint32_t(column) + uint32_t(row_key), uint32_t(row_key >> 32));
 }
 
 // An element is dropped with probability p: when its bits are below p * 2^32.

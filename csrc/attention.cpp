@@ -1,0 +1,317 @@
+// Masked softmax attention at the border to torch: reads shapes and strides, allocates, hands the problem to
+// the dispatch tables. Nothing is copied unless its last dimension is strided.
+#include "attention/attention.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <optional>
+#include <tuple>
+
+#include "run_on_cpu.h"
+#if defined(PYSEQNET_WITH_CUDA)
+#include "run_on_cuda.h"
+#endif
+
+namespace pyseqnet {
+namespace {
+
+using torch::headeronly::ScalarType;
+using RunPass = void (*)(AttentionPass, const AttentionProblem&, const AttentionTensors&, const Tensor& like);
+
+void run_pass_on_cpu(AttentionPass pass, const AttentionProblem& p, const AttentionTensors& t,
+                     const Tensor& like) {
+  run_on_cpu("attention", operation_of(pass), attention_cpu_table(pass), p, t, like);
+}
+
+Tensor compact(const Tensor& t) { return dense(t, Layout::nchw); }
+
+Tensor with_unit_channels(const Tensor& t, const char* complaint) {
+  require(t.dim() == 4, complaint);
+  return t.stride(3) == 1 || t.size(3) == 1 ? t : compact(t);
+}
+
+AttentionStrides strides_of(const Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2)}; }
+
+// (b, h, n, width) stored either so or, as multi-head layers have it, with heads inside positions.
+Tensor new_heads(const Tensor& like, int64_t b, int64_t h, int64_t n, int64_t width, bool heads_inside,
+                 AttentionStrides& strides) {
+  const int64_t sizes[] = {b, h, n, width};
+  if (!product_fits({b, h, n, width})) throw_out_of_memory(sizes, 4);
+  strides = heads_inside ? AttentionStrides{n * h * width, width, h * width}
+                         : AttentionStrides{h * n * width, n * width, width};
+  const int64_t steps[] = {strides.b, strides.h, strides.n, 1};
+  return new_tensor(like, sizes, steps, 4, like.scalar_type());
+}
+bool heads_inside(const Tensor& t) { return t.stride(1) < t.stride(2); }
+
+Tensor new_dense(const Tensor& like, const int64_t (&sizes)[4], int64_t dims, ScalarType type) {
+  if (!product_fits({sizes[0], sizes[1], sizes[2], dims > 3 ? sizes[3] : 1}))
+    throw_out_of_memory(sizes, dims);
+  int64_t steps[4], step = 1;
+  for (int64_t d = dims - 1; d >= 0; d--) steps[d] = step, step *= sizes[d];
+  return new_tensor(like, sizes, steps, dims, type);
+}
+
+ScalarType statistic_type(const AttentionProblem& p) {
+  return p.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float;
+}
+
+void require_like(const Tensor& t, const Tensor& query, const char* complaint) {
+  require(t.scalar_type() == query.scalar_type() && t.device() == query.device(), complaint);
+}
+void require_shape(const Tensor& t, std::initializer_list<int64_t> sizes, const char* complaint) {
+  bool same = t.dim() == int64_t(sizes.size());
+  int64_t d = 0;
+  for (int64_t size : sizes) same = same && t.size(d++) == size;
+  require(same, complaint);
+}
+
+// What a call brings along beside query, key and value: kept alive here, described in problem and pointers.
+struct Extras {
+  std::optional<Tensor> mask, key_lengths, seed;
+  int64_t causal;
+  double scale, dropout_p;
+};
+
+void read_mask(const Tensor& mask, const Tensor& query, AttentionProblem& p, AttentionTensors& t) {
+  require(mask.dim() == 4, "attention: mask must have 4 dimensions");
+  require(mask.device() == query.device(), "attention: mask must be on the query's device");
+  const int64_t full[] = {p.B, p.H, p.L, p.S};
+  int64_t strides[4];
+  for (int64_t d = 0; d < 4; d++) {
+    require(mask.size(d) == full[d] || mask.size(d) == 1,
+            "attention: each extent of mask must be 1 or that of (batch, heads, queries, keys)");
+    strides[d] = mask.size(d) == 1 ? 0 : mask.stride(d);
+  }
+  if (mask.scalar_type() == ScalarType::Bool) {
+    p.mask = AttentionMask::boolean;
+  } else {
+    p.mask = AttentionMask::additive;
+    p.mask_dtype = dtype_of(mask);
+    require(p.mask_dtype == p.dtype || p.mask_dtype == DType::f32,
+            "attention: mask must be bool, float32 or of the query's dtype");
+  }
+  p.mask_strides = {strides[0], strides[1], strides[2]}, p.mask_stride_s = strides[3];
+  p.mask_B = mask.size(0), p.mask_H = mask.size(1), p.mask_L = mask.size(2), p.mask_S = mask.size(3);
+  t.mask = mask.const_data_ptr();
+}
+
+// Everything of the problem that query, key and the extras say; `extras` holds what pointers point to.
+void read_problem(const Tensor& query, const Tensor& key, int64_t value_width, Extras& extras,
+                  AttentionProblem& p, AttentionTensors& t) {
+  require_like(key, query, "attention: query and key must have the same dtype and device");
+  p.dtype = dtype_of(query);
+  p.B = query.size(0), p.H = query.size(1), p.L = query.size(2), p.D = query.size(3);
+  p.Hk = key.size(1), p.S = key.size(2), p.E = value_width;
+  require(key.size(0) == p.B, "attention: query and key must have the same batch size");
+  require(key.size(3) == p.D, "attention: query and key must have the same head dimension");
+  require(p.H == p.Hk || (p.Hk > 0 && p.H % p.Hk == 0),
+          "attention: the number of query heads must be a multiple of that of key heads");
+  require(p.D > 0 && p.E > 0, "attention: the head dimension must not be empty");
+  require(product_fits({p.B, p.H, p.L}) && product_fits({p.L, p.S}), "attention: the problem is too large");
+  p.q_strides = strides_of(query), p.k_strides = strides_of(key);
+  t.q = query.const_data_ptr(), t.k = key.const_data_ptr();
+  p.scale = extras.scale;
+  require(extras.causal >= 0 && extras.causal <= 2, "attention: causal must be 0, 1 or 2");
+  p.causal = extras.causal != 0;
+  p.causal_offset = extras.causal == 2 ? p.S - p.L : 0;
+  p.dropout_p = extras.dropout_p;
+  require(p.dropout_p >= 0 && p.dropout_p < 1, "attention: dropout_p must be at least 0 and below 1");
+  if (extras.mask) read_mask(*extras.mask, query, p, t);
+  if (extras.key_lengths) {
+    require_shape(*extras.key_lengths, {p.B}, "attention: key_lengths must have one element per batch entry");
+    require(extras.key_lengths->scalar_type() == ScalarType::Long, "attention: key_lengths must be int64");
+    require(extras.key_lengths->device() == query.device(),
+            "attention: key_lengths must be on the query's device");
+    extras.key_lengths = compact(*extras.key_lengths);
+    p.with_key_lengths = true;
+    t.key_lengths = static_cast<const int64_t*>(extras.key_lengths->const_data_ptr());
+  }
+  if (p.dropout_p > 0) {
+    require(extras.seed.has_value(), "attention: dropout needs a seed");
+    require(extras.seed->numel() == 1 && extras.seed->scalar_type() == ScalarType::Long &&
+                extras.seed->device() == query.device(),
+            "attention: seed must be one int64 on the query's device");
+    t.seed = static_cast<const int64_t*>(extras.seed->const_data_ptr());
+  }
+}
+
+Tensor checked_statistic(const Tensor& lse, const Tensor& query, const AttentionProblem& p,
+                         const char* what) {
+  require_shape(lse, {p.B, p.H, p.L}, what);
+  require(lse.scalar_type() == statistic_type(p) && lse.device() == query.device(), what);
+  return compact(lse);
+}
+
+std::tuple<Tensor, Tensor> forward(const Tensor& query_in, const Tensor& key_in, const Tensor& value_in,
+                                   Extras extras, RunPass run) {
+  const Tensor q = with_unit_channels(query_in, "attention: query must have 4 dimensions");
+  const Tensor k = with_unit_channels(key_in, "attention: key must have 4 dimensions");
+  const Tensor v = with_unit_channels(value_in, "attention: value must have 4 dimensions");
+  AttentionProblem p;
+  AttentionTensors t;
+  read_problem(q, k, v.size(3), extras, p, t);
+  require_like(v, q, "attention: query and value must have the same dtype and device");
+  require_shape(v, {p.B, p.Hk, p.S, p.E}, "attention: key and value must agree in batch, heads and length");
+  p.v_strides = strides_of(v), t.v = v.const_data_ptr();
+  Tensor out = new_heads(q, p.B, p.H, p.L, p.E, true, p.out_strides);
+  Tensor lse = new_dense(q, {p.B, p.H, p.L, 1}, 3, statistic_type(p));
+  t.out = out.mutable_data_ptr(), t.lse = lse.mutable_data_ptr();
+  run(AttentionPass::forward, p, t, q);
+  return {out, lse};
+}
+
+Tensor weights(const Tensor& query_in, const Tensor& key_in, const Tensor& lse_in, Extras extras,
+               RunPass run) {
+  const Tensor q = with_unit_channels(query_in, "attention: query must have 4 dimensions");
+  const Tensor k = with_unit_channels(key_in, "attention: key must have 4 dimensions");
+  AttentionProblem p;
+  AttentionTensors t;
+  read_problem(q, k, 1, extras, p, t);
+  const Tensor lse =
+      checked_statistic(lse_in, q, p, "attention: lse does not have the shape that forward gave");
+  Tensor result = new_dense(q, {p.B, p.H, p.L, p.S}, 4, q.scalar_type());
+  t.lse = const_cast<void*>(lse.const_data_ptr()), t.weights = result.mutable_data_ptr();
+  run(AttentionPass::weights, p, t, q);
+  return result;
+}
+
+struct BackwardInputs {
+  const Tensor &grad_out, &query, &key, &value, &out, &lse;
+  std::optional<Tensor> weights, grad_weights, grad_lse;
+  bool need_query, need_key_value, need_mask;
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(BackwardInputs in, Extras extras, RunPass run) {
+  const Tensor q = with_unit_channels(in.query, "attention: query must have 4 dimensions");
+  const Tensor k = with_unit_channels(in.key, "attention: key must have 4 dimensions");
+  const Tensor v = with_unit_channels(in.value, "attention: value must have 4 dimensions");
+  const Tensor gout = with_unit_channels(in.grad_out, "attention: grad_out must have 4 dimensions");
+  const Tensor out = with_unit_channels(in.out, "attention: out must have 4 dimensions");
+  AttentionProblem p;
+  AttentionTensors t;
+  read_problem(q, k, v.size(3), extras, p, t);
+  require_like(v, q, "attention: query and value must have the same dtype and device");
+  require_like(gout, q, "attention: grad_out must have the query's dtype and device");
+  require_like(out, q, "attention: out must have the query's dtype and device");
+  require_shape(v, {p.B, p.Hk, p.S, p.E}, "attention: key and value must agree in batch, heads and length");
+  require_shape(gout, {p.B, p.H, p.L, p.E}, "attention: grad_out does not have the output's shape");
+  require_shape(out, {p.B, p.H, p.L, p.E}, "attention: out does not have the output's shape");
+  const Tensor lse =
+      checked_statistic(in.lse, q, p, "attention: lse does not have the shape that forward gave");
+  p.v_strides = strides_of(v), p.gout_strides = strides_of(gout), p.out_strides = strides_of(out);
+  t.v = v.const_data_ptr(), t.gout = gout.const_data_ptr();
+  t.out = const_cast<void*>(out.const_data_ptr()), t.lse = const_cast<void*>(lse.const_data_ptr());
+  if (in.grad_weights) {
+    require(in.weights.has_value(), "attention: a gradient of the weights needs the weights");
+    require_shape(*in.grad_weights, {p.B, p.H, p.L, p.S}, "attention: grad_weights has the wrong shape");
+    require_shape(*in.weights, {p.B, p.H, p.L, p.S}, "attention: weights has the wrong shape");
+    require_like(*in.grad_weights, q, "attention: grad_weights must have the query's dtype and device");
+    require_like(*in.weights, q, "attention: weights must have the query's dtype and device");
+    in.grad_weights = compact(*in.grad_weights), in.weights = compact(*in.weights);
+    p.with_gweights = true;
+    t.gweights = in.grad_weights->const_data_ptr();
+    t.weights = const_cast<void*>(in.weights->const_data_ptr());
+  }
+  if (in.grad_lse) {
+    in.grad_lse = checked_statistic(*in.grad_lse, q, p, "attention: grad_lse does not have lse's shape");
+    p.with_glse = true;
+    t.glse = in.grad_lse->const_data_ptr();
+  }
+  Tensor delta = new_dense(q, {p.B, p.H, p.L, 1}, 3, statistic_type(p));
+  t.delta = delta.mutable_data_ptr();
+  run(AttentionPass::delta, p, t, q);
+
+  const Tensor nothing = new_vector(q, 0, q.scalar_type());  // stands for what nobody needs
+  Tensor gq = nothing, gk = nothing, gv = nothing, gmask = nothing;
+  p.need_q = in.need_query, p.need_kv = in.need_key_value;
+  if (p.need_q) {
+    gq = new_heads(q, p.B, p.H, p.L, p.D, heads_inside(in.query), p.gq_strides);
+    t.gq = gq.mutable_data_ptr();
+  }
+  if (p.need_kv) {
+    gk = new_heads(q, p.B, p.Hk, p.S, p.D, heads_inside(in.key), p.gk_strides);
+    gv = new_heads(q, p.B, p.Hk, p.S, p.E, heads_inside(in.value), p.gv_strides);
+    t.gk = gk.mutable_data_ptr(), t.gv = gv.mutable_data_ptr();
+  }
+  if (p.need_q || p.need_kv) run(AttentionPass::backward, p, t, q);
+  if (in.need_mask) {
+    require(p.mask == AttentionMask::additive, "attention: only an additive mask has a gradient");
+    gmask = new_dense(q, {p.mask_B, p.mask_H, p.mask_L, p.mask_S}, 4, extras.mask->scalar_type());
+    t.gmask = gmask.mutable_data_ptr();
+    run(AttentionPass::mask_gradient, p, t, q);
+  }
+  return {gq, gk, gv, gmask};
+}
+
+// The CPU can look at the lengths; kernels clamp them as well, for on a GPU nobody can without waiting for
+// it.
+void check_lengths(const std::optional<Tensor>& key_lengths, const Tensor& key) {
+  if (!key_lengths || key.dim() != 4 || key_lengths->scalar_type() != ScalarType::Long) return;
+  const Tensor lengths = compact(*key_lengths);
+  const int64_t* length = static_cast<const int64_t*>(lengths.const_data_ptr());
+  for (int64_t b = 0; b < lengths.numel(); b++)
+    if (length[b] < 0 || length[b] > key.size(2))
+      throw std::invalid_argument("key_lengths must be between 0 and the number of keys (" +
+                                  std::to_string(key.size(2)) + "), got " + std::to_string(length[b]));
+}
+
+#define EXTRA_PARAMETERS \
+  std::optional<Tensor> mask, std::optional<Tensor> key_lengths, std::optional<Tensor> seed
+#define OPTIONS int64_t causal, double scale, double dropout_p
+#define EXTRAS \
+  Extras { mask, key_lengths, seed, causal, scale, dropout_p }
+#define BACKWARD_PARAMETERS                                                                               \
+  const Tensor &grad_out, const Tensor &query, const Tensor &key, const Tensor &value, const Tensor &out, \
+      const Tensor &lse, EXTRA_PARAMETERS, std::optional<Tensor> saved_weights,                           \
+      std::optional<Tensor> grad_weights, std::optional<Tensor> grad_lse, OPTIONS, bool need_query,       \
+      bool need_key_value, bool need_mask
+#define BACKWARD_INPUTS                                                                       \
+  BackwardInputs {                                                                            \
+    grad_out, query, key, value, out, lse, saved_weights, grad_weights, grad_lse, need_query, \
+        need_key_value, need_mask                                                             \
+  }
+
+std::tuple<Tensor, Tensor> forward_cpu(const Tensor& query, const Tensor& key, const Tensor& value,
+                                       EXTRA_PARAMETERS, OPTIONS) {
+  check_lengths(key_lengths, key);
+  return forward(query, key, value, EXTRAS, run_pass_on_cpu);
+}
+Tensor weights_cpu(const Tensor& query, const Tensor& key, const Tensor& lse, EXTRA_PARAMETERS, OPTIONS) {
+  return weights(query, key, lse, EXTRAS, run_pass_on_cpu);
+}
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(BACKWARD_PARAMETERS) {
+  return backward(BACKWARD_INPUTS, EXTRAS, run_pass_on_cpu);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pyseqnet, CPU, m) {
+  m.impl("attention_forward", TORCH_BOX(&forward_cpu));
+  m.impl("attention_weights", TORCH_BOX(&weights_cpu));
+  m.impl("attention_backward", TORCH_BOX(&backward_cpu));
+}
+
+#if defined(PYSEQNET_WITH_CUDA)
+void run_pass_on_cuda(AttentionPass pass, const AttentionProblem& p, const AttentionTensors& t,
+                      const Tensor& like) {
+  run_on_cuda("attention", operation_of(pass), attention_cuda_table(pass), p, t, like);
+}
+std::tuple<Tensor, Tensor> forward_cuda(const Tensor& query, const Tensor& key, const Tensor& value,
+                                        EXTRA_PARAMETERS, OPTIONS) {
+  return forward(query, key, value, EXTRAS, run_pass_on_cuda);
+}
+Tensor weights_cuda(const Tensor& query, const Tensor& key, const Tensor& lse, EXTRA_PARAMETERS, OPTIONS) {
+  return weights(query, key, lse, EXTRAS, run_pass_on_cuda);
+}
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cuda(BACKWARD_PARAMETERS) {
+  return backward(BACKWARD_INPUTS, EXTRAS, run_pass_on_cuda);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pyseqnet, CUDA, m) {
+  m.impl("attention_forward", TORCH_BOX(&forward_cuda));
+  m.impl("attention_weights", TORCH_BOX(&weights_cuda));
+  m.impl("attention_backward", TORCH_BOX(&backward_cuda));
+}
+#endif
+
+}  // namespace
+}  // namespace pyseqnet

@@ -1,0 +1,79 @@
+// The dispatch tables of the attention family: ordered, first acceptance wins.
+#include <cstdio>
+
+#include "attention/attention.h"
+
+namespace pyseqnet {
+
+#define DECLARE_CPU_KERNELS                                                                                \
+  extern const AttentionCpuKernel attention_tile_forward, attention_tile_weights, attention_tile_backward, \
+      attention_tile_mask_gradient, attention_rows_delta, attention_few_queries_forward
+namespace portable {
+DECLARE_CPU_KERNELS;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+DECLARE_CPU_KERNELS;
+}
+namespace avx512 {
+DECLARE_CPU_KERNELS;
+}
+#endif
+#undef DECLARE_CPU_KERNELS
+
+extern const AttentionCpuKernel attention_reference_forward, attention_reference_weights,
+    attention_reference_delta, attention_reference_backward, attention_reference_mask_gradient;
+
+namespace {
+
+#if defined(__x86_64__)
+#define EVERY_ISA(kernel) &avx512::kernel, &avx2::kernel, &portable::kernel
+#else
+#define EVERY_ISA(kernel) &portable::kernel
+#endif
+
+constexpr const AttentionCpuKernel* forward[] = {EVERY_ISA(attention_few_queries_forward),
+                                                 EVERY_ISA(attention_tile_forward),
+                                                 &attention_reference_forward};
+constexpr const AttentionCpuKernel* weights[] = {EVERY_ISA(attention_tile_weights),
+                                                 &attention_reference_weights};
+constexpr const AttentionCpuKernel* delta[] = {EVERY_ISA(attention_rows_delta), &attention_reference_delta};
+constexpr const AttentionCpuKernel* backward[] = {EVERY_ISA(attention_tile_backward),
+                                                  &attention_reference_backward};
+constexpr const AttentionCpuKernel* mask_gradient[] = {EVERY_ISA(attention_tile_mask_gradient),
+                                                       &attention_reference_mask_gradient};
+
+}  // namespace
+
+Table<AttentionCpuKernel> attention_cpu_table(AttentionPass pass) {
+  switch (pass) {
+    case AttentionPass::forward:
+      return table_of(forward);
+    case AttentionPass::weights:
+      return table_of(weights);
+    case AttentionPass::delta:
+      return table_of(delta);
+    case AttentionPass::backward:
+      return table_of(backward);
+    case AttentionPass::mask_gradient:
+      return table_of(mask_gradient);
+  }
+  return {};
+}
+
+Table<AttentionCudaKernel> attention_cuda_table(AttentionPass) { return {}; }
+
+std::string describe(const AttentionProblem& p) {
+  const char* mask = p.mask == AttentionMask::none      ? ""
+                     : p.mask == AttentionMask::boolean ? " mask"
+                                                        : " bias";
+  char heads[48], text[256];
+  std::snprintf(heads, sizeof heads, p.H == p.Hk ? "H%lld" : "H%lld/%lld", (long long)p.H, (long long)p.Hk);
+  std::snprintf(text, sizeof text, "B%lld %s L%lld S%lld D%lld E%lld %s%s%s%s%s", (long long)p.B, heads,
+                (long long)p.L, (long long)p.S, (long long)p.D, (long long)p.E, name_of(p.dtype),
+                p.causal ? " causal" : "", mask, p.with_key_lengths ? " lengths" : "",
+                p.dropout_p > 0 ? " dropout" : "");
+  return text;
+}
+
+}  // namespace pyseqnet
