@@ -5,9 +5,10 @@
 // and the sum of exponentials relative to it. Kernels may hold logits in units of log 2 (scale and mask times
 // log2_e): the step below is then exp2 and nothing else changes.
 //
-// A mask of the lowest finite number is common ("masked" in code that fears infinity). A row that holds nothing else
-// must come out as the mean of its values, not as 0 or NaN, with finite gradients: in units of log 2 that number
-// overflows. Keep such logits in natural units, exp2((z - origin) * log2_e), or keep them finite by a clamp.
+// A mask of the lowest finite number is common ("masked" in code that fears infinity). A row that holds
+// nothing else must come out as the mean of its values, not as 0 or NaN, with finite gradients: in units of
+// log 2 that number overflows. Keep such logits in natural units, exp2((z - origin) * log2_e), or keep them
+// finite by a clamp.
 #pragma once
 #include <cstdint>
 

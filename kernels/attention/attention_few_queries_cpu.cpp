@@ -1,0 +1,140 @@
+// Softmax attention on the CPU for a handful of queries, forward: decoding step by step. Keys and values are
+// read once each, where they lie: packing them would cost more than using them.
+//
+// One item is one query. Logits: dot products of 16 keys at a time, whose partial sums a register transpose
+// turns into one vector of logits. Then masks and softmax over the whole row, and the weighted sum of the
+// values with two accumulators a vector, so that additions overlap. Weights of zero under a mask skip their
+// value, which may hold NaN. Bound: reading K and V.
+#include "attention/attention_tile.h"
+
+namespace pyseqnet {
+inline namespace PYSEQNET_ISA {
+namespace {
+
+constexpr int64_t FEW = 4;  // queries; with more, packing the keys pays
+
+template <class T>
+PYSEQNET_INLINE vf load_part(const T* p, int64_t left) {
+  return left >= VL ? load_lanes(p) : load_between(p, 0, left, vf{});
+}
+
+// z[j] = q . key j for j < n; q is packed. Writes whole vectors.
+template <class T>
+PYSEQNET_NOINLINE void dot_keys(const float* q, const T* keys, int64_t stride, int64_t n, int64_t D,
+                                float* z) {
+  for (int64_t j = 0; j < n; j += VL) {
+    const T* key[VL];
+    for (int l = 0; l < VL; ++l) key[l] = keys + smaller(j + l, n - 1) * stride;
+    vf sums[VL] = {};
+    int64_t d = 0;
+    for (; d + VL <= D; d += VL) {
+      const vf x = load(q + d);
+#pragma GCC unroll 16
+      for (int l = 0; l < VL; ++l) sums[l] += x * load_lanes(key[l] + d);
+    }
+    if (d < D) {
+      const vf x = load(q + d);
+      for (int l = 0; l < VL; ++l) sums[l] += x * load_between(key[l] + d, 0, D - d, vf{});
+    }
+    transpose(sums);
+    vf total = sums[0];
+#pragma GCC unroll 16
+    for (int l = 1; l < VL; ++l) total += sums[l];
+    store(z + j, total);
+  }
+}
+
+// out[NV vectors] = inverse * sum_j z[j] v[j]
+template <int NV, bool skip_zeros, class T>
+PYSEQNET_INLINE void weigh_values(const float* z, const T* values, int64_t stride, int64_t n, int64_t left,
+                                  float inverse, T* out) {
+  vf even[NV] = {}, odd[NV] = {};
+  const auto add = [&](vf(&sums)[NV], int64_t j) PYSEQNET_LAMBDA {
+    if (skip_zeros && z[j] == 0.0f) return;
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) sums[v] += z[j] * load_part(values + j * stride + v * VL, left - v * VL);
+  };
+  int64_t j = 0;
+  for (; j + 2 <= n; j += 2) add(even, j), add(odd, j + 1);
+  if (j < n) add(even, j);
+#pragma GCC unroll 4
+  for (int v = 0; v < NV; ++v) store_lanes_n(out + v * VL, (even[v] + odd[v]) * inverse, left - v * VL);
+}
+template <bool skip_zeros, class T>
+PYSEQNET_NOINLINE void weigh_row(const float* z, const T* values, int64_t stride, int64_t n, int64_t E,
+                                 float inverse, T* out) {
+  int64_t e = 0;
+  for (; e + 4 * VL <= E; e += 4 * VL)
+    weigh_values<4, skip_zeros>(z, values + e, stride, n, 4 * VL, inverse, out + e);
+  for (; e < E; e += VL) weigh_values<1, skip_zeros>(z, values + e, stride, n, E - e, inverse, out + e);
+}
+
+struct Scratch {
+  float *q, *z;
+  Scratch(Carver& carve, const AttentionProblem& p) {
+    q = carve.take<float>(round_up(p.D, VL));
+    z = carve.take<float>(round_up(p.S, VL));
+  }
+};
+
+template <class T>
+void forward_row(const AttentionProblem& p, const AttentionTensors& t, const Dropout& dropout, int64_t row,
+                 const Scratch& s) {
+  const int64_t i = row % p.L, h = row / p.L % p.H, b = row / p.L / p.H, hk = h / p.group();
+  const int64_t end = visible_keys(p.causal, p.causal_offset, length_of(p, t, b), i);
+  const T* q = static_cast<const T*>(t.q) + b * p.q_strides.b + h * p.q_strides.h + i * p.q_strides.n;
+  const T* keys = static_cast<const T*>(t.k) + b * p.k_strides.b + hk * p.k_strides.h;
+  const T* values = static_cast<const T*>(t.v) + b * p.v_strides.b + hk * p.v_strides.h;
+  alignas(64) float sums[VL] = {};
+  float largest = -INFINITE, factor;
+  const int32_t limit = int32_t(end);
+  pack_rows(q, 0, 1, p.D, float(p.scale), s.q);
+  dot_keys(s.q, keys, p.k_strides.n, end, p.D, s.z);
+  apply_mask(p, t, b, h, i, 1, 0, &limit, s.z, 0);
+  softmax_tile(1, end, &limit, s.z, 0, {&largest, sums}, &factor);
+  if (dropout.on) drop_tile(dropout, row, 1, 0, end, s.z, 0);
+  const SoftmaxState<float> state{largest, hsum(load(sums))};
+  T* out = static_cast<T*>(t.out) + b * p.out_strides.b + h * p.out_strides.h + i * p.out_strides.n;
+  if (p.mask == AttentionMask::none)
+    weigh_row<false>(s.z, values, p.v_strides.n, end, p.E, softmax_inverse(state), out);
+  else
+    weigh_row<true>(s.z, values, p.v_strides.n, end, p.E, softmax_inverse(state), out);
+  static_cast<float*>(t.lse)[row] =
+      state.sum == 0.0f ? -INFINITE : softmax_origin(state.largest) + logf(state.sum);
+}
+
+Refusal refuses(const AttentionProblem& p) {
+  if (p.dtype == DType::f64) return "float64 is left to the reference";
+  if (p.L > FEW) return "takes at most four queries";
+  if (p.S >= (int64_t(1) << 31)) return "takes fewer than 2^31 keys";
+  return accepted;
+}
+
+WorkPlan plan(const AttentionProblem& p) {
+  constexpr int64_t worth_a_thread = 100000;  // elements of K and V: about 20 microseconds
+  WorkPlan plan;
+  plan.add_phase(p.B * p.H * p.L, worth_a_thread / (p.S * (p.D + p.E) + 1) + 1);
+  Carver carve(nullptr);
+  Scratch(carve, p);
+  plan.thread_bytes = carve.used();
+  return plan;
+}
+
+void run(const AttentionProblem& p, const AttentionTensors& t, const WorkSlice& slice) {
+  FlushDenormals guard;
+  Carver carve(slice.scratch);
+  const Scratch s(carve, p);
+  const Dropout dropout(p, t);
+  with_element(p.dtype, [&](auto tag) {
+    for (int64_t row = slice.begin; row < slice.end; ++row) forward_row<decltype(tag)>(p, t, dropout, row, s);
+  });
+}
+
+}  // namespace
+
+extern const AttentionCpuKernel attention_few_queries_forward;
+const AttentionCpuKernel attention_few_queries_forward = {"few_queries_" PYSEQNET_ISA_NAME, this_isa, refuses,
+                                                          plan, run};
+
+}  // namespace PYSEQNET_ISA
+}  // namespace pyseqnet

@@ -1,0 +1,252 @@
+// The tile of logits that every pass of the generic CUDA kernels works on: which keys its queries see,
+// logits in units of log 2, dropout, and the gradient through the softmax.
+#pragma once
+#include "attention/attention_math.h"
+#include "attention/attention_tile.cuh"
+#include "common/random.h"
+
+namespace pyseqnet {
+
+// The problem as kernels want it. Statistics (lse, delta) are float, double for double.
+template <class T>
+struct AttentionInputs {
+  using Acc = accumulator_t<T>;
+  int64_t B, H, Hk, L, S, D, E, group;
+  Operand<const T> q, k, v, gout;
+  const Acc *lse, *delta;
+  const T* gweights;
+  Acc scale, scale_log2;  // scale_log2: logits in units of log 2
+
+  bool causal;
+  int64_t causal_offset;
+  const int64_t* key_lengths;
+  AttentionMask mask_kind;
+  bool mask_is_float;  // and T is not
+  const void* mask;
+  AttentionStrides mask_strides;
+  int64_t mask_stride_s;
+
+  bool dropout;
+  const int64_t* seed;
+  uint32_t threshold;
+  Acc keep_scale;  // 1 / (1 - p)
+};
+
+// One head of one batch.
+struct AttentionHead {
+  int64_t b, h, kv, keys;  // kv: head of k and v; keys: visible by length
+};
+template <class T>
+PYSEQNET_DEVICE AttentionHead head_of(const AttentionInputs<T>& a, int64_t b, int64_t h) {
+  const int64_t length = a.key_lengths ? clamped_length(a.key_lengths[b], a.S) : a.S;
+  return {b, h, h / a.group, length};
+}
+
+// Shared memory of a block. `left` and `right` hold the operands of whichever product comes next.
+template <class T>
+struct alignas(16) AttentionMemory {
+  using Acc = accumulator_t<T>;
+  using Tile = AttentionTile<T>;
+  Acc left[Tile::positions * Tile::line], right[Tile::positions * Tile::line];
+  uint64_t row_key[Tile::positions];
+  Acc lse[Tile::positions], delta[Tile::positions];  // of the queries; lse in units of log 2
+  // Which keys of the tile some of its queries see: bit j of word c is key c + 16 j. Three of them: while one
+  // is being filled, another may still be read, and the third is cleared.
+  unsigned seen[3][lanes_across];
+  unsigned any_seen[3];
+  unsigned ever_seen[lanes_across];
+};
+
+PYSEQNET_DEVICE bool key_is_seen(const unsigned (&seen)[lanes_across], int key) {
+  return seen[key % lanes_across] >> (key / lanes_across) & 1u;
+}
+
+// What the mask adds to a logit; -infinity hides the key.
+template <class T>
+PYSEQNET_DEVICE accumulator_t<T> mask_value(const AttentionInputs<T>& a, int64_t at) {
+  using Acc = accumulator_t<T>;
+  if (a.mask_kind == AttentionMask::boolean)
+    return static_cast<const uint8_t*>(a.mask)[at] ? Acc(0) : -Acc(INFINITY);
+  return a.mask_is_float ? Acc(static_cast<const float*>(a.mask)[at])
+                         : load(static_cast<const T*>(a.mask) + at);
+}
+template <class T>
+PYSEQNET_DEVICE int64_t mask_offset(const AttentionInputs<T>& a, const AttentionHead& head, int64_t query,
+                                    int64_t key) {
+  return head.b * a.mask_strides.b + head.h * a.mask_strides.h + query * a.mask_strides.n +
+         key * a.mask_stride_s;
+}
+
+// Bit i * thread_columns + j: the thread's query i sees its key j.
+template <class T>
+PYSEQNET_DEVICE uint32_t visible_pairs(const AttentionInputs<T>& a, const AttentionHead& head, int64_t query0,
+                                       int64_t key0, TilePlace<T> at) {
+  using Tile = AttentionTile<T>;
+  using Acc = accumulator_t<T>;
+  static_assert(Tile::thread_rows * Tile::thread_columns <= 32);
+  uint32_t visible = 0;
+#pragma unroll
+  for (int i = 0; i < Tile::thread_rows; i++) {
+    const int64_t query = query0 + at.row(i);
+    if (query >= a.L) continue;
+    const int64_t left = visible_keys(a.causal, a.causal_offset, head.keys, query) - key0;
+    const int keys = left < 0 ? 0 : left < Tile::positions ? int(left) : Tile::positions;
+    const int64_t line = mask_offset(a, head, query, key0);
+#pragma unroll
+    for (int j = 0; j < Tile::thread_columns; j++) {
+      bool sees = at.column(j) < keys;
+      if (sees && a.mask_kind != AttentionMask::none)
+        sees = mask_value(a, line + at.column(j) * a.mask_stride_s) != -Acc(INFINITY);
+      visible |= uint32_t(sees) << (i * Tile::thread_columns + j);
+    }
+  }
+  return visible;
+}
+
+template <class T>
+PYSEQNET_DEVICE void clear_seen(AttentionMemory<T>& memory) {
+  const int t = int(threadIdx.x);
+  if (t < lanes_across) {
+    memory.ever_seen[t] = 0;
+#pragma unroll
+    for (int slot = 0; slot < 3; slot++) memory.seen[slot][t] = 0;
+  }
+  if (t < 3) memory.any_seen[t] = 0;
+  __syncthreads();
+}
+
+// A walk over tiles of queries x keys. enter() says which pairs see each other and whether any do; it is a
+// barrier: behind it all tiles in shared memory are free, and what threads wrote before it can be read.
+template <class T>
+class TileWalk {
+ public:
+  using Tile = AttentionTile<T>;
+
+  PYSEQNET_DEVICE bool enter(AttentionMemory<T>& memory, uint32_t visible, TilePlace<T> at) {
+    slot_ = slot_ == 2 ? 0 : slot_ + 1;
+    unsigned keys = 0;
+#pragma unroll
+    for (int i = 0; i < Tile::thread_rows; i++) keys |= visible >> (i * Tile::thread_columns);
+    keys &= (1u << Tile::thread_columns) - 1;
+    keys |= __shfl_xor_sync(whole_warp, keys, lanes_across);
+    if (threadIdx.x % 32 < lanes_across && keys) {
+      atomicOr(&memory.seen[slot_][at.first_column], keys);
+      atomicOr(&memory.any_seen[slot_], 1u);
+    }
+    __syncthreads();
+    const int t = int(threadIdx.x), next = slot_ == 2 ? 0 : slot_ + 1, cleared = next == 2 ? 0 : next + 1;
+    if (t < lanes_across) {
+      memory.ever_seen[t] |= memory.seen[slot_][t];
+      memory.seen[cleared][t] = 0;
+    }
+    if (t == 0) memory.any_seen[cleared] = 0;
+    return memory.any_seen[slot_] != 0;
+  }
+  PYSEQNET_DEVICE bool key_seen(const AttentionMemory<T>& memory, int key) const {
+    return key_is_seen(memory.seen[slot_], key);
+  }
+
+ private:
+  int slot_ = 0;
+};
+
+// Gathers what belongs to the queries of a tile: dropout's keys, and in the backward passes lse and delta.
+template <class T, bool with_lse, bool with_delta>
+PYSEQNET_DEVICE void stage_queries(AttentionMemory<T>& memory, const AttentionInputs<T>& a,
+                                   const AttentionHead& head, int64_t query0) {
+  using Acc = accumulator_t<T>;
+  const int t = int(threadIdx.x);
+  if (t >= AttentionTile<T>::positions) return;
+  const bool exists = query0 + t < a.L;
+  const int64_t row = (head.b * a.H + head.h) * a.L + query0 + t;
+  if (a.dropout) memory.row_key[t] = exists ? dropout_row_key(*a.seed, row) : 0;
+  if (with_lse) memory.lse[t] = exists ? a.lse[row] * Acc(log2_e) : -Acc(INFINITY);
+  if (with_delta) memory.delta[t] = exists ? a.delta[row] : Acc(0);
+}
+
+// Dot products of queries and keys become logits in units of log 2, -infinity for hidden pairs.
+template <class T>
+PYSEQNET_DEVICE void to_logits(ScoreRegisters<T>& score, uint32_t visible, const AttentionInputs<T>& a,
+                               const AttentionHead& head, int64_t query0, int64_t key0, TilePlace<T> at) {
+  using Tile = AttentionTile<T>;
+  using Acc = accumulator_t<T>;
+#pragma unroll
+  for (int i = 0; i < Tile::thread_rows; i++) {
+    const int64_t line = mask_offset(a, head, query0 + at.row(i), key0);
+#pragma unroll
+    for (int j = 0; j < Tile::thread_columns; j++) {
+      Acc logit = -Acc(INFINITY);
+      if (visible >> (i * Tile::thread_columns + j) & 1u) {
+        logit = score[i][j] * a.scale_log2;
+        if (a.mask_kind == AttentionMask::additive)
+          logit += mask_value(a, line + at.column(j) * a.mask_stride_s) * Acc(log2_e);
+      }
+      score[i][j] = logit;
+    }
+  }
+}
+
+// 0 or 1 / (1 - p).
+template <class T>
+PYSEQNET_DEVICE accumulator_t<T> kept(const AttentionInputs<T>& a, uint64_t row_key, int64_t key) {
+  using Acc = accumulator_t<T>;
+  if (!a.dropout) return Acc(1);
+  return dropout_keeps(row_key, key, a.threshold) ? a.keep_scale : Acc(0);
+}
+
+template <class T>
+PYSEQNET_DEVICE void logits_of_tile(ScoreRegisters<T>& score, AttentionMemory<T>& memory, uint32_t visible,
+                                    const AttentionInputs<T>& a, const AttentionHead& head, int64_t query0,
+                                    int64_t key0, TilePlace<T> at) {
+  similarity<T>(score, memory.left, memory.right, a.q.at(head.b, head.h, query0), a.q, a.L - query0,
+                a.k.at(head.b, head.kv, key0), a.k, a.S - key0, a.D, at);
+  to_logits<T>(score, visible, a, head, query0, key0, at);
+}
+
+// The backward passes: weights W (before them logits) and gradients dZ of logits (before them gout . v).
+template <class T>
+PYSEQNET_DEVICE void to_gradients(ScoreRegisters<T>& weight, ScoreRegisters<T>& gradient, uint32_t visible,
+                                  const AttentionMemory<T>& memory, const AttentionInputs<T>& a,
+                                  const AttentionHead& head, int64_t query0, int64_t key0, TilePlace<T> at) {
+  using Tile = AttentionTile<T>;
+  using Acc = accumulator_t<T>;
+#pragma unroll
+  for (int i = 0; i < Tile::thread_rows; i++) {
+    const int row = at.row(i);
+    const Acc lse = memory.lse[row], delta = memory.delta[row];
+    const uint64_t row_key = a.dropout ? memory.row_key[row] : 0;
+    const int64_t line = ((head.b * a.H + head.h) * a.L + query0 + row) * a.S + key0;
+#pragma unroll
+    for (int j = 0; j < Tile::thread_columns; j++) {
+      const bool sees = (visible >> (i * Tile::thread_columns + j) & 1u) && lse != -Acc(INFINITY);
+      const Acc probability = sees ? exp2_of(weight[i][j] - lse) : Acc(0);
+      const Acc keep = kept(a, row_key, key0 + at.column(j));
+      const Acc given = sees && a.gweights ? load(a.gweights + line + at.column(j)) : Acc(0);
+      weight[i][j] = probability * keep;
+      gradient[i][j] = sees ? logit_gradient(probability, gradient[i][j] + given, keep, delta) : Acc(0);
+    }
+  }
+}
+
+// W and dZ of a tile. Enters with free tiles in shared memory, leaves with tiles that others may still read.
+template <class T>
+PYSEQNET_DEVICE void gradients_of_tile(ScoreRegisters<T>& weight, ScoreRegisters<T>& gradient,
+                                       AttentionMemory<T>& memory, uint32_t visible,
+                                       const AttentionInputs<T>& a, const AttentionHead& head, int64_t query0,
+                                       int64_t key0, TilePlace<T> at) {
+  logits_of_tile<T>(weight, memory, visible, a, head, query0, key0, at);
+  __syncthreads();
+  similarity<T>(gradient, memory.left, memory.right, a.gout.at(head.b, head.h, query0), a.gout, a.L - query0,
+                a.v.at(head.b, head.kv, key0), a.v, a.S - key0, a.E, at);
+  to_gradients<T>(weight, gradient, visible, memory, a, head, query0, key0, at);
+}
+
+// Keys that some query of the tile sees lie before this one, as far as length and causality tell.
+template <class T>
+PYSEQNET_DEVICE int64_t keys_of_queries(const AttentionInputs<T>& a, const AttentionHead& head,
+                                        int64_t query0) {
+  const int64_t past = query0 + AttentionTile<T>::positions, last = (past < a.L ? past : a.L) - 1;
+  return visible_keys(a.causal, a.causal_offset, head.keys, last);
+}
+
+}  // namespace pyseqnet

@@ -1,0 +1,214 @@
+// What the generic CUDA kernels of softmax attention are made of: tiles of rows x channels in shared memory
+// and the two products of such tiles.
+//
+//   similarity        sum[query, key]   += a[query, :] . b[key, :]          q k^T, gout v^T
+//   multiply_rows     sum[row, channel] += weight[row, n] * b[n, channel]   W v, dZ k, dZ^T q, W^T gout
+//
+// A tile is 64 x 64 in float (32 x 32 positions, 64 channels, in double) and lies in shared memory as it does
+// in the tensor: one line a position, channels side by side, one vector of padding a line. Both products read
+// vectors of it without bank conflicts, so that nothing is ever transposed on the way in. 16-bit elements
+// become floats where they are staged.
+//
+// 128 threads are 8 x 16 over a tile; a warp is 2 x 16, so that what belongs to a query is reduced by
+// shuffles among 16 lanes. For four steps of depth a thread reads 12 vectors and does 128 FMA: a warp's
+// shared-memory wavefronts (16) are half of what its FMA need of the multiprocessor's time.
+#pragma once
+#include "attention/attention.h"
+#include "common/cuda_numerics.cuh"
+
+namespace pyseqnet {
+
+constexpr int attention_threads = 128;
+constexpr int lanes_across = 16, lanes_down = attention_threads / lanes_across;
+constexpr unsigned whole_warp = 0xffffffffu;
+
+template <class T>
+struct AttentionTile {
+  using Acc = accumulator_t<T>;
+  static constexpr int vector = 16 / int(sizeof(Acc));
+  static constexpr int positions = 256 / int(sizeof(Acc));  // queries of a tile, and keys
+  static constexpr int channels = 64;
+  static constexpr int line = channels + vector;
+  static constexpr int thread_rows = positions / lanes_down, thread_columns = positions / lanes_across;
+  static constexpr int channel_vectors = channels / (lanes_across * vector);
+  static constexpr int thread_channels = channel_vectors * vector;
+  static_assert(positions <= channels, "weights are kept in a tile of channels");
+};
+
+// Which rows and columns of a tile belong to a thread. The two rows of a warp that are neighbours in `row`
+// are four lines apart: their writes of weights fall into different banks.
+template <class T>
+struct TilePlace {
+  using Tile = AttentionTile<T>;
+  int first_row, first_column;
+  PYSEQNET_DEVICE explicit TilePlace(int t)
+      : first_row(t / 32 + t % 32 / lanes_across * (lanes_down / 2)), first_column(t % lanes_across) {}
+  PYSEQNET_DEVICE int row(int i) const { return first_row + i * lanes_down; }
+  PYSEQNET_DEVICE int column(int j) const { return first_column + j * lanes_across; }
+  // First channel of a vector.
+  PYSEQNET_DEVICE int channel(int g) const { return (first_column + g * lanes_across) * Tile::vector; }
+};
+
+template <class T, int n>
+struct alignas(sizeof(T) * n) AttentionVector {
+  T element[n];
+};
+
+// A (batch, head, position, channel) tensor. `vectors`: every line may be accessed by vectors.
+template <class T>
+struct Operand {
+  T* data;
+  AttentionStrides strides;
+  bool vectors;
+
+  PYSEQNET_DEVICE T* at(int64_t b, int64_t h, int64_t n) const {
+    return data + b * strides.b + h * strides.h + n * strides.n;
+  }
+};
+
+// Copies lines of `count` channels into a tile, zero where there is no channel and where keep(line) says no:
+// such a line is not read.
+template <class T, class Keep>
+PYSEQNET_DEVICE void stage(accumulator_t<T>* tile, const T* from, const Operand<const T>& operand,
+                           int64_t count, Keep keep) {
+  using Tile = AttentionTile<T>;
+  using Acc = accumulator_t<T>;
+  constexpr int n = Tile::vector, across = Tile::channels / n, down = attention_threads / across;
+  const int first = int(threadIdx.x) / across, channel = int(threadIdx.x) % across * n;
+#pragma unroll
+  for (int k = 0; k < Tile::positions / down; k++) {
+    const int position = first + k * down;
+    AttentionVector<Acc, n> value = {};
+    if (channel < count && keep(position)) {
+      const T* source = from + position * operand.strides.n + channel;
+      if (operand.vectors && channel + n <= count) {
+        const auto v = *reinterpret_cast<const AttentionVector<T, n>*>(source);
+#pragma unroll
+        for (int i = 0; i < n; i++) value.element[i] = to_accumulator(v.element[i]);
+      } else {
+#pragma unroll
+        for (int i = 0; i < n; i++)
+          if (channel + i < count) value.element[i] = to_accumulator(source[i]);
+      }
+    }
+    *reinterpret_cast<AttentionVector<Acc, n>*>(tile + position * Tile::line + channel) = value;
+  }
+}
+
+template <class T>
+using ScoreRegisters = accumulator_t<T>[AttentionTile<T>::thread_rows][AttentionTile<T>::thread_columns];
+template <class T>
+using ChannelRegisters = accumulator_t<T>[AttentionTile<T>::thread_rows][AttentionTile<T>::thread_channels];
+
+template <class T>
+PYSEQNET_DEVICE void multiply_similarity(ScoreRegisters<T>& sum, const accumulator_t<T>* a,
+                                         const accumulator_t<T>* b, int depth, TilePlace<T> at) {
+  using Tile = AttentionTile<T>;
+  using Vector = AttentionVector<accumulator_t<T>, Tile::vector>;
+#pragma unroll 2
+  for (int d = 0; d < depth; d += Tile::vector) {
+    Vector y[Tile::thread_columns];
+#pragma unroll
+    for (int j = 0; j < Tile::thread_columns; j++)
+      y[j] = *reinterpret_cast<const Vector*>(b + at.column(j) * Tile::line + d);
+#pragma unroll
+    for (int i = 0; i < Tile::thread_rows; i++) {
+      const Vector x = *reinterpret_cast<const Vector*>(a + at.row(i) * Tile::line + d);
+#pragma unroll
+      for (int j = 0; j < Tile::thread_columns; j++)
+#pragma unroll
+        for (int k = 0; k < Tile::vector; k++) sum[i][j] += x.element[k] * y[j].element[k];
+    }
+  }
+}
+
+// sum[row, channel] += weights[row, :] . b[:, channel], over the first `depth` positions.
+template <class T>
+PYSEQNET_DEVICE void multiply_rows(ChannelRegisters<T>& sum, const accumulator_t<T>* weights,
+                                   const accumulator_t<T>* b, int depth, TilePlace<T> at) {
+  using Tile = AttentionTile<T>;
+  using Vector = AttentionVector<accumulator_t<T>, Tile::vector>;
+#pragma unroll 2
+  for (int n = 0; n < depth; n += Tile::vector) {
+    Vector y[Tile::vector][Tile::channel_vectors];
+#pragma unroll
+    for (int k = 0; k < Tile::vector; k++)
+#pragma unroll
+      for (int g = 0; g < Tile::channel_vectors; g++)
+        y[k][g] = *reinterpret_cast<const Vector*>(b + (n + k) * Tile::line + at.channel(g));
+#pragma unroll
+    for (int i = 0; i < Tile::thread_rows; i++) {
+      const Vector x = *reinterpret_cast<const Vector*>(weights + at.row(i) * Tile::line + n);
+#pragma unroll
+      for (int k = 0; k < Tile::vector; k++)
+#pragma unroll
+        for (int g = 0; g < Tile::channel_vectors; g++)
+#pragma unroll
+          for (int v = 0; v < Tile::vector; v++)
+            sum[i][g * Tile::vector + v] += x.element[k] * y[k][g].element[v];
+    }
+  }
+}
+
+// sum[query, key] += a[query, :] . b[key, :] over any number of channels, by way of two tiles that nobody
+// reads any more. When it returns, others may still read them. Positions past the counts are not read.
+template <class T>
+PYSEQNET_DEVICE void similarity(ScoreRegisters<T>& sum, accumulator_t<T>* a_tile, accumulator_t<T>* b_tile,
+                                const T* a, const Operand<const T>& a_operand, int64_t a_count, const T* b,
+                                const Operand<const T>& b_operand, int64_t b_count, int64_t channels,
+                                TilePlace<T> at) {
+  using Tile = AttentionTile<T>;
+  for (int64_t c = 0; c < channels; c += Tile::channels) {
+    const int64_t left = channels - c;
+    if (c > 0) __syncthreads();
+    stage<T>(a_tile, a + c, a_operand, left, [&](int i) { return i < a_count; });
+    stage<T>(b_tile, b + c, b_operand, left, [&](int j) { return j < b_count; });
+    __syncthreads();
+    multiply_similarity<T>(sum, a_tile, b_tile, left < Tile::channels ? int(left) : Tile::channels, at);
+  }
+}
+
+// A thread's share of a tile of weights goes to shared memory, as query x key or as key x query.
+template <class T>
+PYSEQNET_DEVICE void store_tile(accumulator_t<T>* tile, const ScoreRegisters<T>& value, TilePlace<T> at) {
+  using Tile = AttentionTile<T>;
+#pragma unroll
+  for (int i = 0; i < Tile::thread_rows; i++)
+#pragma unroll
+    for (int j = 0; j < Tile::thread_columns; j++) tile[at.row(i) * Tile::line + at.column(j)] = value[i][j];
+}
+template <class T>
+PYSEQNET_DEVICE void store_transposed(accumulator_t<T>* tile, const ScoreRegisters<T>& value,
+                                      TilePlace<T> at) {
+  using Tile = AttentionTile<T>;
+#pragma unroll
+  for (int i = 0; i < Tile::thread_rows; i++)
+#pragma unroll
+    for (int j = 0; j < Tile::thread_columns; j++) tile[at.column(j) * Tile::line + at.row(i)] = value[i][j];
+}
+
+// Writes a thread's vector of channels of one line, of which `count` exist.
+template <class T>
+PYSEQNET_DEVICE void store_channels(T* to, bool vectors, const accumulator_t<T>* value, int64_t count) {
+  constexpr int n = AttentionTile<T>::vector;
+  if (vectors && count >= n) {
+    AttentionVector<T, n> v;
+#pragma unroll
+    for (int i = 0; i < n; i++) v.element[i] = from_accumulator<T>(value[i]);
+    *reinterpret_cast<AttentionVector<T, n>*>(to) = v;
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < n; i++)
+    if (i < count) store(to + i, value[i]);
+}
+
+template <int lanes, class A, class F>
+PYSEQNET_DEVICE A reduce_lanes(A value, F combine) {
+#pragma unroll
+  for (int step = lanes / 2; step > 0; step /= 2)
+    value = combine(value, __shfl_xor_sync(whole_warp, value, step));
+  return value;
+}
+
+}  // namespace pyseqnet
