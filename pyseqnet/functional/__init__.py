@@ -3,6 +3,10 @@
 Each has a ``*_reference``: the same in plain torch.
 """
 
+from pyseqnet.functional.attention import (
+    scaled_dot_product_attention,
+    scaled_dot_product_attention_reference,
+)
 from pyseqnet.functional.conv import conv1d, conv1d_reference, conv2d, conv2d_reference
 from pyseqnet.functional.pool import max_pool1d, max_pool1d_reference, max_pool2d, max_pool2d_reference
 
@@ -15,4 +19,6 @@ __all__ = [
     "max_pool1d_reference",
     "max_pool2d",
     "max_pool2d_reference",
+    "scaled_dot_product_attention",
+    "scaled_dot_product_attention_reference",
 ]
