@@ -40,4 +40,21 @@ STABLE_TORCH_LIBRARY(pyseqnet, m) {
       "Tensor? mask, Tensor? key_lengths, Tensor? seed, Tensor? weights, Tensor? grad_weights, Tensor? "
       "grad_lse, int causal, float scale, float dropout_p, bool need_query, bool need_key_value, bool "
       "need_mask) -> (Tensor, Tensor, Tensor, Tensor)");
+  // One recurrent layer (kernels/recurrent/recurrent.h). cell: rnn_tanh, rnn_relu, lstm or gru. input
+  // (T, B, I), with batch_first (B, T, I), with batch_sizes (rows, I) as a PackedSequence's data; h0 (D, B, R)
+  // and c0 (D, B, H), None: zeros; h0 may not be None where batch_sizes is given. weights: for each direction
+  // w_ih, w_hh, then b_ih, b_hh if has_biases, then w_hr if the layer projects (torch's order). lengths (B)
+  // and batch_sizes (T) are int64 on the CPU. Results: output, h_n, c_n (empty unless lstm), and what backward
+  // needs, empty unless reserve: gates (D, rows, S, H) and cells (D, rows, H), float32 (float64 for float64).
+  m.def(
+      "recurrent_forward(Tensor input, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? lengths, Tensor? "
+      "batch_sizes, str cell, int directions, bool has_biases, bool batch_first, bool reserve) -> (Tensor, "
+      "Tensor, Tensor, Tensor, Tensor)");
+  // Gradients of input, h0, c0 and of every weight in the order of `weights`. What is not needed comes back
+  // empty, shape (0), the weights' gradients as an empty list. Gradients that are None are zeros.
+  m.def(
+      "recurrent_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor input, Tensor "
+      "output, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor gates, Tensor cells, Tensor? lengths, Tensor? "
+      "batch_sizes, str cell, int directions, bool has_biases, bool batch_first, bool need_input, bool "
+      "need_h0, bool need_c0, bool need_weights) -> (Tensor, Tensor, Tensor, Tensor[])");
 }
