@@ -11,6 +11,7 @@
 #include "common/probe.h"
 #include "conv/conv.h"
 #include "pool/max_pool.h"
+#include "recurrent/recurrent.h"
 
 namespace py = pybind11;
 using namespace pyseqnet;
@@ -41,6 +42,8 @@ py::dict dispatch_tables() {
     add(operation_of(pass), max_pool_cpu_table(pass), max_pool_cuda_table(pass));
   for (AttentionPass pass : all_attention_passes)
     add(operation_of(pass), attention_cpu_table(pass), attention_cuda_table(pass));
+  for (RecurrentPass pass : {RecurrentPass::forward, RecurrentPass::backward})
+    add(operation_of(pass), recurrent_cpu_table(pass), recurrent_cuda_table(pass));
   return result;
 }
 

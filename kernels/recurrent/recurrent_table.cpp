@@ -1,0 +1,35 @@
+// The dispatch tables of the recurrent family: ordered, first acceptance wins.
+#include <cstdio>
+
+#include "recurrent/recurrent.h"
+
+namespace pyseqnet {
+
+extern const RecurrentCpuKernel recurrent_reference_forward, recurrent_reference_backward;
+
+namespace {
+
+constexpr const RecurrentCpuKernel* forward[] = {&recurrent_reference_forward};
+constexpr const RecurrentCpuKernel* backward[] = {&recurrent_reference_backward};
+
+}  // namespace
+
+Table<RecurrentCpuKernel> recurrent_cpu_table(RecurrentPass pass) {
+  return pass == RecurrentPass::forward ? table_of(forward) : table_of(backward);
+}
+
+Table<RecurrentCudaKernel> recurrent_cuda_table(RecurrentPass) { return {}; }
+
+std::string describe(const RecurrentProblem& p) {
+  char text[256];
+  std::snprintf(text, sizeof text, "%s T%lld B%lld I%lld H%lld%s%lld D%lld %s %s%s", name_of(p.cell),
+                (long long)p.T, (long long)p.B, (long long)p.I, (long long)p.H, p.P ? " P" : " R",
+                (long long)p.R(), (long long)p.D, name_of(p.dtype),
+                p.packed()  ? "packed"
+                : p.lengths ? "lengths"
+                            : "dense",
+                p.reserve ? "" : " without reserve");
+  return text;
+}
+
+}  // namespace pyseqnet
