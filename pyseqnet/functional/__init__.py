@@ -9,16 +9,42 @@ from pyseqnet.functional.attention import (
 )
 from pyseqnet.functional.conv import conv1d, conv1d_reference, conv2d, conv2d_reference
 from pyseqnet.functional.pool import max_pool1d, max_pool1d_reference, max_pool2d, max_pool2d_reference
+from pyseqnet.functional.recurrent import (
+    gru,
+    gru_cell,
+    gru_cell_reference,
+    gru_reference,
+    lstm,
+    lstm_cell,
+    lstm_cell_reference,
+    lstm_reference,
+    rnn,
+    rnn_cell,
+    rnn_cell_reference,
+    rnn_reference,
+)
 
 __all__ = [
     "conv1d",
     "conv1d_reference",
     "conv2d",
     "conv2d_reference",
+    "gru",
+    "gru_cell",
+    "gru_cell_reference",
+    "gru_reference",
+    "lstm",
+    "lstm_cell",
+    "lstm_cell_reference",
+    "lstm_reference",
     "max_pool1d",
     "max_pool1d_reference",
     "max_pool2d",
     "max_pool2d_reference",
     "scaled_dot_product_attention",
     "scaled_dot_product_attention_reference",
+    "rnn",
+    "rnn_cell",
+    "rnn_cell_reference",
+    "rnn_reference",
 ]

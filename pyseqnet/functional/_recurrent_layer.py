@@ -1,0 +1,323 @@
+"""One recurrent layer, and one step of it: our kernels, tied to autograd and to compilers; the same in plain torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from pyseqnet.functional import _recurrent_reference as reference
+from pyseqnet.functional._common import creates_graph, same_device
+
+_forward = torch.ops.pyseqnet.recurrent_forward.default
+_backward = torch.ops.pyseqnet.recurrent_backward.default
+_CELLS = {mode: mode.lower() for mode in reference.GATES}  # the kernels' names of the cells
+_STATIC_ARGUMENTS = 5  # of _Layer, before its tensors
+_NO_GRADIENTS = (None,) * _STATIC_ARGUMENTS
+
+
+class _Layer(torch.autograd.Function):
+    """One layer, all its directions. ctx in forward on purpose: setup_context costs 14 us a call.
+
+    Keeps the activated gates and the cell states of every step (Elman: nothing but the output).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        mode: str,
+        directions: int,
+        batch_first: bool,
+        lengths: Tensor | None,
+        batch_sizes: Tensor | None,
+        input: Tensor,
+        h_0: Tensor | None,
+        c_0: Tensor | None,
+        *weights: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        options = _CELLS[mode], directions, len(weights) >= 4 * directions, batch_first
+        output, h_n, c_n, gates, cells = _forward(input, h_0, c_0, weights, lengths, batch_sizes, *options, True)
+        ctx.save_for_backward(input, output, h_0, c_0, gates, cells, lengths, batch_sizes, *weights)
+        ctx.mode, ctx.options = mode, options
+        ctx.set_materialize_grads(False)
+        if mode != "LSTM":
+            ctx.mark_non_differentiable(c_n)
+        return output, h_n, c_n
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        input, output, h_0, c_0, gates, cells, lengths, batch_sizes, *weights = ctx.saved_tensors
+        need = ctx.needs_input_grad[_STATIC_ARGUMENTS:]
+        if creates_graph():
+            static = ctx.mode, ctx.options[1], ctx.options[3], lengths, batch_sizes
+            found = _differentiable_backward(plain_layer, static, (input, h_0, c_0, *weights), grads, need)
+            return (*_NO_GRADIENTS, *found)
+        grad_output, grad_h, grad_c = grads
+        need_input, need_h, need_c, *need_each = need
+        gx, gh, gc, gw = _backward(
+            grad_output, grad_h, grad_c if ctx.mode == "LSTM" else None, input, output, h_0, c_0, weights, gates, cells,
+            lengths, batch_sizes, *ctx.options, need_input, need_h, need_c, True in need_each,
+        )  # fmt: skip
+        return (
+            *_NO_GRADIENTS,
+            gx if need_input else None,
+            gh if need_h else None,
+            gc if need_c else None,
+            *([g if n else None for g, n in zip(gw, need_each, strict=True)] if gw else [None] * len(need_each)),
+        )
+
+
+def _by_direction(weights: Sequence[Tensor], directions: int) -> list[tuple[Tensor | None, ...]]:
+    """The flat weights as w_ih, w_hh, b_ih, b_hh, w_hr of each direction."""
+    each = len(weights) // directions
+    found: list[tuple[Tensor | None, ...]] = []
+    for first in range(0, len(weights), each):
+        own: list[Tensor | None] = list(weights[first : first + each])
+        biases = own[2:4] if each >= 4 else [None, None]
+        found.append((*own[:2], *biases, own[-1] if each % 2 else None))
+    return found
+
+
+def plain_layer(
+    mode: str,
+    directions: int,
+    batch_first: bool,
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+    input: Tensor,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    *weights: Tensor,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`_Layer` in plain torch."""
+    if batch_first:
+        input = input.transpose(0, 1)
+    if h_0 is None:
+        h_0, c_0 = zero_state(mode, directions, input, input.shape[1], weights)
+    output, h_n, c_n = reference.layer(
+        mode, input, h_0, c_0, _by_direction(weights, directions), lengths, batch_sizes
+    )  # fmt: skip
+    return (output.transpose(0, 1) if batch_first else output), h_n, c_n
+
+
+def zero_state(
+    mode: str, rows: int, input: Tensor, batch: int, weights: Sequence[Tensor]
+) -> tuple[Tensor, Tensor | None]:
+    h_0 = input.new_zeros(rows, batch, weights[1].shape[1])
+    hidden = weights[1].shape[0] // reference.GATES[mode]
+    return h_0, (input.new_zeros(rows, batch, hidden) if mode == "LSTM" else None)
+
+
+def _differentiable_backward(
+    function: Callable[..., tuple[Tensor | None, ...]],
+    static: tuple[Any, ...],
+    tensors: Sequence[Tensor | None],
+    grads: Sequence[Tensor | None],
+    need: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradients through `function` in plain torch, so that they can be differentiated again.
+
+    Every input is an alias of its own: the input may itself be computed from the weights (the layer below, or the
+    step before, in a cell), and a gradient asked of the tensors themselves would take those paths, too.
+    """
+    aliases = [None if t is None else t.view_as(t) for t in tensors]
+    results = function(*static, *aliases)
+    pairs = [(r, g) for r, g in zip(results, grads, strict=True) if r is not None and g is not None]
+    wanted = [a for a, n in zip(aliases, need, strict=True) if n]
+    found = iter(
+        torch.autograd.grad([r for r, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, allow_unused=True)
+    )
+    return [next(found) if n else None for n in need]
+
+
+def _wants_gradient(input: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: Sequence[Tensor]) -> bool:
+    """Whether a call must be recorded; see `_common.needs_autograd`."""
+    if forward_ad._current_level >= 0:
+        return True
+    if not torch.is_grad_enabled():
+        return False
+    if input.requires_grad or (h_0 is not None and h_0.requires_grad) or (c_0 is not None and c_0.requires_grad):
+        return True
+    for weight in weights:  # noqa: SIM110 - a generator costs more than the loop
+        if weight.requires_grad:
+            return True
+    return False
+
+
+def fast_layer(
+    mode: str,
+    directions: int,
+    batch_first: bool,
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+    input: Tensor,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    *weights: Tensor,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    if _wants_gradient(input, h_0, c_0, weights):
+        return _Layer.apply(mode, directions, batch_first, lengths, batch_sizes, input, h_0, c_0, *weights)
+    has_biases = len(weights) >= 4 * directions
+    result: tuple[Tensor, ...] = _forward(
+        input, h_0, c_0, weights, lengths, batch_sizes, _CELLS[mode], directions, has_biases, batch_first, False
+    )
+    return result[0], result[1], result[2]
+
+
+class _Step(torch.autograd.Function):
+    """One step of one layer: `_Layer` with T = 1, without views that autograd would have to record."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, mode: str, input: Tensor, h: Tensor | None, c: Tensor | None, *weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        ctx.mode, ctx.options = mode, (_CELLS[mode], 1, len(weights) == 4, False)
+        output, _, c_n, gates, cells = _forward(
+            input.unsqueeze(0), None if h is None else h.unsqueeze(0), None if c is None else c.unsqueeze(0), weights,
+            None, None, *ctx.options, True,
+        )  # fmt: skip
+        ctx.save_for_backward(input, h, c, output, gates, cells, *weights)
+        ctx.set_materialize_grads(False)
+        if mode == "LSTM":
+            return output.squeeze(0), c_n.squeeze(0)
+        ctx.mark_non_differentiable(c_n)
+        return output.squeeze(0), c_n
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        input, h, c, output, gates, cells, *weights = ctx.saved_tensors
+        _, need_input, need_h, need_c, *need_each = ctx.needs_input_grad
+        if creates_graph():
+            need = ctx.needs_input_grad[1:]
+            return (None, *_differentiable_backward(plain_step, (ctx.mode,), (input, h, c, *weights), grads, need))
+        grad_h, grad_c = grads
+        gx, gh, gc, gw = _backward(
+            None if grad_h is None else grad_h.unsqueeze(0),
+            None,
+            grad_c.unsqueeze(0) if grad_c is not None and ctx.mode == "LSTM" else None,
+            input.unsqueeze(0),
+            output,
+            None if h is None else h.unsqueeze(0),
+            None if c is None else c.unsqueeze(0),
+            weights,
+            gates,
+            cells,
+            None,
+            None,
+            *ctx.options,
+            need_input,
+            need_h,
+            need_c,
+            True in need_each,
+        )
+        return (
+            None,
+            gx.squeeze(0) if need_input else None,
+            gh.squeeze(0) if need_h else None,
+            gc.squeeze(0) if need_c else None,
+            *([g if n else None for g, n in zip(gw, need_each, strict=True)] if gw else [None] * len(need_each)),
+        )
+
+
+def plain_step(
+    mode: str, input: Tensor, h: Tensor | None, c: Tensor | None, *weights: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """`_Step` in plain torch."""
+    w_ih, w_hh, b_ih, b_hh, _ = _by_direction(weights, 1)[0]
+    assert w_ih is not None
+    assert w_hh is not None
+    if h is None:
+        h_0, c_0 = zero_state(mode, 1, input, input.shape[0], weights)
+        h, c = h_0[0], None if c_0 is None else c_0[0]
+    return reference.step(mode, torch.nn.functional.linear(input, w_ih, b_ih), h, c, w_hh, b_hh, None)
+
+
+def fast_step(
+    mode: str, input: Tensor, h: Tensor | None, c: Tensor | None, *weights: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    if _wants_gradient(input, h, c, weights):
+        return _Step.apply(mode, input, h, c, *weights)
+    result: tuple[Tensor, ...] = _forward(
+        input.unsqueeze(0), None if h is None else h.unsqueeze(0), None if c is None else c.unsqueeze(0), weights,
+        None, None, _CELLS[mode], 1, len(weights) == 4, False, False,
+    )  # fmt: skip
+    return result[1].squeeze(0), (result[2].squeeze(0) if mode == "LSTM" else None)
+
+
+@torch.library.register_fake("pyseqnet::recurrent_forward")
+def _recurrent_forward_fake(
+    input: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+    cell: str,
+    directions: int,
+    has_biases: bool,
+    batch_first: bool,
+    reserve: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    same_device("recurrent", input, h0, c0, *weights)
+    w_ih, w_hh = weights[0], weights[1]
+    hidden, features = w_hh.shape[0] // reference.GATES[cell.upper()], w_hh.shape[1]
+    if input.shape[-1] != w_ih.shape[1]:
+        raise RuntimeError(
+            f"input.size(-1) must be equal to input_size. Expected {w_ih.shape[1]}, got {input.shape[-1]}"
+        )
+    is_lstm = cell == "lstm"
+    if batch_sizes is not None:
+        assert h0 is not None, "h0 tells the batch of packed sequences"
+        rows, batch = input.shape[0], h0.shape[1]
+    else:
+        rows, batch = input.shape[0] * input.shape[1], input.shape[0 if batch_first else 1]
+    kept = torch.float64 if input.dtype == torch.float64 else torch.float32
+    saved = (directions, rows, 4, hidden) if reserve and cell in ("lstm", "gru") else (0,)
+    return (
+        input.new_empty((*input.shape[:-1], directions * features)),
+        input.new_empty((directions, batch, features)),
+        input.new_empty((directions, batch, hidden) if is_lstm else (0,)),
+        input.new_empty(saved, dtype=kept),
+        input.new_empty((directions, rows, hidden) if reserve and is_lstm else (0,), dtype=kept),
+    )
+
+
+@torch.library.register_fake("pyseqnet::recurrent_backward")
+def _recurrent_backward_fake(
+    grad_output: Tensor | None,
+    grad_h_n: Tensor | None,
+    grad_c_n: Tensor | None,
+    input: Tensor,
+    output: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    gates: Tensor,
+    cells: Tensor,
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+    cell: str,
+    directions: int,
+    has_biases: bool,
+    batch_first: bool,
+    need_input: bool,
+    need_h0: bool,
+    need_c0: bool,
+    need_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    same_device("recurrent", grad_output, grad_h_n, grad_c_n, input, output, h0, c0, *weights)
+    if batch_sizes is not None:
+        assert h0 is not None, "h0 tells the batch of packed sequences"
+        batch = h0.shape[1]
+    else:
+        batch = input.shape[0 if batch_first else 1]
+    hidden, features = weights[1].shape[0] // reference.GATES[cell.upper()], weights[1].shape[1]
+    return (
+        input.new_empty(input.shape if need_input else (0,)),
+        input.new_empty((directions, batch, features) if need_h0 else (0,)),
+        input.new_empty((directions, batch, hidden) if need_c0 else (0,)),
+        [w.new_empty(w.shape) for w in weights] if need_weights else [],
+    )

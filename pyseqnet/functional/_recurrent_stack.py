@@ -1,0 +1,199 @@
+"""What torch's recurrent layers do around one layer: forms of input, initial states, layers with dropout between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from pyseqnet.functional._common import autocast_cast, autocast_dtype
+from pyseqnet.functional._recurrent_layer import fast_layer, fast_step, zero_state
+
+_dropout = torch.dropout  # bound at import: replacing torch's by ours later cannot recurse
+
+
+def run_layers(
+    mode: str,
+    input: Tensor | PackedSequence,
+    hx: Any,
+    params: Sequence[Tensor],
+    num_layers: int,
+    bidirectional: bool,
+    dropout: float,
+    training: bool,
+    batch_first: bool,
+    lengths: Tensor | Sequence[int] | None,
+    one_layer: Callable[..., tuple[Tensor, Tensor, Tensor | None]] = fast_layer,
+) -> Any:
+    """What torch's layers compute. What a kernel would refuse anyhow is not checked here: see `explain`."""
+    is_lstm = mode == "LSTM"
+    if hx is None:
+        h_0 = c_0 = None
+    elif is_lstm:
+        h_0, c_0 = hx
+    else:
+        h_0, c_0 = hx, None
+    batch_sizes = unsorted = None
+    batched = True
+    if isinstance(input, PackedSequence):
+        if lengths is not None:
+            raise ValueError("lengths: a PackedSequence has its own; expected None")
+        data, batch_sizes, order, unsorted = input
+        batch_first = False
+        if h_0 is None:
+            h_0, c_0 = zero_state(mode, num_layers * (2 if bidirectional else 1), data, int(batch_sizes[0]), params)
+        elif order is not None:
+            h_0 = h_0.index_select(1, order)
+            c_0 = None if c_0 is None else c_0.index_select(1, order)
+    else:
+        data = input
+        dims = data.dim()
+        if dims == 2:
+            batched = batch_first = False
+            data = data.unsqueeze(1)
+            h_0 = None if h_0 is None else unbatched_state(h_0)
+            c_0 = None if c_0 is None else unbatched_state(c_0)
+            if lengths is not None:
+                raise ValueError("lengths: one sequence has no padding; expected None for an unbatched input")
+        elif dims != 3:
+            raise ValueError(f"input must have 2 or 3 dimensions, got {dims}")
+        if data.shape[1 if batch_first else 0] == 0:
+            raise ValueError("Expected sequence length to be larger than 0 in RNN")
+        if lengths is not None:
+            lengths = _read_lengths(lengths, data.shape[0 if batch_first else 1])
+    if torch._C._is_any_autocast_enabled():
+        dtype = autocast_dtype(data)
+        if dtype is not None:
+            data, params = autocast_cast(data, dtype), [autocast_cast(p, dtype) for p in params]
+            h_0 = None if h_0 is None else autocast_cast(h_0, dtype)
+            c_0 = None if c_0 is None else autocast_cast(c_0, dtype)
+    directions = 2 if bidirectional else 1
+    if num_layers == 1:
+        output, h_n, c_n = one_layer(mode, directions, batch_first, lengths, batch_sizes, data, h_0, c_0, *params)
+    else:
+        output, h_n, c_n = _stack(
+            mode,
+            num_layers,
+            directions,
+            batch_first,
+            dropout if training else 0.0,
+            lengths,
+            batch_sizes,
+            data,
+            h_0,
+            c_0,
+            params,
+            one_layer,
+        )
+    if batch_sizes is not None:
+        if unsorted is not None:
+            h_n = h_n.index_select(1, unsorted)
+            c_n = c_n.index_select(1, unsorted) if is_lstm and c_n is not None else None
+        output = PackedSequence(output, batch_sizes, input.sorted_indices, unsorted)  # type: ignore[union-attr]
+    elif not batched:
+        output, h_n = output.squeeze(1), h_n.squeeze(1)
+        c_n = c_n.squeeze(1) if is_lstm and c_n is not None else None
+    return output, ((h_n, c_n) if is_lstm else h_n)
+
+
+def unbatched_state(state: Tensor) -> Tensor:
+    if state.dim() != 2:
+        raise RuntimeError(f"For unbatched 2-D input, hx should also be 2-D but got {state.dim()}-D tensor")
+    return state.unsqueeze(1)
+
+
+def _stack(
+    mode: str,
+    num_layers: int,
+    directions: int,
+    batch_first: bool,
+    dropout: float,
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+    data: Tensor,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    params: Sequence[Tensor],
+    one_layer: Callable[..., tuple[Tensor, Tensor, Tensor | None]],
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Each layer reads the outputs of the one below; dropout between them, none after the last."""
+    if num_layers < 1 or len(params) % num_layers:
+        raise ValueError(f"params: {len(params)} tensors do not divide into num_layers={num_layers} layers")
+    each = len(params) // num_layers
+    all_h, all_c = [], []
+    for number in range(num_layers):
+        if number and dropout:
+            data = _dropout(data, dropout, True)
+        rows = slice(number * directions, (number + 1) * directions)
+        data, h_n, c_n = one_layer(
+            mode,
+            directions,
+            batch_first,
+            lengths,
+            batch_sizes,
+            data,
+            None if h_0 is None else h_0[rows],
+            None if c_0 is None else c_0[rows],
+            *params[number * each : (number + 1) * each],
+        )
+        all_h.append(h_n)
+        all_c.append(c_n)
+    c_n = torch.cat(all_c) if mode == "LSTM" else None  # type: ignore[arg-type]
+    return data, torch.cat(all_h), c_n
+
+
+def _read_lengths(lengths: Any, batch: int) -> Tensor:
+    if not isinstance(lengths, Tensor):
+        lengths = torch.as_tensor(lengths, dtype=torch.int64)
+    if lengths.dtype != torch.int64 or lengths.device.type not in ("cpu", "meta") or lengths.dim() != 1:
+        raise ValueError(
+            f"lengths: expected a one-dimensional int64 tensor on the CPU, got {lengths.dtype} of shape "
+            f"{tuple(lengths.shape)} on {lengths.device}"
+        )
+    if lengths.shape[0] != batch:
+        raise ValueError(f"lengths: expected one for each of the {batch} sequences, got {lengths.shape[0]}")
+    return lengths
+
+
+def run_cell(
+    mode: str,
+    input: Tensor,
+    hx: Any,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    one_step: Callable[..., tuple[Tensor, Tensor | None]] = fast_step,
+) -> Any:
+    is_lstm = mode == "LSTM"
+    h = c = None
+    if hx is not None:
+        h, c = hx if is_lstm else (hx, None)
+    batched = input.dim() == 2
+    if not batched:
+        if input.dim() != 1:
+            raise ValueError(f"input must have 1 or 2 dimensions, got {input.dim()}")
+        input = input.unsqueeze(0)
+        h, c = None if h is None else h.unsqueeze(0), None if c is None else c.unsqueeze(0)
+    if b_ih is None and b_hh is None:
+        weights: tuple[Tensor, ...] = (w_ih, w_hh)
+    else:
+        weights = (
+            w_ih,
+            w_hh,
+            b_ih if b_ih is not None else w_ih.new_zeros(w_ih.shape[0]),
+            b_hh if b_hh is not None else w_hh.new_zeros(w_hh.shape[0]),
+        )
+    if torch._C._is_any_autocast_enabled():
+        dtype = autocast_dtype(input)
+        if dtype is not None:
+            input, weights = autocast_cast(input, dtype), tuple(autocast_cast(w, dtype) for w in weights)
+            h, c = None if h is None else autocast_cast(h, dtype), None if c is None else autocast_cast(c, dtype)
+    h, c = one_step(mode, input, h, c, *weights)
+    if not batched:
+        h = h.squeeze(0)
+        c = c.squeeze(0) if is_lstm and c is not None else None
+    return (h, c) if is_lstm else h
