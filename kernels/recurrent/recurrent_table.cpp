@@ -5,12 +5,33 @@
 
 namespace pyseqnet {
 
+#define DECLARE_CPU_KERNELS extern const RecurrentCpuKernel recurrent_forward, recurrent_backward
+namespace portable {
+DECLARE_CPU_KERNELS;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+DECLARE_CPU_KERNELS;
+}
+namespace avx512 {
+DECLARE_CPU_KERNELS;
+}
+#endif
+#undef DECLARE_CPU_KERNELS
+
 extern const RecurrentCpuKernel recurrent_reference_forward, recurrent_reference_backward;
 
 namespace {
 
-constexpr const RecurrentCpuKernel* forward[] = {&recurrent_reference_forward};
-constexpr const RecurrentCpuKernel* backward[] = {&recurrent_reference_backward};
+#if defined(__x86_64__)
+#define EVERY_ISA(kernel) &avx512::kernel, &avx2::kernel, &portable::kernel
+#else
+#define EVERY_ISA(kernel) &portable::kernel
+#endif
+
+constexpr const RecurrentCpuKernel* forward[] = {EVERY_ISA(recurrent_forward), &recurrent_reference_forward};
+constexpr const RecurrentCpuKernel* backward[] = {EVERY_ISA(recurrent_backward),
+                                                  &recurrent_reference_backward};
 
 }  // namespace
 

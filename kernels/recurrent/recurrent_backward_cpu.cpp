@@ -1,0 +1,446 @@
+// Recurrent layers on the CPU, backward.
+//
+// Phase 0 packs the weights by rows. Phase 1 walks each batch of sequences back through time: the cell's
+// backward leaves the gradients of the sums, one row for each sequence and step, and one product turns them
+// into the gradient of h of the step before. Only this part is sequential. Everything else is three large
+// products over all rows at once, read through row pointers, so that padded, packed and reversed data need no
+// copy: phase 2 makes gx, a block of rows an item; phase 3 makes the weights' gradients, a block of gate rows
+// an item, each summed over all rows in one fixed order.
+//
+// Rows of gradients lie in the order (step of processing, rank of length): no padding. A GRU's row is n r z
+// q: its first three parts meet x, its last three h.
+//
+// Bound: FMA throughput, 4 * rows * G * H * (I + R) in all. The rows of gradients are written once and read
+// three times from the third level; a product reads each of them for at least 64 columns.
+#include "recurrent/recurrent_lanes.h"
+
+namespace pyseqnet {
+inline namespace PYSEQNET_ISA {
+namespace recurrent {
+namespace {
+
+constexpr int64_t panel = 4 * VL;
+
+struct Sizes {
+  int64_t rows;          // of all sequences together
+  int64_t slots, width;  // a row of gradients: slots * H
+  int64_t x_panels, h_panels, m_panels;
+  int64_t batch, input_blocks;
+  int64_t gate_blocks, gate_block;  // rows of one gate that make one item
+  int64_t projection_blocks, projection_block;
+
+  static constexpr int64_t input_block =
+      96;  // rows of gx: their gradients and a panel share the second level
+
+  static int64_t blocks(int64_t extent, int64_t parts) {
+    // Blocks as wide as the product likes (240), but enough of them for a few threads.
+    constexpr int64_t widest = 128, narrowest = 32, items_wanted = 8;
+    int64_t count = (extent + widest - 1) / widest;
+    while (count * parts < items_wanted && extent / (count + 1) >= narrowest) count++;
+    return count;
+  }
+
+  explicit Sizes(const RecurrentProblem& p) {
+    rows = p.packed() ? p.rows() : 0;
+    for (int64_t b = 0; !p.packed() && b < p.B; b++) rows += p.length(b);
+    slots = p.saved() ? p.saved() : 1;
+    width = slots * p.H;
+    x_panels = (p.I + panel - 1) / panel, h_panels = (p.R() + panel - 1) / panel;
+    m_panels = p.P ? (p.H + panel - 1) / panel : 0;
+    batch = Batch::batch_bound(p);
+    input_blocks = (rows + input_block - 1) / input_block;
+    gate_blocks = blocks(p.H, 2 * p.D * p.gates());
+    gate_block = (p.H + gate_blocks - 1) / gate_blocks;
+    projection_blocks = p.P ? blocks(p.P, 2 * p.D) : 0;
+    projection_block = p.P ? (p.P + projection_blocks - 1) / projection_blocks : 0;
+  }
+  int64_t packing_items(const RecurrentProblem& p) const {
+    return 1 + p.D * (x_panels + h_panels + m_panels);
+  }
+  int64_t gate_items(const RecurrentProblem& p) const { return p.D * p.gates() * gate_blocks * 2; }
+};
+
+// A GRU's row of gradients begins with n. Which gate of the weights its part k of the input's side is.
+int64_t input_gate(const RecurrentProblem& p, int64_t k) {
+  return p.cell == RecurrentCell::gru ? (k + 2) % 3 : k;
+}
+// Where the recurrent side of a row of gradients begins.
+int64_t recurrent_part(const RecurrentProblem& p) { return p.cell == RecurrentCell::gru ? p.H : 0; }
+
+struct Shared {
+  Schedule schedule;
+  float *w_ih[max_directions], *w_hh[max_directions], *w_hr[max_directions];
+  float* gradients[max_directions];     // rows x width
+  const void** x_rows[max_directions];  // of each row of gradients: its x
+  const void** h_rows[max_directions];  // and its h of the step before, null for zeros
+  float* h_gradients[max_directions];   // rows x P, and
+  float* m[max_directions];             // rows x H: what a projection was made of
+
+  Shared(Carver& shared, const RecurrentProblem& p, const Sizes& z) : schedule(Schedule::carve(shared, p)) {
+    for (int64_t d = 0; d < p.D; d++) {
+      w_ih[d] = shared.take<float>(z.x_panels * panel * p.gates() * p.H);
+      w_hh[d] = shared.take<float>(z.h_panels * panel * p.gates() * p.H);
+      w_hr[d] = shared.take<float>(z.m_panels * panel * p.P);
+      gradients[d] = shared.take<float>(z.rows * z.width);
+      x_rows[d] = shared.take<const void*>(z.rows);
+      h_rows[d] = shared.take<const void*>(z.rows);
+      h_gradients[d] = shared.take<float>(p.P ? z.rows * p.P : 0);
+      m[d] = shared.take<float>(p.P ? z.rows * p.H : 0);
+    }
+  }
+};
+
+// ---- Phase 0. ----
+
+// One panel of a matrix with K rows of N elements: `row(k)` says which row comes k-th.
+template <class Row>
+void pack_panel(DType dtype, const void* matrix, int64_t K, int64_t N, int64_t which, Row row, float* to) {
+  const int64_t column = which * panel, n = N - column < panel ? N - column : panel;
+  for (int64_t k = 0; k < K; k++) {
+    const void* from = element(dtype, matrix, row(k) * N);
+    pack_rows(dtype, &from, 0, 1, column, n, to + which * panel * K + k * panel);
+  }
+}
+void pack_item(const RecurrentProblem& p, const RecurrentTensors& t, const Sizes& z, int64_t item,
+               const Shared& shared) {
+  if (item == 0) return shared.schedule.make(p);
+  const int64_t each = z.x_panels + z.h_panels + z.m_panels, d = (item - 1) / each, K = p.gates() * p.H;
+  int64_t which = (item - 1) % each;
+  const RecurrentWeights& w = t.weights[d];
+  const auto as_stored = [](int64_t k) { return k; };
+  if (which < z.x_panels)
+    return pack_panel(
+        p.dtype, w.w_ih, K, p.I, which, [&](int64_t k) { return input_gate(p, k / p.H) * p.H + k % p.H; },
+        shared.w_ih[d]);
+  which -= z.x_panels;
+  if (which < z.h_panels) return pack_panel(p.dtype, w.w_hh, K, p.R(), which, as_stored, shared.w_hh[d]);
+  pack_panel(p.dtype, w.w_hr, p.P, p.H, which - z.h_panels, as_stored, shared.w_hr[d]);
+}
+
+// ---- Phase 1: back through time. ----
+
+struct Scratch {
+  Batch batch;
+  float *dh, *dm, *dc, *h, *h_before, *c_before;
+  const float** a_rows;
+  float** to_rows;
+
+  Scratch(Carver& scratch, const RecurrentProblem& p, const Sizes& z) : batch(Batch::carve(scratch, p)) {
+    dh = scratch.take<float>(z.batch * p.R());
+    dm = scratch.take<float>(p.P ? z.batch * p.H : 0);
+    dc = scratch.take<float>(p.has_cell() ? z.batch * p.H : 0);
+    h = scratch.take<float>(p.R());
+    h_before = scratch.take<float>(p.R());
+    c_before = scratch.take<float>(p.H);
+    a_rows = scratch.take<const float*>(z.batch);
+    to_rows = scratch.take<float*>(z.batch);
+  }
+};
+
+// The pointers of one sequence at one step: rows of H, as floats.
+struct UnitRows {
+  const float *saved, *c, *c_before, *h, *h_before;
+  float *dh, *dc, *gradients, *m;
+};
+
+// The part of a row of gradients that slot k goes to.
+template <class Cell>
+constexpr int part_of(int k) {
+  return Cell::slots == 4 && !Cell::has_cell ? (k + 1) % 3 + (k == 3 ? 2 : 0) : k;
+}
+
+// All units of one sequence and step. dh holds the whole gradient of h; it is left with the part that passes
+// to the step before without a product.
+template <class Cell, bool saves>
+__attribute__((noinline)) void cell_row(int64_t H, const UnitRows& rows) {
+  for (int64_t u = 0; u < H; u += VL) {
+    const int n = H - u < VL ? int(H - u) : VL;
+    CellBackward<vf, Cell::slots> at{};
+    if constexpr (saves) {
+#pragma GCC unroll 4
+      for (int k = 0; k < Cell::slots; k++) at.saved[k] = load_n(rows.saved + k * H + u, n);
+    } else {
+      at.h = load_n(rows.h + u, n);
+    }
+    at.gradient.h = load_n(rows.dh + u, n);
+    if constexpr (Cell::has_cell) {
+      at.c = load_n(rows.c + u, n);
+      at.previous.c = load_n(rows.c_before + u, n);
+      at.gradient.c = load_n(rows.dc + u, n);
+      if (rows.m) store_n(rows.m + u, at.saved[3] * LaneMath::tanh(at.c), n);
+    } else if constexpr (saves) {
+      at.previous.h = load_n(rows.h_before + u, n);
+    }
+    vf d[Cell::slots];
+    const CellState<vf> passed = Cell::backward(at, d);
+#pragma GCC unroll 4
+    for (int k = 0; k < Cell::slots; k++) store_n(rows.gradients + part_of<Cell>(k) * H + u, d[k], n);
+    if constexpr (Cell::has_cell) store_n(rows.dc + u, passed.c, n);
+    if constexpr (saves && !Cell::has_cell) store_n(rows.dh + u, passed.h, n);
+  }
+}
+static_assert(part_of<GruCell<LaneMath>>(0) == 1 && part_of<GruCell<LaneMath>>(1) == 2 &&
+              part_of<GruCell<LaneMath>>(2) == 0 && part_of<GruCell<LaneMath>>(3) == 3);
+
+struct BackThroughTime {
+  const RecurrentProblem& p;
+  const RecurrentTensors& t;
+  const Sizes& z;
+  const Shared& shared;
+  Scratch& at;
+
+  // h of the step before step s, as it lies in y or h0; null: zeros.
+  const void* h_before(int64_t d, int64_t b, int64_t s) const {
+    if (s > 0) return element(p.dtype, t.y, p.y_at(p.step(s - 1, b, d), b) + d * p.R());
+    return t.h0 ? element(p.dtype, t.h0, (d * p.B + b) * p.R()) : nullptr;
+  }
+  const float* widened(const void* row, int64_t n, float* copy) const {
+    if (row) return float_row(p.dtype, row, 0, n, copy);
+    load_row(p.dtype, nullptr, 0, n, copy);
+    return copy;
+  }
+
+  void cell(const Batch& q, int64_t k, int64_t s) const {
+    const int64_t d = q.d, b = q.sequence[k], H = p.H, step = p.step(s, b, d), row = p.row(step, b);
+    const int64_t to = shared.schedule.start[s] + q.rank[k];
+    const float *gates = static_cast<const float*>(t.gates), *cells = static_cast<const float*>(t.cells);
+    const void* h = h_before(d, b, s);
+    shared.x_rows[d][to] = element(p.dtype, t.x, p.x_at(step, b));
+    shared.h_rows[d][to] = h;
+    float* dh = at.dh + k * p.R();
+    if (t.gy) add_row(p.dtype, t.gy, p.gy_at(step, b) + d * p.R(), p.R(), dh);
+    UnitRows rows{};
+    rows.dh = p.P ? at.dm + k * H : dh;
+    rows.gradients = shared.gradients[d] + to * z.width;
+    if (p.saved()) rows.saved = gates + (d * p.rows() + row) * z.width;
+    switch (p.cell) {
+      case RecurrentCell::lstm:
+        rows.c = cells + (d * p.rows() + row) * H;
+        rows.c_before =
+            s > 0 ? cells + (d * p.rows() + p.row(p.step(s - 1, b, d), b)) * H
+                  : widened(t.c0 ? element(p.dtype, t.c0, (d * p.B + b) * H) : nullptr, H, at.c_before);
+        rows.dc = at.dc + k * H;
+        if (p.P) {
+          float* whole = shared.h_gradients[d] + to * p.P;
+          memcpy(whole, dh, size_t(p.P) * sizeof(float));
+          float* const to_row = rows.dh;
+          const float* const a_row = whole;
+          multiply_rows(1, H, p.P, &a_row, shared.w_hr[d], &to_row, false);
+          rows.m = shared.m[d] + to * H;
+        }
+        return cell_row<LstmCell<LaneMath>, true>(H, rows);
+      case RecurrentCell::gru:
+        rows.h_before = widened(h, H, at.h_before);
+        return cell_row<GruCell<LaneMath>, true>(H, rows);
+      case RecurrentCell::rnn_tanh:
+        rows.h = float_row(p.dtype, t.y, p.y_at(step, b) + d * H, H, at.h);
+        return cell_row<TanhCell<LaneMath>, false>(H, rows);
+      case RecurrentCell::rnn_relu:
+        rows.h = float_row(p.dtype, t.y, p.y_at(step, b) + d * H, H, at.h);
+        return cell_row<ReluCell<LaneMath>, false>(H, rows);
+    }
+  }
+
+  void run(const Batch& q) const {
+    const int64_t d = q.d, R = p.R(), K = p.gates() * p.H;
+    for (int64_t k = 0; k < q.n; k++) {
+      const int64_t b = q.sequence[k], state = d * p.B + b;
+      load_row(p.dtype, t.gh_n, state * R, R, at.dh + k * R);
+      if (p.has_cell()) load_row(p.dtype, t.gc_n, state * p.H, p.H, at.dc + k * p.H);
+      at.to_rows[k] = at.dh + k * R;
+      for (int64_t step = q.length[k]; t.gx && d == 0 && !p.packed() && step < p.T; step++)
+        zero_row(p.dtype, t.gx, p.gx_at(step, b), p.I);
+    }
+    int64_t n = 0;
+    for (int64_t s = q.steps() - 1; s >= 0; s--) {
+      n = q.active(s, n);
+      for (int64_t k = 0; k < n; k++) {
+        cell(q, k, s);
+        at.a_rows[k] =
+            shared.gradients[d] + (shared.schedule.start[s] + q.rank[k]) * z.width + recurrent_part(p);
+      }
+      if (s > 0 || t.gh0)
+        multiply_rows(n, R, K, at.a_rows, shared.w_hh[d], at.to_rows, p.cell == RecurrentCell::gru);
+    }
+    for (int64_t k = 0; k < q.n; k++) {
+      const int64_t state = d * p.B + q.sequence[k];
+      if (t.gh0) store_row(p.dtype, at.dh + k * R, t.gh0, state * R, R);
+      if (t.gc0) store_row(p.dtype, at.dc + k * p.H, t.gc0, state * p.H, p.H);
+    }
+  }
+};
+
+// ---- Phase 2: gx, a block of rows. ----
+
+void input_gradient(const RecurrentProblem& p, const RecurrentTensors& t, const Sizes& z,
+                    const Shared& shared, int64_t block, float* scratch) {
+  const Schedule& schedule = shared.schedule;
+  const int64_t begin = block * Sizes::input_block, K = p.gates() * p.H;
+  const int64_t n = z.rows - begin < Sizes::input_block ? z.rows - begin : Sizes::input_block;
+  const float* a_rows[max_directions][Sizes::input_block];
+  float* to_rows[Sizes::input_block];
+  int64_t at[Sizes::input_block];
+  // The step that row `begin` belongs to: the last one that starts at or before it.
+  int64_t low = 0, high = p.T;
+  while (high - low > 1) {
+    const int64_t middle = (low + high) / 2;
+    (schedule.start[middle] <= begin ? low : high) = middle;
+  }
+  for (int64_t k = 0, step = low; k < n; k++) {
+    while (schedule.start[step + 1] <= begin + k) step++;
+    const int64_t rank = begin + k - schedule.start[step], b = schedule.order[rank];
+    at[k] = p.gx_at(step, b);
+    for (int64_t d = 0; d < p.D; d++)
+      a_rows[d][k] = shared.gradients[d] + (schedule.start[p.step(step, b, d)] + rank) * z.width;
+    to_rows[k] = p.dtype == DType::f32 ? static_cast<float*>(t.gx) + at[k] : scratch + k * p.I;
+  }
+  for (int64_t d = 0; d < p.D; d++) multiply_rows(n, p.I, K, a_rows[d], shared.w_ih[d], to_rows, d > 0);
+  if (p.dtype != DType::f32)
+    for (int64_t k = 0; k < n; k++) store_row(p.dtype, to_rows[k], t.gx, at[k], p.I);
+}
+
+// ---- Phase 3: gradients of the weights. ----
+
+// product (M x N) = A^T B: A the columns at `a` of rows `stride` apart, B the rows of N elements at b_rows.
+// Out of line, for one copy to serve all weights. Sums of 512 rows are closed before they are added up.
+__attribute__((noinline)) void multiply_transposed(DType dtype, int64_t M, int64_t N, int64_t rows,
+                                                   const float* a, int64_t stride, const void* const* b_rows,
+                                                   float* product, float* scratch) {
+  const auto pack = [&](float* to, int64_t k0, int64_t kc, int64_t n0, int64_t nc) {
+    pack_rows(dtype, b_rows, k0, kc, n0, nc, to);
+  };
+  gemm(M, N, rows, View{a, 1, stride}, pack, product, N, 0.0f, NoEpi{}, scratch);
+}
+
+// sums[m] = a[row][m] over all rows; sums of 256 rows are closed before they are added up.
+void sum_columns(int64_t M, int64_t rows, const float* a, int64_t stride, float* sums) {
+  constexpr int64_t closed = 256;
+  for (int64_t m = 0; m < M; m += VL) {
+    const int n = M - m < VL ? int(M - m) : VL;
+    vf total{};
+    for (int64_t k0 = 0; k0 < rows; k0 += closed) {
+      const int64_t end = k0 + closed < rows ? k0 + closed : rows;
+      vf sum{};
+      for (int64_t k = k0; k < end; k++) sum += load_n(a + k * stride + m, n);
+      total += sum;
+    }
+    store_n(sums + m, total, n);
+  }
+}
+
+struct WeightScratch {
+  float *product, *sums, *blocks;
+  WeightScratch(Carver& scratch, const RecurrentProblem& p, const Sizes& z) {
+    const int64_t most = p.I > p.R() ? p.I : p.R(), widest = p.P && p.H > most ? p.H : most;
+    const int64_t rows = z.gate_block > z.projection_block ? z.gate_block : z.projection_block;
+    product = scratch.take<float>(p.dtype == DType::f32 ? 0 : rows * widest);
+    sums = scratch.take<float>(rows);
+    blocks = scratch.take<float>(gemm_scratch(widest, z.rows, View{nullptr, 1, GemmBlocks::LONG_ROWS + 1}));
+  }
+};
+
+void weight_block(const RecurrentProblem& p, const Sizes& z, int64_t M, int64_t N, const float* a,
+                  int64_t stride, const void* const* b_rows, void* to, int64_t row,
+                  const WeightScratch& scratch) {
+  float* product = p.dtype == DType::f32 ? static_cast<float*>(to) + row * N : scratch.product;
+  if (z.rows == 0) memset(product, 0, size_t(M * N) * sizeof(float));
+  multiply_transposed(p.dtype, M, N, z.rows, a, stride, b_rows, product, scratch.blocks);
+  if (p.dtype != DType::f32) store_row(p.dtype, product, to, row * N, M * N);
+}
+
+// Items: direction, part of the row of gradients, block of it, side (x or h): sides alternate, so that a
+// range of items holds as much of one as of the other.
+void gate_gradient(const RecurrentProblem& p, const RecurrentTensors& t, const Sizes& z, const Shared& shared,
+                   int64_t item, const WeightScratch& scratch) {
+  const bool of_h = item % 2;
+  const int64_t block = item / 2 % z.gate_blocks, part = item / 2 / z.gate_blocks % p.gates(),
+                d = item / 2 / z.gate_blocks / p.gates();
+  const RecurrentGradients& to = t.gradients[d];
+  const int64_t u = block * z.gate_block, M = p.H - u < z.gate_block ? p.H - u : z.gate_block;
+  if (M <= 0) return;
+  const float* a = shared.gradients[d] + (of_h ? recurrent_part(p) : 0) + part * p.H + u;
+  const int64_t row = (of_h ? part : input_gate(p, part)) * p.H + u;
+  weight_block(p, z, M, of_h ? p.R() : p.I, a, z.width, (of_h ? shared.h_rows : shared.x_rows)[d],
+               of_h ? to.w_hh : to.w_ih, row, scratch);
+  void* bias = of_h ? to.b_hh : to.b_ih;
+  if (!bias) return;
+  sum_columns(M, z.rows, a, z.width, scratch.sums);
+  store_row(p.dtype, scratch.sums, bias, row, M);
+}
+void projection_gradient(const RecurrentProblem& p, const RecurrentTensors& t, const Sizes& z,
+                         const Shared& shared, int64_t item, const WeightScratch& scratch,
+                         const void** m_rows) {
+  const int64_t d = item / z.projection_blocks, j = item % z.projection_blocks * z.projection_block;
+  const int64_t M = p.P - j < z.projection_block ? p.P - j : z.projection_block;
+  if (M <= 0) return;
+  for (int64_t k = 0; k < z.rows; k++) m_rows[k] = shared.m[d] + k * p.H;
+  float* product =
+      p.dtype == DType::f32 ? static_cast<float*>(t.gradients[d].w_hr) + j * p.H : scratch.product;
+  if (z.rows == 0) memset(product, 0, size_t(M * p.H) * sizeof(float));
+  multiply_transposed(DType::f32, M, p.H, z.rows, shared.h_gradients[d] + j, p.P, m_rows, product,
+                      scratch.blocks);
+  if (p.dtype != DType::f32) store_row(p.dtype, product, t.gradients[d].w_hr, j * p.H, M * p.H);
+}
+
+WorkPlan plan_backward(const RecurrentProblem& p) {
+  constexpr int64_t elements_worth_a_thread = 20000, products_worth_a_thread = 1000000;
+  const Sizes z(p);
+  const int64_t K = p.gates() * p.H;
+  WorkPlan plan;
+  plan.add_phase(z.packing_items(p), 1 + elements_worth_a_thread / (panel * K));
+  plan.add_phase(p.D * p.B, sequence_grain(p));
+  plan.add_phase(z.input_blocks, 1 + products_worth_a_thread / (p.D * Sizes::input_block * K * (p.I + 1)));
+  plan.add_phase(z.gate_items(p) + p.D * z.projection_blocks,
+                 1 + products_worth_a_thread / (z.gate_block * (p.I + p.R()) * (z.rows + 1)));
+  Carver shared(nullptr), walking(nullptr), inputs(nullptr), weights(nullptr);
+  Shared(shared, p, z);
+  Scratch(walking, p, z);
+  inputs.take<float>(Sizes::input_block * p.I);
+  WeightScratch(weights, p, z);
+  weights.take<const void*>(p.P ? z.rows : 0);
+  plan.shared_bytes = shared.used();
+  plan.thread_bytes = walking.used();
+  for (int64_t used : {inputs.used(), weights.used()})
+    if (used > plan.thread_bytes) plan.thread_bytes = used;
+  return plan;
+}
+
+void run_backward(const RecurrentProblem& p, const RecurrentTensors& t, const WorkSlice& slice) {
+  const FlushResults guard;
+  const Sizes z(p);
+  Carver shared_memory(slice.shared), scratch_memory(slice.scratch);
+  const Shared shared(shared_memory, p, z);
+  if (slice.phase == 0)
+    for (int64_t item = slice.begin; item < slice.end; item++) pack_item(p, t, z, item, shared);
+  if (slice.phase == 1) {
+    Scratch scratch(scratch_memory, p, z);
+    const BackThroughTime walk{p, t, z, shared, scratch};
+    for_batches(p, shared.schedule, slice.begin, slice.end, scratch.batch,
+                [&](const Batch& q) { walk.run(q); });
+  }
+  if (slice.phase == 2 && t.gx) {
+    float* rows = scratch_memory.take<float>(Sizes::input_block * p.I);
+    for (int64_t item = slice.begin; item < slice.end; item++) input_gradient(p, t, z, shared, item, rows);
+  }
+  if (slice.phase == 3 && t.weights_wanted()) {
+    const WeightScratch scratch(scratch_memory, p, z);
+    const void** m_rows = scratch_memory.take<const void*>(p.P ? z.rows : 0);
+    const int64_t gates = z.gate_items(p);
+    for (int64_t item = slice.begin; item < slice.end; item++)
+      if (item < gates)
+        gate_gradient(p, t, z, shared, item, scratch);
+      else
+        projection_gradient(p, t, z, shared, item - gates, scratch, m_rows);
+  }
+}
+
+}  // namespace
+}  // namespace recurrent
+
+extern const RecurrentCpuKernel recurrent_backward;
+const RecurrentCpuKernel recurrent_backward = {"fused_" PYSEQNET_ISA_NAME, this_isa,
+                                               recurrent::refuses_double, recurrent::plan_backward,
+                                               recurrent::run_backward};
+
+}  // namespace PYSEQNET_ISA
+}  // namespace pyseqnet

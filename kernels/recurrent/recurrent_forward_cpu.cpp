@@ -1,0 +1,357 @@
+// Recurrent layers on the CPU, forward.
+//
+// Weights are packed once a call with the rows of the gates interleaved by vector: one register tile of the
+// recurrent product holds every gate of VL units, and the cell is the product's epilogue; its sums never
+// leave registers. The input's part of several steps is one product into rows of slots (the reserve itself
+// where it is kept, else scratch), and the step turns these into what backward needs. States stay in a small
+// float scratch, doubled for h, so a step reads nothing that another row of it writes.
+//
+// Sequences run in lockstep, longest first, so that those of a step are a prefix: padding costs nothing, and
+// packed, padded and reversed data differ in addresses only. Items are single sequences; a range of them is
+// one batch. That is what two threads share, and a row's result does not depend on the rows beside it.
+//
+// Bound: FMA throughput, 2 * rows * G * H * (I + R) in all; the recurrent weights stream from the second or
+// third level once a step. The cell costs about 100 cycles for VL units and step.
+#include "recurrent/recurrent_lanes.h"
+
+namespace pyseqnet {
+inline namespace PYSEQNET_ISA {
+namespace recurrent {
+namespace {
+
+// How the units of a cell lie in a register tile: gates side by side, VL units (Gated), or one sum a unit.
+template <class CellT, int vectors, bool is_gated>
+struct Tiling {
+  using Cell = CellT;
+  static constexpr int NV = vectors, NR = vectors * VL, slots = CellT::slots;
+  static constexpr bool gated = is_gated;
+  static constexpr bool keeps_recurrent_part = is_gated && vectors < slots;  // GRU: q is a slot of its own
+  static constexpr int units = is_gated ? VL : NR;
+};
+using LstmTiling = Tiling<LstmCell<LaneMath>, 4, true>;
+using GruTiling = Tiling<GruCell<LaneMath>, 3, true>;
+using TanhTiling = Tiling<TanhCell<LaneMath>, 4, false>;
+using ReluTiling = Tiling<ReluCell<LaneMath>, 4, false>;
+
+constexpr int most_slots = 4;
+
+// Sizes that plan() and run() agree on.
+struct Sizes {
+  bool gated;
+  int64_t NR, units, panels, slots, projection_panels;
+  int64_t chunk;  // rows of slots made by one product, before the step that exceeds it
+  int64_t batch;
+
+  explicit Sizes(const RecurrentProblem& p) {
+    constexpr int64_t chunk_floats = 1 << 18, longest_chunk = 384;  // half of a second-level cache
+    gated = p.saved() > 0;
+    NR = (p.cell == RecurrentCell::gru ? 3 : 4) * VL;
+    units = gated ? VL : NR;
+    panels = (p.H + units - 1) / units;
+    slots = gated ? p.saved() : 1;
+    projection_panels = (p.P + 4 * VL - 1) / (4 * VL);
+    chunk = chunk_floats / (slots * p.H) + 1;
+    chunk = chunk < longest_chunk ? chunk : longest_chunk;
+    batch = Batch::batch_bound(p);
+  }
+  int64_t rows() const { return chunk + batch; }
+};
+
+// Shared by all threads.
+struct Shared {
+  Schedule schedule;
+  float *w_ih[max_directions], *w_hh[max_directions], *w_hr[max_directions], *bias[max_directions];
+
+  Shared(Carver& shared, const RecurrentProblem& p, const Sizes& z) : schedule(Schedule::carve(shared, p)) {
+    for (int64_t d = 0; d < p.D; d++) {
+      w_ih[d] = shared.take<float>(z.panels * z.NR * p.I);
+      w_hh[d] = shared.take<float>(z.panels * z.NR * p.R());
+      w_hr[d] = shared.take<float>(z.projection_panels * 4 * VL * p.H);
+      bias[d] = shared.take<float>(z.panels * most_slots * VL);
+    }
+  }
+};
+
+struct Scratch {
+  Batch batch;
+  float *h, *h_next, *c, *m, *slots, *x;
+  const float **x_rows, **a_rows;
+  float **slot_rows, **to_rows;
+
+  Scratch(Carver& scratch, const RecurrentProblem& p, const Sizes& z) : batch(Batch::carve(scratch, p)) {
+    h = scratch.take<float>(z.batch * p.R());
+    h_next = scratch.take<float>(z.batch * p.R());
+    c = scratch.take<float>(p.has_cell() ? z.batch * p.H : 0);
+    m = scratch.take<float>(p.P ? z.batch * p.H : 0);
+    slots = scratch.take<float>(p.reserve && p.saved() ? 0 : z.rows() * z.slots * p.H);
+    x = scratch.take<float>(p.dtype == DType::f32 ? 0 : z.rows() * p.I);
+    x_rows = scratch.take<const float*>(z.rows());
+    a_rows = scratch.take<const float*>(z.batch);
+    slot_rows = scratch.take<float*>(z.rows());
+    to_rows = scratch.take<float*>(z.batch);
+  }
+};
+int64_t packing_floats(const RecurrentProblem& p) {
+  const int64_t longest = p.I > p.R() ? p.I : p.R();
+  return VL * (longest > p.H ? longest : p.H);
+}
+
+// ---- Phase 0: packing. Items: the schedule, then the panels of each direction. ----
+
+// One panel of w_ih and w_hh with its biases. A slot's bias is added once: by the input's part, or, for a sum
+// of the recurrent part alone, by the step.
+void pack_panel(const RecurrentProblem& p, const RecurrentWeights& w, const Sizes& z, int64_t panel,
+                int64_t d, const Shared& shared, float* copy) {
+  const int64_t R = p.R(), vectors = z.NR / VL;
+  float* bias = shared.bias[d] + panel * most_slots * VL;
+  memset(bias, 0, most_slots * VL * sizeof(float));
+  for (int64_t v = 0; v < vectors; v++) {
+    const int64_t u = z.gated ? panel * VL : panel * z.NR + v * VL, first = (z.gated ? v * p.H : 0) + u;
+    const int n = int(u >= p.H ? 0 : p.H - u < VL ? p.H - u : VL);
+    const auto row = [&](int j) { return first + j; };
+    pack_columns(p.dtype, w.w_ih, p.I, n, row, shared.w_ih[d] + panel * z.NR * p.I + v * VL, z.NR, copy);
+    pack_columns(p.dtype, w.w_hh, R, n, row, shared.w_hh[d] + panel * z.NR * R + v * VL, z.NR, copy);
+    if (!w.b_ih || n == 0) continue;
+    const bool apart = p.cell == RecurrentCell::gru && v == 2;
+    float* of_x = bias + v * VL;
+    float* of_h = apart ? bias + 3 * VL : of_x;
+    float value[VL];
+    add_row(p.dtype, w.b_ih, first, n, of_x);
+    load_row(p.dtype, w.b_hh, first, n, value);
+    add_row(DType::f32, value, 0, n, of_h);
+  }
+}
+void pack_projection(const RecurrentProblem& p, const RecurrentWeights& w, int64_t panel, float* to,
+                     float* copy) {
+  for (int v = 0; v < 4; v++) {
+    const int64_t first = (panel * 4 + v) * VL;
+    const int n = int(first >= p.P ? 0 : p.P - first < VL ? p.P - first : VL);
+    pack_columns(
+        p.dtype, w.w_hr, p.H, n, [&](int j) { return first + j; }, to + panel * 4 * VL * p.H + v * VL, 4 * VL,
+        copy);
+  }
+}
+void pack_item(const RecurrentProblem& p, const RecurrentTensors& t, const Sizes& z, int64_t item,
+               const Shared& shared, float* copy) {
+  if (item == 0) return shared.schedule.make(p);
+  const int64_t each = z.panels + z.projection_panels, d = (item - 1) / each, panel = (item - 1) % each;
+  if (panel < z.panels)
+    pack_panel(p, t.weights[d], z, panel, d, shared, copy);
+  else
+    pack_projection(p, t.weights[d], panel - z.panels, shared.w_hr[d], copy);
+}
+
+// ---- Phase 1: sequences. ----
+
+template <class Tile>
+struct Forward {
+  using Cell = typename Tile::Cell;
+  static constexpr int NV = Tile::NV;
+  const RecurrentProblem& p;
+  const RecurrentTensors& t;
+  const Sizes& z;
+  const Shared& shared;
+  Scratch& at;
+
+  PYSEQNET_INLINE static int lanes(int64_t left) { return left < VL ? int(left) : VL; }
+
+  // Slots of `rows` rows: the input's part with its biases.
+  __attribute__((noinline)) void input_part(int64_t d, int64_t rows) const {
+    const float* const* x_rows = at.x_rows;
+    float* const* slot_rows = at.slot_rows;
+    const float* bias = shared.bias[d];
+    const int64_t H = p.H;
+    gemm_prepacked<NV>(
+        rows, z.panels * Tile::NR, p.I, [&](int64_t i) { return x_rows[i]; }, shared.w_ih[d],
+        [&](auto R, auto, int64_t i, int64_t j, int64_t, auto& acc) PYSEQNET_LAMBDA {
+          const int64_t u = Tile::gated ? j / NV : j;
+          const float* b = bias + j / Tile::NR * most_slots * VL;
+#pragma GCC unroll 8
+          for (int r = 0; r < R.value; ++r) {
+            float* slot = slot_rows[i + r] + u;
+#pragma GCC unroll 4
+            for (int v = 0; v < NV; ++v) {
+              if (Tile::gated)
+                store_n(slot + v * H, acc[r][v] + load(b + v * VL), lanes(H - u));
+              else if (H - u > v * VL)
+                store_n(slot + v * VL, acc[r][v] + load(b + v * VL), lanes(H - u - v * VL));
+            }
+          }
+        });
+  }
+
+  // One step of the first n sequences: recurrent part and cell. h -> h_next (m where h is a projection of
+  // it).
+  __attribute__((noinline)) void step(int64_t d, int64_t n, float* const* slot_rows) const {
+    const int64_t H = p.H, R_ = p.R();
+    const float* h = at.h;
+    float *to = p.P ? at.m : at.h_next, *c = at.c;
+    const float* bias = shared.bias[d];
+    const bool keep = p.reserve;
+    gemm_prepacked<NV>(
+        n, z.panels * Tile::NR, R_, [&](int64_t i) { return h + i * R_; }, shared.w_hh[d],
+        [&](auto R, auto, int64_t i, int64_t j, int64_t, auto& acc) PYSEQNET_LAMBDA {
+          if constexpr (Tile::gated) {
+            const int64_t u = j / NV;
+            const int n = lanes(H - u);
+            const vf bias_of_recurrent_part = load(bias + (j / Tile::NR * most_slots + 3) * VL);
+#pragma GCC unroll 8
+            for (int r = 0; r < R.value; ++r) {
+              float* slot = slot_rows[i + r] + u;
+              const int64_t unit = (i + r) * H + u;
+              vf s[Tile::slots];
+              CellState<vf> previous{};
+              if constexpr (Tile::keeps_recurrent_part) {
+#pragma GCC unroll 4
+                for (int v = 0; v < NV; ++v) s[v] = load_n(slot + v * H, n);
+#pragma GCC unroll 4
+                for (int v = 0; v + 1 < NV; ++v) s[v] += acc[r][v];
+                s[NV] = acc[r][NV - 1] + bias_of_recurrent_part;
+                previous.h = load_n(h + unit, n);
+              } else {
+#pragma GCC unroll 4
+                for (int v = 0; v < NV; ++v) s[v] = acc[r][v] + load_n(slot + v * H, n);
+              }
+              if (Cell::has_cell) previous.c = load_n(c + unit, n);
+              const CellState<vf> next = Cell::forward(s, previous);
+              if (keep)
+#pragma GCC unroll 4
+                for (int v = 0; v < Tile::slots; ++v) store_n(slot + v * H, s[v], n);
+              if (Cell::has_cell) store_n(c + unit, next.c, n);
+              store_n(to + unit, next.h, n);
+            }
+          } else {
+            const CellState<vf> none{};
+#pragma GCC unroll 8
+            for (int r = 0; r < R.value; ++r)
+#pragma GCC unroll 4
+              for (int v = 0; v < NV; ++v) {
+                const int64_t u = j + v * VL;
+                if (u >= H) break;
+                const int n = lanes(H - u);
+                vf s[1] = {acc[r][v] + load_n(slot_rows[i + r] + u, n)};
+                store_n(to + (i + r) * H + u, Cell::forward(s, none).h, n);
+              }
+          }
+        });
+  }
+
+  // Where rows of the slots and of x lie for step s; returns how many sequences run.
+  void place_rows(const Batch& q, int64_t s, int64_t n, int64_t first) const {
+    const int64_t width = z.slots * p.H;
+    float* reserve = p.reserve && p.saved() ? static_cast<float*>(t.gates) : nullptr;
+    for (int64_t k = 0; k < n; k++) {
+      const int64_t b = q.sequence[k], step = p.step(s, b, q.d), row = first + k;
+      at.x_rows[row] = float_row(p.dtype, t.x, p.x_at(step, b), p.I, at.x + row * p.I);
+      at.slot_rows[row] =
+          reserve ? reserve + (q.d * p.rows() + p.row(step, b)) * width : at.slots + row * width;
+    }
+  }
+  void project(const Batch& q, int64_t n) const {
+    for (int64_t k = 0; k < n; k++) at.a_rows[k] = at.m + k * p.H, at.to_rows[k] = at.h_next + k * p.P;
+    multiply_rows(n, p.P, p.H, at.a_rows, shared.w_hr[q.d], at.to_rows, false);
+  }
+  void store_final(const Batch& q, int64_t k) const {
+    const int64_t state = q.d * p.B + q.sequence[k];
+    store_row(p.dtype, at.h + k * p.R(), t.h_n, state * p.R(), p.R());
+    if (Cell::has_cell) store_row(p.dtype, at.c + k * p.H, t.c_n, state * p.H, p.H);
+  }
+  // Results of step s; at.h is the new state.
+  void store_step(const Batch& q, int64_t s, int64_t n) const {
+    const int64_t R = p.R();
+    for (int64_t k = 0; k < n; k++) {
+      const int64_t b = q.sequence[k], step = p.step(s, b, q.d);
+      store_row(p.dtype, at.h + k * R, t.y, p.y_at(step, b) + q.d * R, R);
+      if (Cell::has_cell && p.reserve)
+        memcpy(static_cast<float*>(t.cells) + (q.d * p.rows() + p.row(step, b)) * p.H, at.c + k * p.H,
+               size_t(p.H) * sizeof(float));
+      if (q.length[k] == s + 1) store_final(q, k);
+    }
+  }
+
+  void run(const Batch& q) const {
+    const int64_t R = p.R();
+    for (int64_t k = 0; k < q.n; k++) {
+      const int64_t b = q.sequence[k], state = q.d * p.B + b;
+      load_row(p.dtype, t.h0, state * R, R, at.h + k * R);
+      if (Cell::has_cell) load_row(p.dtype, t.c0, state * p.H, p.H, at.c + k * p.H);
+      if (q.length[k] == 0) store_final(q, k);
+      for (int64_t step = q.length[k]; !p.packed() && step < p.T; step++)
+        zero_row(p.dtype, t.y, p.y_at(step, b) + q.d * R, R);
+    }
+    int64_t ahead = q.n, n = q.n;
+    for (int64_t s = 0; s < q.steps();) {
+      int64_t rows = 0, end = s;
+      for (; end < q.steps() && rows < z.chunk; end++) {
+        ahead = q.active(end, ahead);
+        place_rows(q, end, ahead, rows);
+        rows += ahead;
+      }
+      input_part(q.d, rows);
+      for (int64_t row = 0; s < end; s++, row += n) {
+        n = q.active(s, n);
+        step(q.d, n, at.slot_rows + row);
+        if (p.P) project(q, n);
+        float* spare = at.h;
+        at.h = at.h_next, at.h_next = spare;
+        store_step(q, s, n);
+      }
+    }
+  }
+};
+
+template <class Tile>
+void run_sequences(const RecurrentProblem& p, const RecurrentTensors& t, const Sizes& z, const Shared& shared,
+                   Scratch& scratch, int64_t begin, int64_t end) {
+  const Forward<Tile> forward{p, t, z, shared, scratch};
+  for_batches(p, shared.schedule, begin, end, scratch.batch, [&](const Batch& q) { forward.run(q); });
+}
+
+WorkPlan plan_forward(const RecurrentProblem& p) {
+  constexpr int64_t elements_worth_a_thread = 20000;
+  const Sizes z(p);
+  WorkPlan plan;
+  plan.add_phase(1 + p.D * (z.panels + z.projection_panels),
+                 1 + elements_worth_a_thread / (z.NR * (p.I + p.R() + 1)));
+  plan.add_phase(p.D * p.B, sequence_grain(p));
+  Carver shared(nullptr), scratch(nullptr), packing(nullptr);
+  Shared(shared, p, z);
+  Scratch(scratch, p, z);
+  packing.take<float>(packing_floats(p));
+  plan.shared_bytes = shared.used();
+  plan.thread_bytes = scratch.used() > packing.used() ? scratch.used() : packing.used();
+  return plan;
+}
+
+void run_forward(const RecurrentProblem& p, const RecurrentTensors& t, const WorkSlice& slice) {
+  const FlushResults guard;
+  const Sizes z(p);
+  Carver shared_memory(slice.shared), scratch_memory(slice.scratch);
+  const Shared shared(shared_memory, p, z);
+  if (slice.phase == 0) {
+    float* copy = scratch_memory.take<float>(packing_floats(p));
+    for (int64_t item = slice.begin; item < slice.end; item++) pack_item(p, t, z, item, shared, copy);
+    return;
+  }
+  Scratch scratch(scratch_memory, p, z);
+  switch (p.cell) {
+    case RecurrentCell::lstm:
+      return run_sequences<LstmTiling>(p, t, z, shared, scratch, slice.begin, slice.end);
+    case RecurrentCell::gru:
+      return run_sequences<GruTiling>(p, t, z, shared, scratch, slice.begin, slice.end);
+    case RecurrentCell::rnn_tanh:
+      return run_sequences<TanhTiling>(p, t, z, shared, scratch, slice.begin, slice.end);
+    case RecurrentCell::rnn_relu:
+      return run_sequences<ReluTiling>(p, t, z, shared, scratch, slice.begin, slice.end);
+  }
+}
+
+}  // namespace
+}  // namespace recurrent
+
+extern const RecurrentCpuKernel recurrent_forward;
+const RecurrentCpuKernel recurrent_forward = {"fused_" PYSEQNET_ISA_NAME, this_isa, recurrent::refuses_double,
+                                              recurrent::plan_forward, recurrent::run_forward};
+
+}  // namespace PYSEQNET_ISA
+}  // namespace pyseqnet

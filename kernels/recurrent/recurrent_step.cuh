@@ -1,0 +1,209 @@
+// One time step of a recurrent layer as one kernel: the product with the recurrent weights, and what happens
+// to its results unit by unit (the "task"), for all sequences and both directions.
+//
+//   sum[b, unit, gate] = sum over k of  source[b][k] * weight[gate, unit, k]        then  task.finish(...)
+//
+// A step has little work and the next one waits for it, so its time is latency. The work is therefore spread
+// thin: a block takes 32 sequences and 128 / slices columns (4 columns are the gates of a unit, or 4 units of
+// a cell with one gate), and its 8 warps share these columns and `slices` slices of the sum over k. So 64
+// blocks serve an LSTM of 256 units and 32 sequences; with many units a block takes 128 columns, and less is
+// read twice. The host chooses slices from the problem alone, and slices are added in order: the same bits in
+// every run.
+//
+// A thread computes 4 sequences x 4 columns; shared memory is read in vectors, two of them for 16 FMA. The
+// next depths travel from global memory to registers while the present ones are multiplied. Sequences that
+// have no step at t cost nothing but their place in a tile; a tile without any ends at once.
+#pragma once
+#include "recurrent/cells.h"
+#include "recurrent/recurrent_sequences.cuh"
+
+namespace pyseqnet {
+
+constexpr int step_threads = 256, step_warps = step_threads / 32;
+constexpr int step_rows = 32;                         // sequences of a block
+constexpr int step_group = 4;                         // rows and columns of a thread
+constexpr int step_columns_of_all = step_warps * 16;  // of a block times its slices
+constexpr int slice_depth = 8;
+constexpr int step_padding = step_group;
+constexpr int weight_loads = step_columns_of_all * slice_depth / step_threads;
+constexpr int most_slices = step_warps;
+
+// Where the weights of a step lie.
+template <class T>
+struct StepWeights {
+  const T* weights[max_directions] = {};
+  int64_t units = 0, depth = 0;
+  // weight[gate, unit, k] lies at  gate * gate_stride + unit * unit_stride + k * depth_stride
+  int64_t gate_stride = 0, unit_stride = 0, depth_stride = 0;
+  // source[b][k] lies `gap` further from k = gap_from on: the third gate of a GRU has two slots.
+  int64_t gap_from = INT64_MAX, gap = 0;
+  int64_t t[max_directions] = {};  // the step of each direction
+  int slices = 1;                  // 1, 2, 4 or 8
+};
+
+template <class T>
+struct alignas(sizeof(T) * step_group) StepVector {
+  T element[step_group];
+};
+
+template <class Acc>
+struct StepMemory {
+  static constexpr int source_elements = most_slices * slice_depth * (step_rows + step_padding);
+  static constexpr int weight_elements =
+      step_columns_of_all * slice_depth + most_slices * slice_depth * step_padding;
+  static constexpr int results = step_rows * step_columns_of_all;
+  static constexpr int elements =
+      source_elements + weight_elements > results ? source_elements + weight_elements : results;
+  StepVector<Acc> vector[elements / step_group];  // tiles, then results
+  const Acc* source[step_rows];                   // null: zeros
+  unsigned active, sourced;                       // bits: sequences with this step; those with a source
+};
+
+template <class Task>
+__global__ void __launch_bounds__(step_threads, 2) recurrent_step(const Task task) {
+  using T = typename Task::Element;
+  using Acc = accumulator_t<T>;
+  using Vector = StepVector<Acc>;
+  constexpr int gates = Task::gates;
+  static_assert(gates >= 1 && gates <= step_group);
+  PYSEQNET_SHARED(StepMemory<Acc>, memory, );
+  const StepWeights<T>& w = task.product;
+  const int t = int(threadIdx.x), lane = t % 32, warp = t / 32, d = int(blockIdx.z);
+  const int slices = w.slices, columns = step_columns_of_all / slices;
+  const int block_units = gates == 1 ? columns : columns / step_group;
+  const int64_t unit_tiles = ceil_divide(w.units, block_units);
+  const int64_t first_unit = int64_t(blockIdx.x) % unit_tiles * block_units;
+  const int64_t first_b = int64_t(blockIdx.x) / unit_tiles * step_rows;
+
+  if (t < step_rows) {
+    const int64_t b = first_b + t;
+    const bool active = b < task.sequences.B && task.takes(d, b);
+    const Acc* source = active ? task.source(d, b) : nullptr;
+    memory.source[t] = source;
+    const unsigned all_active = __ballot_sync(0xffffffffu, active);
+    const unsigned all_sourced = __ballot_sync(0xffffffffu, source != nullptr);
+    if (t == 0) memory.active = all_active, memory.sourced = all_sourced;
+  }
+  __syncthreads();
+  const unsigned active = memory.active;
+  if (!active) return;
+
+  Acc* const staged_source = memory.vector[0].element;
+  Acc* const staged_weights = staged_source + StepMemory<Acc>::source_elements;
+  const int source_line = step_rows + step_padding, weight_line = columns + step_padding;
+  Acc sum[step_group][step_group] = {};
+  const int of_slice = warp / (step_warps / slices);
+  const int own_row = lane / 4 * step_group;
+  const int own_column = (warp % (step_warps / slices) * 4 + lane % 4) * step_group;
+
+  if (memory.sourced) {
+    // Element j of a thread's loads: eight neighbouring threads take eight neighbouring depths of one slice;
+    // or neighbouring columns, where those are neighbours in memory.
+    const int octet = t / slice_depth, in_slice = t % slice_depth;
+    const int depth_of_lines = octet % slices * slice_depth + in_slice;
+    const int first_line = octet / slices, line_step = step_threads / slice_depth / slices;
+    const bool along_depth = w.depth_stride == 1;
+    const int first_column = along_depth ? first_line : t % columns;
+    const int column_step = along_depth ? line_step : 0;
+    const int first_depth = along_depth ? depth_of_lines : t / columns;
+    const int depth_step = along_depth ? 0 : step_threads / columns;
+    const T* const weights = w.weights[d];
+    int64_t column_at[weight_loads];
+#pragma unroll
+    for (int j = 0; j < weight_loads; j++) {
+      const int column = first_column + j * column_step;
+      const int gate = gates == 1 ? 0 : column % step_group;
+      const int64_t unit = first_unit + (gates == 1 ? column : column / step_group);
+      column_at[j] = gate < gates && unit < w.units ? gate * w.gate_stride + unit * w.unit_stride : -1;
+    }
+
+    Acc next_source[most_slices];
+    T next_weights[weight_loads];
+    const auto fetch = [&](int64_t depth) {
+      const int64_t k = depth + depth_of_lines, at = k + (k >= w.gap_from ? w.gap : 0);
+#pragma unroll
+      for (int j = 0; j < most_slices; j++) {
+        next_source[j] = 0;
+        if (j >= slices) continue;
+        const Acc* source = memory.source[first_line + j * line_step];
+        if (source && k < w.depth) next_source[j] = source[at];
+      }
+#pragma unroll
+      for (int j = 0; j < weight_loads; j++) {
+        const int64_t of_weight = depth + first_depth + j * depth_step;
+        next_weights[j] = column_at[j] >= 0 && of_weight < w.depth
+                              ? weights[column_at[j] + of_weight * w.depth_stride]
+                              : from_accumulator<T>(0);
+      }
+    };
+    const int chunk = slices * slice_depth;
+    fetch(0);
+    for (int64_t depth = 0; depth < w.depth; depth += chunk) {
+#pragma unroll
+      for (int j = 0; j < most_slices; j++)
+        if (j < slices)
+          staged_source[depth_of_lines * source_line + first_line + j * line_step] = next_source[j];
+#pragma unroll
+      for (int j = 0; j < weight_loads; j++)
+        staged_weights[(first_depth + j * depth_step) * weight_line + first_column + j * column_step] =
+            to_accumulator(next_weights[j]);
+      __syncthreads();
+      fetch(depth + chunk);
+#pragma unroll
+      for (int k = 0; k < slice_depth; k++) {
+        const int line = of_slice * slice_depth + k;
+        const Vector a = *reinterpret_cast<const Vector*>(staged_source + line * source_line + own_row);
+        const Vector b = *reinterpret_cast<const Vector*>(staged_weights + line * weight_line + own_column);
+#pragma unroll
+        for (int i = 0; i < step_group; i++)
+#pragma unroll
+          for (int j = 0; j < (gates == 1 ? step_group : gates); j++) sum[i][j] += a.element[i] * b.element[j];
+      }
+      __syncthreads();
+    }
+  }
+
+  // Slices meet in shared memory, and the units are dealt out again, neighbours to neighbours.
+  Vector* const results = memory.vector;
+  const int line = columns / step_group;
+#pragma unroll
+  for (int i = 0; i < step_group; i++) {
+    Vector v;
+#pragma unroll
+    for (int j = 0; j < step_group; j++) v.element[j] = sum[i][j];
+    results[(of_slice * step_rows + own_row + i) * line + own_column / step_group] = v;
+  }
+  __syncthreads();
+  for (int i = t; i < step_rows * block_units; i += step_threads) {
+    const int row = i / block_units, unit = i % block_units;
+    if (!(active >> row & 1) || first_unit + unit >= w.units) continue;
+    Acc total[gates] = {};
+    for (int slice = 0; slice < slices; slice++) {
+      const Acc* from = results[(slice * step_rows + row) * line].element + unit * (gates == 1 ? 1 : step_group);
+#pragma unroll
+      for (int g = 0; g < gates; g++) total[g] += from[g];
+    }
+    task.finish(d, first_b + row, first_unit + unit, total);
+  }
+}
+
+// Slices so that about every multiprocessor of the largest GPUs (132 to 148) has a block; `sequences` and
+// `directions` run at once.
+template <class Task>
+int launch_step(Task task, int64_t sequences, int64_t directions, void* stream) {
+  constexpr int64_t wanted_blocks = 128;
+  StepWeights<typename Task::Element>& w = task.product;
+  if (w.units == 0 || sequences == 0) return launch_ok;
+  int64_t blocks = 0;
+  for (w.slices = 1;; w.slices *= 2) {
+    const int64_t columns = step_columns_of_all / w.slices;
+    blocks = ceil_divide(w.units, Task::gates == 1 ? columns : columns / step_group) *
+             ceil_divide(sequences, step_rows);
+    if (blocks * directions >= wanted_blocks || w.slices == most_slices) break;
+  }
+  return launch(
+      {.grid = grid_of(blocks, unsigned(directions)), .block = dim3(step_threads), .stream = stream},
+      recurrent_step<Task>, task);
+}
+
+}  // namespace pyseqnet
