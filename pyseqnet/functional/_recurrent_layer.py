@@ -97,9 +97,8 @@ def plain_layer(
         input = input.transpose(0, 1)
     if h_0 is None:
         h_0, c_0 = zero_state(mode, directions, input, input.shape[1], weights)
-    output, h_n, c_n = reference.layer(
-        mode, input, h_0, c_0, _by_direction(weights, directions), lengths, batch_sizes
-    )  # fmt: skip
+    sets = _by_direction(weights, directions)
+    output, h_n, c_n = reference.layer(mode, input, h_0, c_0, sets, lengths, batch_sizes)
     return (output.transpose(0, 1) if batch_first else output), h_n, c_n
 
 
@@ -126,7 +125,7 @@ def _differentiable_backward(
     aliases = [None if t is None else t.view_as(t) for t in tensors]
     results = function(*static, *aliases)
     pairs = [(r, g) for r, g in zip(results, grads, strict=True) if r is not None and g is not None]
-    wanted = [a for a, n in zip(aliases, need, strict=True) if n]
+    wanted = [a for a, n in zip(aliases, need, strict=True) if n and a is not None]
     found = iter(
         torch.autograd.grad([r for r, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, allow_unused=True)
     )
@@ -232,7 +231,7 @@ def plain_step(
     if h is None:
         h_0, c_0 = zero_state(mode, 1, input, input.shape[0], weights)
         h, c = h_0[0], None if c_0 is None else c_0[0]
-    return reference.step(mode, torch.nn.functional.linear(input, w_ih, b_ih), h, c, w_hh, b_hh, None)
+    return reference.step(mode, reference.linear(input, w_ih, b_ih), h, c, w_hh, b_hh, None)
 
 
 def fast_step(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 # Bound at import: replacing torch.nn.functional.linear by ours later cannot recurse.
-from torch.nn.functional import linear as _linear
+from torch.nn.functional import linear as linear
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
 
@@ -21,13 +21,13 @@ def step(
     mode: str, gates: Tensor, h: Tensor, c: Tensor | None, w_hh: Tensor, b_hh: Tensor | None, w_hr: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """One step: `gates` is the input's part, ``x @ w_ih.T + b_ih``; returns h and c (None where the cell has none)."""
-    recurrent = _linear(h, w_hh, b_hh)
+    recurrent = linear(h, w_hh, b_hh)
     if mode == "LSTM":
         assert c is not None
         i, f, g, o = (gates + recurrent).chunk(4, -1)
         c = f.sigmoid() * c + i.sigmoid() * g.tanh()
         h = o.sigmoid() * c.tanh()
-        return (h if w_hr is None else _linear(h, w_hr)), c
+        return (h if w_hr is None else linear(h, w_hr)), c
     if mode == "GRU":
         (r, z, n), (hr, hz, hn) = gates.chunk(3, -1), recurrent.chunk(3, -1)
         n = (n + (r + hr).sigmoid() * hn).tanh()
@@ -82,7 +82,7 @@ def layer(
         assert w_ih is not None
         assert w_hh is not None
         h, c = h_0[direction], None if c_0 is None else c_0[direction]
-        gates = _linear(input, w_ih, b_ih)
+        gates = linear(input, w_ih, b_ih)
         found: list[Tensor] = []
         for t in range(input.shape[0]) if direction == 0 else reversed(range(input.shape[0])):
             new_h, new_c = step(mode, gates[t], h, c, w_hh, b_hh, w_hr)

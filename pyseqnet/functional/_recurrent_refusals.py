@@ -53,8 +53,8 @@ def explain(
     if lengths is None:
         with torch.no_grad():
             _as_torch(mode, input, hx, params, num_layers, bidirectional, dropout, training, batch_first)
-    tensors = [input.data if isinstance(input, PackedSequence) else input, *(hx if mode == "LSTM" else [hx]), *params]
-    _explain_tensors(error, name, tensors)
+    states = hx if mode == "LSTM" and hx is not None else [hx]
+    _explain_tensors(error, name, [input.data if isinstance(input, PackedSequence) else input, *states, *params])
     _check_shapes(name, mode, input, hx, params, num_layers, bidirectional, batch_first, lengths)
     raise error
 

@@ -92,8 +92,9 @@ def run_layers(
         if unsorted is not None:
             h_n = h_n.index_select(1, unsorted)
             c_n = c_n.index_select(1, unsorted) if is_lstm and c_n is not None else None
-        output = PackedSequence(output, batch_sizes, input.sorted_indices, unsorted)  # type: ignore[union-attr]
-    elif not batched:
+        packed = PackedSequence(output, batch_sizes, input.sorted_indices, unsorted)  # type: ignore[union-attr]
+        return packed, ((h_n, c_n) if is_lstm else h_n)
+    if not batched:
         output, h_n = output.squeeze(1), h_n.squeeze(1)
         c_n = c_n.squeeze(1) if is_lstm and c_n is not None else None
     return output, ((h_n, c_n) if is_lstm else h_n)

@@ -104,8 +104,8 @@ class LSTM(_Recurrent):
 
     _twin = _TorchLSTM
     get_expected_cell_size = _TorchLSTM.get_expected_cell_size
-    check_forward_args = _TorchLSTM.check_forward_args
-    permute_hidden = _TorchLSTM.permute_hidden
+    check_forward_args = _TorchLSTM.check_forward_args  # type: ignore[assignment]
+    permute_hidden = _TorchLSTM.permute_hidden  # type: ignore[assignment]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__("LSTM", *args, **kwargs)
@@ -129,9 +129,9 @@ class _Cell(_TorchRNNCellBase):
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         own = self._parameters
         try:  # a parametrised or pruned weight is not among the parameters
-            weights = own["weight_ih"], own["weight_hh"], own["bias_ih"], own["bias_hh"]
+            weights: Any = own["weight_ih"], own["weight_hh"], own["bias_ih"], own["bias_hh"]
         except KeyError:
-            weights = self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh  # type: ignore[assignment]
+            weights = self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
         if torch.compiler.is_compiling():
             return run_cell(self._mode, input, hx, *weights)
         try:
@@ -163,6 +163,8 @@ class RNNCell(_Cell):
 
     @property
     def _mode(self) -> str:  # type: ignore[override]
+        if self.nonlinearity not in ("tanh", "relu"):
+            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
         return "RNN_TANH" if self.nonlinearity == "tanh" else "RNN_RELU"
 
 
