@@ -125,7 +125,7 @@ struct RecurrentTensors {
   // CPU the same pointers. Null as there.
   const int64_t *lengths = nullptr, *offsets = nullptr;
 
-  bool weights_wanted() const { return gradients[0].w_ih != nullptr; }
+  bool weights_wanted() const { return gradients[0].w_hh != nullptr; }  // never empty
 };
 
 enum class RecurrentPass : int32_t { forward, backward };

@@ -13,8 +13,8 @@
 //
 // A sum over all steps (a weight's gradient) is cut twice. Into parts, one a block, so that few results still
 // fill a GPU; and each part into runs of 512 terms, whose sums are added to the part's result in memory: the
-// error of a float sum grows with its length. sum_parts() adds the parts in order: the same bits in every run.
-// The row sums that come along are the gradients of the biases.
+// error of a float sum grows with its length. sum_parts() adds the parts in order: the same bits in every
+// run. The row sums that come along are the gradients of the biases.
 //
 // Bound: FMA issue. The loop is that of the convolution's product, which has 512 FMA in about 700
 // instructions: 73 % of FMA peak at most.
@@ -47,8 +47,8 @@ struct ProductTile {
 // One side of a product. Its element (line, depth) lies at  place(line) + place(depth).
 struct Operand {
   const void* elements = nullptr;
-  const void* alternate = nullptr;      // where depth_list holds ~i: element i of this; null: zeros
-  const int64_t* line_list = nullptr;   // place(line) = line_list[line] * line_stride; null: the line's number
+  const void* alternate = nullptr;     // where depth_list holds ~i: element i of this; null: zeros
+  const int64_t* line_list = nullptr;  // place(line) = line_list[line] * line_stride; null: the line's number
   const int64_t* depth_list = nullptr;  // likewise
   int64_t line_stride = 1, depth_stride = 1;
   int64_t gap_from = INT64_MAX, gap = 0;  // lines from gap_from on lie `gap` further
@@ -63,8 +63,10 @@ struct Product {
   ProductSource source[max_directions];
   int sources = 1;
   int64_t rows = 0, columns = 0, depth = 0;
-  const int64_t* out_list = nullptr;  // row r is written at out_list[r] * out_stride; null: at r * out_stride
-  int64_t out_stride = 0;
+  // Row r is written at  out_list[r] * out_stride - out_origin; without a list at  r * out_stride -
+  // out_origin.
+  const int64_t* out_list = nullptr;
+  int64_t out_stride = 0, out_origin = 0;
   // Of the column operand's type; the second one for columns below second_bias_columns. Null: none.
   const void *bias = nullptr, *second_bias = nullptr;
   int64_t second_bias_columns = 0;
@@ -91,9 +93,9 @@ PYSEQNET_DEVICE void list_lines(int64_t (&at)[lines], const Operand& o, int64_t 
   static_assert(lines <= product_threads);
   if (t >= lines) return;
   const int64_t line = first + t;
-  at[t] = line >= count ? -1
-                        : (o.line_list ? o.line_list[line] : line + (line >= o.gap_from ? o.gap : 0)) *
-                              o.line_stride;
+  at[t] = line >= count
+              ? -1
+              : (o.line_list ? o.line_list[line] : line + (line >= o.gap_from ? o.gap : 0)) * o.line_stride;
 }
 
 template <class Element, int lines, int loads>
@@ -214,7 +216,7 @@ PYSEQNET_DEVICE void put_neighbours(Out* out, const Acc (&value)[group], int64_t
     if (j < count) store(out + j, add ? load(out + j) + value[j] : value[j]);
 }
 
-template <class Column, class Out, class Tile>
+template <class Tile, class Column, class Out>
 PYSEQNET_DEVICE void put_results(Out* out, typename Tile::Acc (&sum)[Tile::extent][Tile::extent],
                                  const Product& p, int64_t first_row, int64_t first_column,
                                  const ProductPlace& at, bool add) {
@@ -223,7 +225,7 @@ PYSEQNET_DEVICE void put_results(Out* out, typename Tile::Acc (&sum)[Tile::exten
   for (int i = 0; i < Tile::extent; i++) {
     const int64_t row = first_row + at.template row_of<Tile>(i);
     if (row >= p.rows) continue;
-    Out* line = out + (p.out_list ? p.out_list[row] : row) * p.out_stride;
+    Out* line = out + ((p.out_list ? p.out_list[row] : row) * p.out_stride - p.out_origin);
 #pragma unroll
     for (int j = 0; j < 2; j++) {
       const int64_t column = first_column + at.template column_of<Tile>(j * Tile::group);
@@ -266,7 +268,7 @@ __global__ void __launch_bounds__(product_threads,
       __syncthreads();
       add_depths<Row, Column>(sum, row_sum, false, memory, p.source[s], 0, p.depth, t);
     }
-    put_results<Column>(out, sum, p, first_row, first_column, at, false);
+    put_results<Tile, Column>(out, sum, p, first_row, first_column, at, false);
     return;
   }
   Out* part_out = out + part * p.part_results();
@@ -280,7 +282,7 @@ __global__ void __launch_bounds__(product_threads,
   do {
     const int64_t run_end = depth + longest_run < end ? depth + longest_run : end;
     add_depths<Row, Column>(sum, row_sum, sum_rows, memory, p.source[0], depth, run_end, t);
-    put_results<Column>(part_out, sum, p, first_row, first_column, at, depth > begin);
+    put_results<Tile, Column>(part_out, sum, p, first_row, first_column, at, depth > begin);
     if (sum_rows && t < Tile::rows && first_row + t < p.rows) {
       Out* to = part_out + p.rows * p.columns + first_row + t;
       store(to, depth > begin ? load(to) + row_sum : row_sum);
@@ -303,8 +305,8 @@ constexpr int64_t most_parts = 32;
 template <class Acc>
 void cut_into_parts(Product& p) {
   using Tile = ProductTile<Acc>;
-  const int64_t tiles = ceil_divide(p.rows, Tile::rows) * ceil_divide(p.columns > 0 ? p.columns : 1,
-                                                                      Tile::columns);
+  const int64_t tiles =
+      ceil_divide(p.rows, Tile::rows) * ceil_divide(p.columns > 0 ? p.columns : 1, Tile::columns);
   const int64_t most = ceil_divide(p.depth, shortest_part);
   int64_t wanted = ceil_divide(product_target_blocks, tiles > 0 ? tiles : 1);
   wanted = wanted > most_parts ? most_parts : wanted;
@@ -348,11 +350,10 @@ int launch_sum_recurrent_parts(const Product& p, const void* partial, void* out,
                                void* stream) {
   const int64_t count = p.part_results();
   if (count == 0) return launch_ok;
-  return launch({.grid = grid_of(ceil_divide(count, parts_threads)),
-                 .block = dim3(parts_threads),
-                 .stream = stream},
-                sum_recurrent_parts<T>, static_cast<const accumulator_t<T>*>(partial), static_cast<T*>(out),
-                static_cast<T*>(row_sums), p.rows * p.columns, count, p.parts);
+  return launch(
+      {.grid = grid_of(ceil_divide(count, parts_threads)), .block = dim3(parts_threads), .stream = stream},
+      sum_recurrent_parts<T>, static_cast<const accumulator_t<T>*>(partial), static_cast<T*>(out),
+      static_cast<T*>(row_sums), p.rows * p.columns, count, p.parts);
 }
 
 }  // namespace pyseqnet

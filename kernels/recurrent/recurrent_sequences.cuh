@@ -14,7 +14,7 @@ inline dim3 grid_of(int64_t blocks, unsigned z = 1) {
   return dim3(unsigned(blocks <= limit ? blocks : limit + 1), 1, z);
 }
 
-constexpr int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+PYSEQNET_HOST_DEVICE constexpr int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // RecurrentProblem's steps and rows, for kernels. lengths and offsets are in the device's memory.
 struct Sequences {
@@ -74,8 +74,8 @@ __global__ void __launch_bounds__(list_threads)
       if (to.gx) to.gx[m] = q.at(t, b, s.gx_t, s.gx_b);
       for (int64_t d = 0; d < s.D; d++)
         if (to.before[d])
-          to.before[d][m] = q.begins(t, b, d) ? ~((d * q.B + b) * s.R)
-                                              : q.at(d ? t + 1 : t - 1, b, s.y_t, s.y_b) + d * s.R;
+          to.before[d][m] =
+              q.begins(t, b, d) ? ~((d * q.B + b) * s.R) : q.at(d ? t + 1 : t - 1, b, s.y_t, s.y_b) + d * s.R;
     }
     next += __popc(all);
   }
@@ -103,8 +103,8 @@ template <class T>
 int launch_zero_padding(const Sequences& q, void* to, int64_t stride_t, int64_t stride_b, int64_t width,
                         void* stream) {
   if (!q.lengths || q.offsets || !to || q.T * q.B == 0) return launch_ok;
-  return launch({.grid = grid_of(q.T * q.B), .block = dim3(zero_threads), .stream = stream},
-                zero_padding<T>, q, static_cast<T*>(to), stride_t, stride_b, width);
+  return launch({.grid = grid_of(q.T * q.B), .block = dim3(zero_threads), .stream = stream}, zero_padding<T>,
+                q, static_cast<T*>(to), stride_t, stride_b, width);
 }
 
 }  // namespace pyseqnet

@@ -54,9 +54,9 @@ struct StepMemory {
   static constexpr int results = step_rows * step_columns_of_all;
   static constexpr int elements =
       source_elements + weight_elements > results ? source_elements + weight_elements : results;
-  StepVector<Acc> vector[elements / step_group];  // tiles, then results
-  const Acc* source[step_rows];                   // null: zeros
-  unsigned active, sourced;                       // bits: sequences with this step; those with a source
+  alignas(StepVector<Acc>) Acc element[elements];  // tiles, then results
+  const Acc* source[step_rows];                    // null: zeros
+  unsigned active, sourced;                        // bits: sequences with this step; those with a source
 };
 
 template <class Task>
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(step_threads, 2) recurrent_step(const Task tas
   const unsigned active = memory.active;
   if (!active) return;
 
-  Acc* const staged_source = memory.vector[0].element;
+  Acc* const staged_source = memory.element;
   Acc* const staged_weights = staged_source + StepMemory<Acc>::source_elements;
   const int source_line = step_rows + step_padding, weight_line = columns + step_padding;
   Acc sum[step_group][step_group] = {};
@@ -157,21 +157,21 @@ __global__ void __launch_bounds__(step_threads, 2) recurrent_step(const Task tas
 #pragma unroll
         for (int i = 0; i < step_group; i++)
 #pragma unroll
-          for (int j = 0; j < (gates == 1 ? step_group : gates); j++) sum[i][j] += a.element[i] * b.element[j];
+          for (int j = 0; j < (gates == 1 ? step_group : gates); j++)
+            sum[i][j] += a.element[i] * b.element[j];
       }
       __syncthreads();
     }
   }
 
   // Slices meet in shared memory, and the units are dealt out again, neighbours to neighbours.
-  Vector* const results = memory.vector;
-  const int line = columns / step_group;
+  Acc* const results = memory.element;
 #pragma unroll
   for (int i = 0; i < step_group; i++) {
     Vector v;
 #pragma unroll
     for (int j = 0; j < step_group; j++) v.element[j] = sum[i][j];
-    results[(of_slice * step_rows + own_row + i) * line + own_column / step_group] = v;
+    *reinterpret_cast<Vector*>(results + (of_slice * step_rows + own_row + i) * columns + own_column) = v;
   }
   __syncthreads();
   for (int i = t; i < step_rows * block_units; i += step_threads) {
@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(step_threads, 2) recurrent_step(const Task tas
     if (!(active >> row & 1) || first_unit + unit >= w.units) continue;
     Acc total[gates] = {};
     for (int slice = 0; slice < slices; slice++) {
-      const Acc* from = results[(slice * step_rows + row) * line].element + unit * (gates == 1 ? 1 : step_group);
+      const Acc* from = results + (slice * step_rows + row) * columns + unit * (gates == 1 ? 1 : step_group);
 #pragma unroll
       for (int g = 0; g < gates; g++) total[g] += from[g];
     }
