@@ -57,4 +57,13 @@ STABLE_TORCH_LIBRARY(pyseqnet, m) {
       "output, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor gates, Tensor cells, Tensor? lengths, Tensor? "
       "batch_sizes, str cell, int directions, bool has_biases, bool batch_first, bool need_input, bool "
       "need_h0, bool need_c0, bool need_weights) -> (Tensor, Tensor, Tensor, Tensor[])");
+  m.def(
+      "linear_attention_forward(Tensor query, Tensor key, Tensor value, Tensor? key_lengths, Tensor? state, "
+      "Tensor? normalizer, int feature_map, bool causal, bool normalize, float scale, float eps, bool "
+      "with_state, bool with_saved) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "linear_attention_backward(Tensor grad_output, Tensor? grad_state, Tensor? grad_normalizer, Tensor "
+      "query, Tensor key, Tensor value, Tensor? key_lengths, Tensor output, Tensor inverse, Tensor saved, "
+      "int feature_map, bool causal, bool normalize, float scale, bool need_state) -> (Tensor, Tensor, "
+      "Tensor, Tensor, Tensor)");
 }
