@@ -10,6 +10,7 @@
 #include "common/isa.h"
 #include "common/probe.h"
 #include "conv/conv.h"
+#include "linear_attention/linear_attention.h"
 #include "pool/max_pool.h"
 #include "recurrent/recurrent.h"
 
@@ -44,6 +45,8 @@ py::dict dispatch_tables() {
     add(operation_of(pass), attention_cpu_table(pass), attention_cuda_table(pass));
   for (RecurrentPass pass : {RecurrentPass::forward, RecurrentPass::backward})
     add(operation_of(pass), recurrent_cpu_table(pass), recurrent_cuda_table(pass));
+  for (LinearAttentionPass pass : {LinearAttentionPass::forward, LinearAttentionPass::backward})
+    add(operation_of(pass), linear_attention_cpu_table(pass), linear_attention_cuda_table(pass));
   return result;
 }
 

@@ -54,6 +54,7 @@ struct LinearAttentionProblem {
   int64_t B = 0, H = 0, L = 0, S = 0, D = 1, E = 1;
   FeatureMap feature_map = FeatureMap::elu;
   bool causal = false, normalize = true;
+  bool with_saved = false;  // forward: whether inverse and saved are written
   double scale = 1, eps = 1e-6;
   HeadStrides q, k, v, out, gout, dq, dk, dv;
 
