@@ -65,6 +65,11 @@ struct Head {
     for (int64_t x = 0; x < p.state_size(); x++) to[x] = A(s[x]);
   }
 
+  void read_saved(double* s) const {
+    const A* from = static_cast<const A*>(t.saved) + index() * p.saved_states() * p.state_size();
+    for (int64_t x = 0; x < p.state_size(); x++) s[x] = double(from[x]);
+  }
+
   void query_features(int64_t i, double* a) const {
     for (int64_t d = 0; d < p.D; d++) a[d] = feature_of(p.feature_map, p.scale * to_double(q(i)[d]));
   }
@@ -159,9 +164,8 @@ struct Head {
   void backward(double* scratch) const {
     double *s = scratch, *feature = s + p.state_size(), *row = feature + p.D;
     const int64_t keys = t.keys(p, b);
-    read_state(t.state0, t.normalizer0, s);
-    if (!p.causal)
-      for (int64_t j = 0; j < keys; j++) key_features(j, feature), add_key(j, feature, s);
+    // Causal: the state before the first key. Otherwise: with all keys in it.
+    if (p.saved_states() > 0) read_saved(s);
     for (int64_t i = 0; i < p.L; i++) {
       if (p.causal && i < keys) key_features(i, feature), add_key(i, feature, s);
       query_gradient(i, s, feature, row);

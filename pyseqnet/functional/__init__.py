@@ -8,6 +8,11 @@ from pyseqnet.functional.attention import (
     scaled_dot_product_attention_reference,
 )
 from pyseqnet.functional.conv import conv1d, conv1d_reference, conv2d, conv2d_reference
+from pyseqnet.functional.linear_attention import (
+    linear_attention,
+    linear_attention_reference,
+    linear_attention_step,
+)
 from pyseqnet.functional.pool import max_pool1d, max_pool1d_reference, max_pool2d, max_pool2d_reference
 from pyseqnet.functional.recurrent import (
     gru,
@@ -37,6 +42,9 @@ __all__ = [
     "lstm_cell",
     "lstm_cell_reference",
     "lstm_reference",
+    "linear_attention",
+    "linear_attention_reference",
+    "linear_attention_step",
     "max_pool1d",
     "max_pool1d_reference",
     "max_pool2d",
