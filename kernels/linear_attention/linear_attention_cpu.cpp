@@ -471,7 +471,6 @@ void backward_item(const Problem& p, const Head& head, const Cut& cut, int step,
 template <class Item>
 PYSEQNET_INLINE void run_items(const Problem& p, const Tensors& t, const WorkSlice& slice, int64_t first,
                                int64_t last, bool backward, Item&& item) {
-  const FlushDenormals guard;
   const Cut cut(p);
   Carver carver(slice.scratch);
   const Scratch scratch(p, carver, backward);
