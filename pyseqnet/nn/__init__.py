@@ -1,6 +1,8 @@
 """Layers with torch.nn's constructors, parameters and results, computed by pyseqnet's kernels."""
 
+from pyseqnet.nn.attention import MultiheadAttention
 from pyseqnet.nn.conv import Conv1d, Conv2d
+from pyseqnet.nn.norm import LayerNorm
 from pyseqnet.nn.pool import MaxPool1d, MaxPool2d
 from pyseqnet.nn.recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 
@@ -15,4 +17,27 @@ __all__ = [
     "MaxPool1d",
     "MaxPool2d",
     "RNNCell",
+from pyseqnet.nn.position import LearnedPositions, SinusoidalPositions
+from pyseqnet.nn.transformer import (
+    Transformer,
+    TransformerDecoder,
+    TransformerDecoderLayer,
+    TransformerEncoder,
+    TransformerEncoderLayer,
+)
+
+__all__ = [
+    "Conv1d",
+    "Conv2d",
+    "LayerNorm",
+    "LearnedPositions",
+    "MaxPool1d",
+    "MaxPool2d",
+    "MultiheadAttention",
+    "SinusoidalPositions",
+    "Transformer",
+    "TransformerDecoder",
+    "TransformerDecoderLayer",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
 ]

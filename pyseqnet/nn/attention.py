@@ -1,0 +1,273 @@
+"""Multi-head attention: torch's layer, with softmax(Q K^T / sqrt(D)) V computed by our kernels.
+
+Vaswani et al.: Attention is all you need, 2017.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Bound at import: replacing torch.nn.MultiheadAttention by ours later cannot make the class its own base.
+from torch.nn import MultiheadAttention as _TorchMultiheadAttention
+from torch.nn.functional import linear
+from torch.nn.functional import pad as _torch_pad
+
+from pyseqnet import functional as F
+
+
+def agreed_masks(
+    padding: Tensor | None, mask: Tensor | None, padding_name: str, mask_name: str, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """Masks in torch.nn's sense (True = ignore) that can be merged: two bool ones, or two additive ones.
+
+    As torch: AssertionError for other dtypes; two different ones warn, and a bool one among them becomes additive.
+    """
+    for given, name in ((padding, padding_name), (mask, mask_name)):
+        if given is not None and given.dtype != torch.bool and not given.is_floating_point():
+            raise AssertionError(f"only bool and floating types of {name} are supported")
+    if padding is None or mask is None or padding.dtype == mask.dtype:
+        return padding, mask
+    warnings.warn(
+        f"Support for mismatched {padding_name} and {mask_name} is deprecated. Use same type for both instead.",
+        stacklevel=3,
+    )
+    return _additive(padding, dtype), _additive(mask, dtype)
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, -math.inf)
+
+
+def finite_padding(input: Tensor, padding: Tensor | None, batch_first: bool) -> Tensor:
+    """`input` with zeros where padded positions hold NaN or infinity, and only there.
+
+    No real output sees a padded position. A gradient does: that of a weight sums `0 * input` over the padding, which
+    is NaN for such values. So the pass over `input` is made only where gradients are recorded.
+    """
+    if padding is None or not torch.is_grad_enabled():
+        return input
+    ignored = padding if padding.dtype == torch.bool else padding == -math.inf
+    if ignored.dim() == 2 and not batch_first:
+        ignored = ignored.transpose(0, 1)
+    if ignored.shape != input.shape[:-1]:  # refused later, in torch's words
+        return input
+    return input.masked_fill(ignored.unsqueeze(-1) & ~input.isfinite(), 0.0)
+
+
+def _right_padded_lengths(padding: Tensor) -> Tensor | None:
+    """How many keys each row of `padding` (B, S) leaves, if they are its first ones: whole blocks are then skipped.
+
+    None where finding out would stop a GPU or a compiler.
+    """
+    if torch.compiler.is_compiling() or type(padding) is not Tensor or padding.device.type != "cpu":
+        return None
+    keys = padding.shape[1]
+    lengths = keys - padding.sum(1)
+    return lengths if torch.equal(padding, torch.arange(keys) >= lengths.unsqueeze(1)) else None
+
+
+def _merged(padding: Tensor | None, mask: Tensor | None, heads: int, extra_keys: int) -> Tensor | None:
+    """One mask for the attention function (True = take part), broadcast over what it does not depend on.
+
+    (B, 1, 1, S), (1, 1, L, S), (B, 1, L, S) or (B, H, L, S). `extra_keys` are appended, visible to all.
+    """
+    if mask is not None:
+        mask = mask[None, None] if mask.dim() == 2 else mask.unflatten(0, (-1, heads))
+    if padding is not None:
+        padding = padding[:, None, None, :]
+    if mask is None or padding is None:
+        merged = padding if mask is None else mask
+    else:
+        merged = mask | padding if mask.dtype == torch.bool else mask + padding
+    if merged is not None and extra_keys:
+        merged = _torch_pad(merged, (0, extra_keys))
+    return ~merged if merged is not None and merged.dtype == torch.bool else merged
+
+
+def _on_each(
+    function: Callable[[Tensor], Tensor], query: Tensor, key: Tensor, value: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What is one tensor stays one tensor, so that one matrix product projects it."""
+    new_query = function(query)
+    new_key = new_query if key is query else function(key)
+    return new_query, new_key, new_key if value is key else function(value)
+
+
+class MultiheadAttention(_TorchMultiheadAttention):
+    """Drop-in for `torch.nn.MultiheadAttention`: same constructor, parameters, ``state_dict``, errors and results.
+
+    ``query`` (L, B, E), ``key`` (S, B, kdim) and ``value`` (S, B, vdim), with ``batch_first`` (B, L, E) and so on,
+    unbatched (L, E) and so on. Returns the output, shaped as ``query``, and the weights: (B, L, S), the mean over the
+    heads, or (B, H, L, S) with ``average_attn_weights=False``, or None with ``need_weights=False``.
+
+    Bool masks are torch.nn's here: **True = ignore**. (In `pyseqnet.functional` True = take part.) They are handed on
+    as bool and broadcast; on the CPU a ``key_padding_mask`` that only cuts the ends off becomes lengths, and what lies
+    beyond is skipped.
+
+    ``need_weights=True``, torch's default, costs the whole L x S matrix; pass False where the weights are not read.
+
+    Where it differs from torch:
+
+    * A query that may see no key gives the output projection's bias (attention 0, weights 0), not NaN.
+    * Padded keys never reach an output or a gradient, even if they hold NaN or infinity.
+    * There is no inference-only path with other rounding, and nested tensors are refused.
+
+    >>> attention = MultiheadAttention(8, 2, batch_first=True)
+    >>> x = torch.zeros(3, 5, 8)
+    >>> output, weights = attention(x, x, x)
+    >>> output.shape, weights.shape
+    (torch.Size([3, 5, 8]), torch.Size([3, 5, 5]))
+
+    >>> ends = torch.arange(5) >= torch.tensor([[5], [2], [4]])  # True: padding
+    >>> output, _ = attention(x, x, x, key_padding_mask=ends, need_weights=False)
+    """
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        padding, mask = agreed_masks(key_padding_mask, attn_mask, "key_padding_mask", "attn_mask", query.dtype)
+        # As torch: the hint replaces the mask only where nothing else needs it.
+        mask_is_hinted = is_causal and not need_weights
+        reason = self._refusal(query, key, value, padding, mask, is_causal, mask_is_hinted and padding is None)
+        if reason is not None:
+            _TorchMultiheadAttention.forward(
+                self, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            )
+            raise ValueError(f"pyseqnet MultiheadAttention: {reason}")
+
+        batched = query.dim() == 3
+        batch_first = self.batch_first or not batched
+        if not batched:
+            query, key, value = _on_each(lambda t: t.unsqueeze(0), query, key, value)
+            padding = padding.unsqueeze(0) if padding is not None else None
+        if padding is not None:
+            pads = padding
+            query_too = query is key
+            key_value = _on_each(lambda t: finite_padding(t, pads, batch_first), key, key, value)[1:]
+            query, key, value = (key_value[0] if query_too else query, *key_value)
+
+        q, k, v = self._projections(query, key, value)
+        if not batch_first:
+            q, k, v = (t.transpose(0, 1) for t in (q, k, v))
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, L or S, D), views
+        k, v, extra_keys = self._with_extra_keys(k, v)
+
+        lengths = None
+        if padding is not None and padding.dtype == torch.bool and not extra_keys:
+            lengths = _right_padded_lengths(padding)
+            padding = padding if lengths is None else None
+        causal = mask_is_hinted and padding is None
+        result: Any = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            _merged(padding, None if causal else mask, self.num_heads, extra_keys),
+            self.dropout if self.training else 0.0,
+            causal,
+            key_lengths=lengths,
+            return_weights=need_weights,
+        )
+        output, weights = result if need_weights else (result, None)
+
+        output = (output.transpose(1, 2) if batch_first else output.permute(2, 0, 1, 3)).flatten(2)
+        output = linear(output, self.out_proj.weight, self.out_proj.bias)
+        if weights is not None and average_attn_weights:
+            weights = weights.mean(1)
+        if not batched:
+            output = output.squeeze(0)
+            weights = weights.squeeze(0) if weights is not None else None
+        return output, weights
+
+    def _refusal(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        padding: Tensor | None,
+        mask: Tensor | None,
+        is_causal: bool,
+        mask_is_unused: bool,
+    ) -> str | None:
+        """Why the arguments do not fit together; torch, given the same, finds the words."""
+        if query.is_nested or key.is_nested or value.is_nested:
+            raise AssertionError(
+                "pyseqnet MultiheadAttention does not support NestedTensor: pass padded tensors and a key_padding_mask"
+            )
+        dims = query.dim()
+        if dims not in (2, 3) or key.dim() != dims or value.dim() != dims:
+            return f"query, key and value must all be 2-D or all 3-D; got {dims}-D, {key.dim()}-D and {value.dim()}-D"
+        if is_causal and mask is None:
+            return "is_causal is a hint about attn_mask, which is missing"
+        sequence, batch = (1, 0) if self.batch_first else (0, 1)
+        batches = (1, 1, 1) if dims == 2 else (query.shape[batch], key.shape[batch], value.shape[batch])
+        lengths = [t.shape[sequence if dims == 3 else 0] for t in (query, key, value)]
+        features = (query.shape[-1], key.shape[-1], value.shape[-1])
+        wanted = (self.embed_dim, self.kdim, self.vdim)
+        if features != wanted:
+            return f"query, key and value must have {wanted} features; got {features}"
+        if batches[1] != batches[0] or batches[2] != batches[0]:
+            return f"query, key and value must have the same batch size; got {batches}"
+        if lengths[1] != lengths[2]:
+            return f"key and value must be equally long; got {lengths[1]} and {lengths[2]}"
+        if padding is not None:
+            shape = (lengths[1],) if dims == 2 else (batches[0], lengths[1])
+            if tuple(padding.shape) != shape:
+                return f"key_padding_mask must have shape {shape}; got {tuple(padding.shape)}"
+        if mask is not None:
+            if mask.dim() not in (2, 3):
+                return f"attn_mask must be 2-D or 3-D; got {mask.dim()}-D"
+            heads = () if mask.dim() == 2 else (batches[0] * self.num_heads,)
+            shape = (*heads, lengths[0], lengths[1])
+            if tuple(mask.shape) != shape and (not mask_is_unused or (dims == 2 and heads)):
+                return f"attn_mask must have shape {shape}; got {tuple(mask.shape)}"
+        return None
+
+    def _projections(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """query, key and value through their weights, each (.., .., H, D)."""
+        size, heads, bias = self.embed_dim, (self.num_heads, self.head_dim), self.in_proj_bias
+        if self._qkv_same_embed_dim and key is value:
+            if query is key:
+                q, k, v = linear(query, self.in_proj_weight, bias).unflatten(-1, (3, *heads)).unbind(-3)
+                return q, k, v
+            weight_q, weight_kv = self.in_proj_weight.split([size, 2 * size])
+            bias_q, bias_kv = bias.split([size, 2 * size]) if bias is not None else (None, None)
+            k, v = linear(key, weight_kv, bias_kv).unflatten(-1, (2, *heads)).unbind(-3)
+            return linear(query, weight_q, bias_q).unflatten(-1, heads), k, v
+        weights = (
+            self.in_proj_weight.chunk(3)
+            if self._qkv_same_embed_dim
+            else (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        )
+        biases = bias.chunk(3) if bias is not None else (None, None, None)
+        q, k, v = (linear(*of).unflatten(-1, heads) for of in zip((query, key, value), weights, biases, strict=True))
+        return q, k, v
+
+    def _with_extra_keys(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
+        """Appends the learned key and value of `add_bias_kv` and the zeros of `add_zero_attn`; says how many."""
+        keys, values = [k], [v]
+        shape = (k.shape[0], self.num_heads, 1, self.head_dim)
+        if self.bias_k is not None and self.bias_v is not None:
+            for parts, row in ((keys, self.bias_k), (values, self.bias_v)):  # (1, 1, E)
+                parts.append(row.to(k.dtype).view(1, self.num_heads, 1, self.head_dim).expand(shape))
+        if self.add_zero_attn:
+            keys.append(k.new_zeros(shape))
+            values.append(v.new_zeros(shape))
+        if len(keys) == 1:
+            return k, v, 0
+        return torch.cat(keys, 2), torch.cat(values, 2), len(keys) - 1
