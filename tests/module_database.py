@@ -26,7 +26,13 @@ torch.set_num_threads(1)
 torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # the database freezes these flags
 
 PLANTED_FAULT = 1.001
-NAMES = ("Conv1d", "Conv2d", "MaxPool1d", "MaxPool2d")
+MOST_PARAMETERS = 6  # of a layer whose Jacobian is computed entry by entry
+MOST_GRADCHECKS = {1: 12, 2: 6}  # of an entry's inputs, by order: the Transformer has 64
+MOST_BUILDS = 16  # for pickles and the constructor's arguments
+NAMES = (
+    "Conv1d", "Conv2d", "LayerNorm", "MaxPool1d", "MaxPool2d", "MultiheadAttention", "Transformer",
+    "TransformerDecoderLayer", "TransformerEncoder", "TransformerEncoderLayer",
+)  # fmt: skip
 TWINS = {getattr(pyseqnet.nn, name): getattr(torch.nn, name) for name in NAMES}
 for _name in NAMES:
     setattr(torch.nn, _name, getattr(pyseqnet.nn, _name))
@@ -54,8 +60,8 @@ def plant(fault: float) -> None:
     for cls in TWINS:
         honest = cls.forward
 
-        def forward(self, input: Tensor, _honest: Callable = honest):
-            y = _honest(self, input)
+        def forward(self, *arguments, _honest: Callable = honest, **options):
+            y = _honest(self, *arguments, **options)
             return (Faulty.apply(y[0], fault), y[1]) if isinstance(y, tuple) else Faulty.apply(y, fault)
 
         cls.forward = forward
@@ -77,12 +83,34 @@ def inputs_of(info, device: str, dtype: torch.dtype, requires_grad: bool = False
             yield module_input
 
 
+def some(module_inputs: Iterator, most: int) -> list:
+    """About `most`, in odd steps: torch's lists are products of pairs, so every option is still met."""
+    found = list(module_inputs)
+    step = -(-len(found) // most)
+    return found[:: step + (step + 1) % 2]
+
+
+def assert_close(info, found: Tensor, expected: Tensor, tolerance: float | None = None) -> None:
+    """Values; of Transformers in short dtypes only that they are there: with the database's four features another order
+    of rounding turns a ReLU on or off, and everything behind it differs. tests/nn/ compares those."""
+    is_stack = "Transformer" in info.name
+    if is_stack and found.dtype in (torch.bfloat16, torch.float16):
+        assert found.shape == expected.shape
+        assert found.dtype == expected.dtype
+        assert found.isfinite().all()
+        return
+    scale = max(1.0, expected.abs().max().item()) if is_stack and tolerance is not None else 1.0
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance and tolerance * scale)
+
+
 def first(result: Tensor | tuple) -> Tensor:
     return result[0] if isinstance(result, tuple) else result
 
 
-def call(module: torch.nn.Module, module_input):
-    return module(*module_input.forward_input.args, **module_input.forward_input.kwargs)
+def call(module: torch.nn.Module, module_input, tensors: list[Tensor] | None = None):
+    """The entry's call, with `tensors` in the places of its positional arguments."""
+    arguments = module_input.forward_input
+    return module(*(arguments.args if tensors is None else tensors), **arguments.kwargs)
 
 
 def check_forward(info, device: str, dtype: torch.dtype) -> None:
@@ -95,22 +123,22 @@ def check_forward(info, device: str, dtype: torch.dtype) -> None:
             expected = module_input.reference_fn(module, *arguments.args, **arguments.kwargs)
             torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
         twin = build(info, module_input, device, dtype, TWINS[info.module_cls])
-        torch.testing.assert_close(result, call(twin, module_input))
+        assert_close(info, first(result), first(call(twin, module_input)))
 
 
 def check_gradients(info, device: str, dtype: torch.dtype) -> None:
     """Of inputs and parameters, beside torch's twin."""
     for module_input in inputs_of(info, device, dtype, requires_grad=True):
-        (x,) = module_input.forward_input.args
+        tensors = module_input.forward_input.args
         results = []
         for cls in (info.module_cls, TWINS[info.module_cls]):
             module = build(info, module_input, device, dtype, cls)
             y = first(call(module, module_input))
             gy = torch.linspace(-1, 1, y.numel(), device=device).view(y.shape).to(dtype)
-            results.append(torch.autograd.grad(y, [x, *module.parameters()], gy))
+            results.append(torch.autograd.grad(y, [*tensors, *module.parameters()], gy))
         tolerance = {torch.bfloat16: 4e-2, torch.float16: 1e-2}.get(dtype, 1e-4)
         for a, b in zip(*results, strict=True):
-            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+            assert_close(info, a, b, tolerance)
 
 
 def check_gradcheck(info, device: str, dtype: torch.dtype, order: int = 1) -> None:
@@ -118,16 +146,19 @@ def check_gradcheck(info, device: str, dtype: torch.dtype, order: int = 1) -> No
         return
     check = torch.autograd.gradcheck if order == 1 else torch.autograd.gradgradcheck
     tolerance = {"rtol": 1e-4} if order == 1 else {}  # a planted fault is smaller than the usual tolerance
-    for module_input in inputs_of(info, device, dtype, requires_grad=True):
+    for module_input in some(inputs_of(info, device, dtype, requires_grad=True), MOST_GRADCHECKS[order]):
         module = build(info, module_input, device, dtype)
-        (x,) = module_input.forward_input.args
-        parameters = list(module.parameters())
+        tensors = module_input.forward_input.args
         names = [name for name, _ in module.named_parameters()]
 
-        def function(x: Tensor, *values: Tensor, module=module, names=names) -> Tensor:
-            return first(torch.func.functional_call(module, dict(zip(names, values, strict=True)), (x,)))
+        def function(*values: Tensor, module=module, names=names, module_input=module_input) -> Tensor:
+            count = len(values) - len(names)
+            parameters = dict(zip(names, values[count:], strict=True))
+            options = module_input.forward_input.kwargs
+            return first(torch.func.functional_call(module, parameters, values[:count], options))
 
-        assert check(function, (x, *parameters), nondet_tol=0.0, **tolerance)
+        fast = len(names) > MOST_PARAMETERS  # a random projection of the Jacobian instead of each of its entries
+        assert check(function, (*tensors, *module.parameters()), nondet_tol=0.0, fast_mode=fast, **tolerance)
 
 
 def check_gradgradcheck(info, device: str, dtype: torch.dtype) -> None:
@@ -135,7 +166,7 @@ def check_gradgradcheck(info, device: str, dtype: torch.dtype) -> None:
 
 
 def check_pickle(info, device: str, dtype: torch.dtype) -> None:
-    for module_input in inputs_of(info, device, dtype):
+    for module_input in some(inputs_of(info, device, dtype), MOST_BUILDS):
         module = build(info, module_input, device, dtype)
         expected = call(module, module_input)
         for other in (pickle.loads(pickle.dumps(module)), copy.deepcopy(module)):
@@ -146,10 +177,10 @@ def check_non_contiguous(info, device: str, dtype: torch.dtype) -> None:
     """Inputs, parameters and arriving gradients with strides, as torch's test makes them."""
     for module_input in inputs_of(info, device, dtype, requires_grad=True):
         module = build(info, module_input, device, dtype)
-        (x,) = module_input.forward_input.args
+        tensors = module_input.forward_input.args
         y = first(call(module, module_input))
         gy = torch.randn_like(y)
-        expected = [y.detach(), *torch.autograd.grad(y, [x, *module.parameters()], gy)]
+        expected = [y.detach(), *torch.autograd.grad(y, [*tensors, *module.parameters()], gy)]
 
         def spread(t: Tensor) -> Tensor:
             return torch.repeat_interleave(t.detach(), 2, dim=-1)[..., ::2].detach()
@@ -157,21 +188,21 @@ def check_non_contiguous(info, device: str, dtype: torch.dtype) -> None:
         with torch.no_grad():
             for parameter in module.parameters():
                 parameter.data = spread(parameter.data)
-        strided = spread(x).requires_grad_()
-        y = first(module(strided))
-        found = [y.detach(), *torch.autograd.grad(y, [strided, *module.parameters()], spread(gy))]
+        strided = [spread(x).requires_grad_() for x in tensors]
+        y = first(call(module, module_input, strided))
+        found = [y.detach(), *torch.autograd.grad(y, [*strided, *module.parameters()], spread(gy))]
         tolerance = {torch.bfloat16: 2e-2, torch.float16: 2e-3}.get(dtype, 1e-5)
         for a, b in zip(found, expected, strict=True):
-            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+            assert_close(info, a, b, tolerance)
 
 
 def check_memory_format(info, device: str, dtype: torch.dtype) -> None:
     """Every pairing of contiguous and channels-last input and module gives the same values, in torch's format."""
     formats = (torch.contiguous_format, torch.channels_last)
     for module_input in inputs_of(info, device, dtype):
-        (x,) = module_input.forward_input.args
-        if x.dim() != 4:
-            continue
+        x = module_input.forward_input.args[0]
+        if x.dim() != 4 or isinstance(build(info, module_input, device, dtype), torch.nn.LayerNorm):
+            continue  # torch's LayerNorm has no channels-last form
         expected = first(call(build(info, module_input, device, dtype), module_input))
         for input_format in formats:
             for module_format in formats:
@@ -196,9 +227,9 @@ def check_error_inputs(info, device: str, dtype: torch.dtype) -> None:
 
 def check_factory_arguments(info, device: str, dtype: torch.dtype) -> None:
     """dtype= and device= of the constructor."""
-    for module_input in inputs_of(info, device, dtype):
-        if not list(build(info, module_input, device, dtype).parameters()):
-            return
+    for module_input in some(inputs_of(info, device, dtype), MOST_BUILDS):
+        if not list(build(info, module_input, device, dtype).parameters()) or info.name == "nn.TransformerEncoder":
+            return  # a stack of given layers takes neither
         arguments = module_input.constructor_input
         module = info.module_cls(*arguments.args, **{**arguments.kwargs, "dtype": dtype, "device": device})
         assert all(p.dtype == dtype and p.device.type == device for p in module.parameters())
