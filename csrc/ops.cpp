@@ -54,7 +54,8 @@ STABLE_TORCH_LIBRARY(pyseqnet, m) {
   // empty, shape (0), the weights' gradients as an empty list. Gradients that are None are zeros.
   m.def(
       "recurrent_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor input, Tensor "
-      "output, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor gates, Tensor cells, Tensor? lengths, Tensor? "
+      "output, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor gates, Tensor cells, Tensor? lengths, "
+      "Tensor? "
       "batch_sizes, str cell, int directions, bool has_biases, bool batch_first, bool need_input, bool "
       "need_h0, bool need_c0, bool need_weights) -> (Tensor, Tensor, Tensor, Tensor[])");
   m.def(

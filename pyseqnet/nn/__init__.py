@@ -4,20 +4,8 @@ from pyseqnet.nn.attention import MultiheadAttention
 from pyseqnet.nn.conv import Conv1d, Conv2d
 from pyseqnet.nn.norm import LayerNorm
 from pyseqnet.nn.pool import MaxPool1d, MaxPool2d
-from pyseqnet.nn.recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
-
-__all__ = [
-    "GRU",
-    "LSTM",
-    "RNN",
-    "Conv1d",
-    "Conv2d",
-    "GRUCell",
-    "LSTMCell",
-    "MaxPool1d",
-    "MaxPool2d",
-    "RNNCell",
 from pyseqnet.nn.position import LearnedPositions, SinusoidalPositions
+from pyseqnet.nn.recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from pyseqnet.nn.transformer import (
     Transformer,
     TransformerDecoder,
@@ -27,13 +15,19 @@ from pyseqnet.nn.transformer import (
 )
 
 __all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
     "Conv1d",
     "Conv2d",
+    "GRUCell",
+    "LSTMCell",
     "LayerNorm",
     "LearnedPositions",
     "MaxPool1d",
     "MaxPool2d",
     "MultiheadAttention",
+    "RNNCell",
     "SinusoidalPositions",
     "Transformer",
     "TransformerDecoder",
