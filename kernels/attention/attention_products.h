@@ -146,13 +146,5 @@ PYSEQNET_INLINE bool all_finite(const float* row, int64_t padded) {
   return any == 0;
 }
 
-// Calls f(T{}) with the storage type of a problem that is not f64.
-template <class F>
-PYSEQNET_INLINE void with_element(DType dtype, F&& f) {
-  if (dtype == DType::bf16) return f(bfloat16{});
-  if (dtype == DType::f16) return f(float16{});
-  f(float{});
-}
-
 }  // namespace PYSEQNET_ISA
 }  // namespace pyseqnet
