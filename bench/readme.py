@@ -1,13 +1,24 @@
-"""Writes the README's measured numbers from `bench/results/*.json`: no number there is typed by hand."""
+"""Writes the measured numbers from `bench/results/*.json`: no number is typed by hand.
+
+The README gets a chart and a line a family; every row goes to `bench/results/README.md`.
+"""
 
 from __future__ import annotations
 
+import os
 import pathlib
+import statistics
 
 from bench.compare import load
 from bench.machine import RESULTS, ROOT
 from bench.plot import chart
 
+ABOUT = [
+    "Times of ours, and how many times as long the others take in the same interleaved run. The user's choice is what",
+    "somebody would try next, such as channels-last tensors. The ceiling is the time that the measured peaks of the",
+    "machine allow, with operations counted as for direct convolution (Winograd's can pass 100 %). The error is the",
+    "largest, relative to the largest value, against float64; a row whose error is out of bounds counts as wrong.",
+]
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 
@@ -35,44 +46,65 @@ def table(results: dict) -> list[str]:
     return lines
 
 
-def section(path: pathlib.Path) -> list[str]:
-    results = load(path)
+def summary(results: dict) -> list[str]:
+    """A line for each family and dtype: how the rows with gradients compare with torch eager."""
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for row in results["rows"]:
+        if row["mode"] == "fwdbwd" and "eager" in row["speedup"]:
+            groups.setdefault((row["family"], row["dtype"]), []).append(row)
+    lines = [
+        "| family | dtype | rows | median | slowest | fastest | torch is faster in | wrong |",
+        "|---|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for (family, dtype), rows in sorted(groups.items()):
+        ratios = [row["speedup"]["eager"] for row in rows]
+        slower = sum(row["verdict"] == "SLOWER" for row in rows)
+        wrong = sum(bool(row["fault"]) for row in rows)
+        lines.append(
+            f"| {family} | {dtype} | {len(rows)} | {statistics.median(ratios):.1f}x | {min(ratios):.2f}x "
+            f"| {max(ratios):.1f}x | {slower} | {wrong} |"
+        )
+    return lines
+
+
+def heading(results: dict) -> list[str]:
     meta = results["meta"]
     where = str(meta["device"])
     if meta["device_type"] == "cpu":
         where += f" ({meta['isa']}), {meta['threads']} thread{'s' if meta['threads'] != 1 else ''}"
     modified = " with local changes" if meta["modified"] else ""
-    lines = [
+    return [
         f"### {where}",
         "",
         f"torch {meta['torch']}, commit {meta['commit']}{modified}, {meta['date']}; "
         f"measured ceilings: {meta['fp32_gflops']:.0f} GFLOP/s fp32, {meta['copy_gbps']:.0f} GB/s copy.",
         "",
     ]
-    picture = chart(path)
-    if picture:
-        lines += [f"![Speed-up over torch eager]({picture.relative_to(ROOT).as_posix()})", ""]
-    lines += [
-        "<details><summary>All rows: one training step of the operation (forward and gradients)</summary>",
-        "",
-    ]
-    lines += [*table(results), "", "</details>", ""]
-    return lines
+
+
+def picture(path: pathlib.Path, folder: pathlib.Path) -> list[str]:
+    found = chart(path)
+    return [f"![Speed-up over torch eager]({os.path.relpath(found, folder)})", ""] if found else []
 
 
 def readme() -> int:
-    path = ROOT / "README.md"
-    text = path.read_text()
+    path, all_rows = ROOT / "README.md", RESULTS / "README.md"
     files = sorted(RESULTS.glob("*.json"))
-    lines = [BEGIN, ""]
+    short = [BEGIN, ""]
+    full = ["# All benchmark rows: one training step of the operation (forward and gradients)", "", *ABOUT, ""]
     for file in files:
-        lines += section(file)
-    if not files:
-        lines += ["No results yet: `python -m bench run --json` writes them.", ""]
-    before, _, rest = text.partition(BEGIN)
+        results = load(file)
+        short += [*heading(results), *picture(file, ROOT), *summary(results), ""]
+        full += [*heading(results), *picture(file, RESULTS), *table(results), ""]
+    if files:
+        short += [f"Every row: [{all_rows.relative_to(ROOT)}]({all_rows.relative_to(ROOT)}).", ""]
+        all_rows.write_text("\n".join(full))
+    else:
+        short += ["No results yet: `python -m bench run --json` writes them.", ""]
+    before, _, rest = path.read_text().partition(BEGIN)
     _, found, after = rest.partition(END)
     if not found:
         raise SystemExit(f"{path.name} lacks the lines {BEGIN} and {END}")
-    path.write_text(before + "\n".join(lines) + END + after)
-    print(f"written: {path.name}, {len(files)} result files")
+    path.write_text(before + "\n".join(short) + END + after)
+    print(f"written: {path.name} and {all_rows.relative_to(ROOT)}, {len(files)} result files")
     return 0
