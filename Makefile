@@ -2,6 +2,8 @@
 # make test      lint, C++ tests, Python tests
 # make lint      ruff, mypy, clang-format
 # make sanitize  C++ tests and a Python smoke run with the address and undefined-behaviour sanitizers
+# make kernels   every CUDA kernel for every architecture: registers, spills, instructions (build/kernels.md)
+# make gpu       on a machine with an NVIDIA GPU: build, conformance, tests, compute-sanitizer, benchmarks
 # make bench     a quick benchmark; BENCH="--family pool --json" for another
 # make build     the environment and the extension alone
 # make clean     removes what was built, not the environment
@@ -24,7 +26,7 @@ export MAX_JOBS
 export PIP_CONSTRAINT := $(abspath $(VENV))/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint test-cpp test-python sanitize bench build clean
+.PHONY: demo test lint test-cpp test-python sanitize kernels gpu bench build clean
 
 demo: $(BUILT)
 	OMP_WAIT_POLICY=passive $(PY) -m pyseqnet.demo --out demo_report
@@ -51,6 +53,14 @@ sanitize: $(BUILT)
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	  PYTHONPATH=build/sanitize $(PY) tests/sanitize_smoke.py
+
+kernels: $(BUILT)
+	$(PY) tests/kernel_report.py
+
+# With the python3 of PATH and its torch for CUDA; downloads nothing.
+GPU_LOGS ?= build/gpu
+gpu:
+	bash tests/on_device.sh $(GPU_LOGS)
 
 bench: $(BUILT)
 	$(PY) -m bench run $(BENCH)

@@ -79,8 +79,18 @@ sanitizer() {
     return $status
 }
 
-export -f build compile conformance sanitizer
-export arch
+# Into bench/results/ and the tables made of it, with a copy beside the logs.
+bench() {
+    python3 -m bench run --device cuda --no-compile --json "$out/cuda.json"
+    local status=$? device
+    device=$(python3 -c 'import json, sys; from bench import machine
+print(machine.results_file(json.load(open(sys.argv[1]))["meta"]))' "$out/cuda.json") &&
+        cp "$out/cuda.json" "$device" && python3 -m bench readme
+    return $status
+}
+
+export -f build compile conformance sanitizer bench
+export arch out
 for name in $steps; do
     case $name in
         build) step build 400 build ;;
@@ -88,7 +98,7 @@ for name in $steps; do
         pytest) step pytest 500 python3 -m pytest -q --maxfail=30 -p no:cacheprovider --durations=10 \
             --ignore tests/test_cuda_on_cpu.py -k cuda tests ;;
         sanitizer) step sanitizer 400 sanitizer ;;
-        bench) step bench 500 python3 -m bench run --device cuda --no-compile --json "$out/cuda.json" ;;
+        bench) step bench 500 bench ;;
         *) echo "unknown step: $name"; failed=$((failed + 1)) ;;
     esac
 done
