@@ -43,20 +43,25 @@ PYSEQNET_DEVICE void softmax_tile(ScoreRegisters<T>& score, SoftmaxState<accumul
     Acc largest = score[i][0];
 #pragma unroll
     for (int j = 1; j < Tile::thread_columns; j++) largest = larger(largest, score[i][j]);
-    largest = reduce_lanes<lanes_across>(largest, larger);
+    largest = reduce_lanes<Lanes::row>(largest, larger);
     const Acc factor = softmax_step(state[i], largest), origin = softmax_origin(state[i].largest);
-    const uint64_t row_key = a.dropout ? memory.row_key[at.row(i)] : 0;
 #pragma unroll
     for (int j = 0; j < Tile::thread_columns; j++) {
-      const Acc probability = exp2_of(score[i][j] - origin);
-      state[i].sum += probability;
-      const bool keep = !a.dropout || dropout_keeps(row_key, key0 + at.column(j), a.threshold);
-      score[i][j] = keep ? probability : Acc(0);
+      score[i][j] = exp2_of(score[i][j] - origin);
+      state[i].sum += score[i][j];
     }
 #pragma unroll
     for (int g = 0; g < groups; g++)
 #pragma unroll
       for (int c = 0; c < Tile::thread_channels; c++) sum[g][i][c] *= factor;
+  }
+  if (!a.dropout) return;
+#pragma unroll
+  for (int i = 0; i < Tile::thread_rows; i++) {
+    const uint64_t row_key = memory.row_key[at.row(i)];
+#pragma unroll
+    for (int j = 0; j < Tile::thread_columns; j++)
+      if (!dropout_keeps(row_key, key0 + at.column(j), a.threshold)) score[i][j] = 0;
   }
 }
 
@@ -71,7 +76,7 @@ PYSEQNET_DEVICE void store_forward(const ChannelRegisters<T> (&sum)[groups],
   using Acc = accumulator_t<T>;
 #pragma unroll
   for (int i = 0; i < Tile::thread_rows; i++) {
-    state[i].sum = reduce_lanes<lanes_across>(state[i].sum, [](Acc x, Acc y) { return x + y; });
+    state[i].sum = reduce_lanes<Lanes::row>(state[i].sum, [](Acc x, Acc y) { return x + y; });
     const int64_t query = query0 + at.row(i), line = block.head * a.L + query;
     if (query >= a.L) continue;
     const Acc inverse = softmax_inverse(state[i]) * a.keep_scale;
@@ -102,7 +107,7 @@ PYSEQNET_DEVICE void store_forward(const ChannelRegisters<T> (&sum)[groups],
 
 // groups x 64 channels of values a block.
 template <class T, int groups>
-__global__ void __launch_bounds__(attention_threads)
+__global__ void __launch_bounds__(attention_threads, 2)
     attention_forward_tiles(const AttentionInputs<T> a, const AttentionGrid g, const Operand<T> out,
                             const ForwardResults<accumulator_t<T>> results) {
   using Tile = AttentionTile<T>;
@@ -176,7 +181,7 @@ __global__ void __launch_bounds__(attention_threads)
 
 // A block is a tile of queries and, as its column tile, a tile of keys.
 template <class T>
-__global__ void __launch_bounds__(attention_threads)
+__global__ void __launch_bounds__(attention_threads, 4)
     attention_weights_tiles(const AttentionInputs<T> a, const AttentionGrid g, T* __restrict__ weights) {
   using Tile = AttentionTile<T>;
   using Acc = accumulator_t<T>;
@@ -239,7 +244,7 @@ __global__ void __launch_bounds__(attention_threads)
         const Acc weight = load(t.weights + row * a.S + j);
         if (weight != 0) sum += weight * load(a.gweights + row * a.S + j);
       }
-    sum = reduce_lanes<32>(sum, [](Acc x, Acc y) { return x + y; });
+    sum = reduce_lanes<Lanes::all>(sum, [](Acc x, Acc y) { return x + y; });
     if (alive && t.glse) sum -= t.glse[row];
     if (lane == 0) t.delta[row] = sum;
   }
@@ -274,7 +279,7 @@ int forward(const AttentionProblem& p, const AttentionTensors& t, void* workspac
     using T = typename decltype(tag)::type;
     using Acc = accumulator_t<T>;
     const AttentionInputs<T> a = inputs_of<T>(p, t);
-    const Operand<T> out = operand_of<T>(t.out, p.out_strides);
+    const Operand<T> out = operand_of<T>(t.out, p.out_strides, p.E);
     ForwardResults<Acc> results = {static_cast<Acc*>(t.lse), {}, {}};
     results.sums = {static_cast<Acc*>(workspace), lines_of(p), p.E};
     if (g.parts > 1)
@@ -314,7 +319,7 @@ int delta(const AttentionProblem& p, const AttentionTensors& t, void*, void* str
     using T = typename decltype(tag)::type;
     using Acc = accumulator_t<T>;
     DeltaTensors<T> tensors = {};
-    tensors.out = operand_of<T>(static_cast<const void*>(t.out), p.out_strides);
+    tensors.out = operand_of<T>(static_cast<const void*>(t.out), p.out_strides, p.E);
     tensors.weights = static_cast<const T*>(t.weights);
     tensors.glse = p.with_glse ? static_cast<const Acc*>(t.glse) : nullptr;
     tensors.delta = static_cast<Acc*>(t.delta);

@@ -37,6 +37,8 @@ constexpr int64_t max_attention_blocks = 2147483647;  // of CUDA, along x
 // Fewer blocks than this leave an H200 (132 multiprocessors, three blocks each) half empty: their work is
 // split. A constant, not a question to the device: the same problem gives the same bits everywhere.
 constexpr int64_t enough_blocks = 198, wanted_blocks = 396;
+// A part of fewer steps would spend its time on leaving and joining what it found.
+constexpr int64_t least_part_steps = 3;
 
 inline int64_t ceil_divide(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 
@@ -47,8 +49,11 @@ inline AttentionGrid attention_grid(int64_t heads, int64_t tiles, int64_t column
   g.column_tiles = unsigned(std::min(column_tiles, max_attention_blocks));
   const int64_t blocks = heads * tiles * column_tiles;
   int64_t parts = 1;
-  if (blocks > 0 && blocks < enough_blocks) parts = std::min(ceil_divide(wanted_blocks, blocks), steps);
-  g.part_steps = ceil_divide(steps, std::max<int64_t>(parts, 1));
+  if (blocks > 0 && blocks < enough_blocks) {
+    parts = std::min(ceil_divide(wanted_blocks, blocks), ceil_divide(steps, least_part_steps));
+    parts = std::max<int64_t>(parts, 1);
+  }
+  g.part_steps = ceil_divide(steps, parts);
   g.parts = unsigned(g.part_steps > 0 ? ceil_divide(steps, g.part_steps) : 1);
   return g;
 }
@@ -108,15 +113,15 @@ inline int64_t tiles_of(const AttentionProblem& p, int64_t positions) {
 inline int64_t accumulator_bytes(const AttentionProblem& p) { return p.dtype == DType::f64 ? 8 : 4; }
 
 template <class T>
-Operand<T> operand_of(void* data, const AttentionStrides& s) {
+Operand<T> operand_of(void* data, const AttentionStrides& s, int64_t channels) {
   constexpr int64_t n = AttentionTile<T>::vector;
   const bool vectors = reinterpret_cast<uintptr_t>(data) % (n * sizeof(T)) == 0 && s.b % n == 0 &&
-                       s.h % n == 0 && s.n % n == 0;
+                       s.h % n == 0 && s.n % n == 0 && channels % n == 0;
   return {static_cast<T*>(data), s, vectors};
 }
 template <class T>
-Operand<const T> operand_of(const void* data, const AttentionStrides& s) {
-  const Operand<T> o = operand_of<T>(const_cast<void*>(data), s);
+Operand<const T> operand_of(const void* data, const AttentionStrides& s, int64_t channels) {
+  const Operand<T> o = operand_of<T>(const_cast<void*>(data), s, channels);
   return {o.data, o.strides, o.vectors};
 }
 
@@ -125,8 +130,8 @@ AttentionInputs<T> inputs_of(const AttentionProblem& p, const AttentionTensors& 
   using Acc = accumulator_t<T>;
   AttentionInputs<T> a = {};
   a.B = p.B, a.H = p.H, a.Hk = p.Hk, a.L = p.L, a.S = p.S, a.D = p.D, a.E = p.E, a.group = p.group();
-  a.q = operand_of<T>(t.q, p.q_strides), a.k = operand_of<T>(t.k, p.k_strides);
-  a.v = operand_of<T>(t.v, p.v_strides), a.gout = operand_of<T>(t.gout, p.gout_strides);
+  a.q = operand_of<T>(t.q, p.q_strides, p.D), a.k = operand_of<T>(t.k, p.k_strides, p.D);
+  a.v = operand_of<T>(t.v, p.v_strides, p.E), a.gout = operand_of<T>(t.gout, p.gout_strides, p.E);
   a.lse = static_cast<const Acc*>(t.lse), a.delta = static_cast<const Acc*>(t.delta);
   a.gweights = p.with_gweights ? static_cast<const T*>(t.gweights) : nullptr;
   a.scale = Acc(p.scale), a.scale_log2 = Acc(p.scale * log2_e);

@@ -67,8 +67,8 @@ PYSEQNET_DEVICE accumulator_t<T> mask_value(const AttentionInputs<T>& a, int64_t
   using Acc = accumulator_t<T>;
   if (a.mask_kind == AttentionMask::boolean)
     return static_cast<const uint8_t*>(a.mask)[at] ? Acc(0) : -Acc(INFINITY);
-  return a.mask_is_float ? Acc(static_cast<const float*>(a.mask)[at])
-                         : load(static_cast<const T*>(a.mask) + at);
+  if (sizeof(T) != sizeof(float) && a.mask_is_float) return Acc(static_cast<const float*>(a.mask)[at]);
+  return load(static_cast<const T*>(a.mask) + at);
 }
 template <class T>
 PYSEQNET_DEVICE int64_t mask_offset(const AttentionInputs<T>& a, const AttentionHead& head, int64_t query,
@@ -85,7 +85,7 @@ PYSEQNET_DEVICE uint32_t visible_pairs(const AttentionInputs<T>& a, const Attent
   using Acc = accumulator_t<T>;
   static_assert(Tile::thread_rows * Tile::thread_columns <= 32);
   uint32_t visible = 0;
-#pragma unroll
+#pragma unroll 2
   for (int i = 0; i < Tile::thread_rows; i++) {
     const int64_t query = query0 + at.row(i);
     if (query >= a.L) continue;
@@ -128,8 +128,8 @@ class TileWalk {
 #pragma unroll
     for (int i = 0; i < Tile::thread_rows; i++) keys |= visible >> (i * Tile::thread_columns);
     keys &= (1u << Tile::thread_columns) - 1;
-    keys |= __shfl_xor_sync(whole_warp, keys, lanes_across);
-    if (threadIdx.x % 32 < lanes_across && keys) {
+    keys |= __shfl_xor_sync(whole_warp, keys, 1);
+    if (threadIdx.x % 2 == 0 && keys) {
       atomicOr(&memory.seen[slot_][at.first_column], keys);
       atomicOr(&memory.any_seen[slot_], 1u);
     }
@@ -170,19 +170,19 @@ PYSEQNET_DEVICE void to_logits(ScoreRegisters<T>& score, uint32_t visible, const
                                const AttentionHead& head, int64_t query0, int64_t key0, TilePlace<T> at) {
   using Tile = AttentionTile<T>;
   using Acc = accumulator_t<T>;
+  const auto sees = [&](int i, int j) { return (visible >> (i * Tile::thread_columns + j) & 1u) != 0; };
+#pragma unroll
+  for (int i = 0; i < Tile::thread_rows; i++)
+#pragma unroll
+    for (int j = 0; j < Tile::thread_columns; j++)
+      score[i][j] = sees(i, j) ? score[i][j] * a.scale_log2 : -Acc(INFINITY);
+  if (a.mask_kind != AttentionMask::additive) return;
 #pragma unroll
   for (int i = 0; i < Tile::thread_rows; i++) {
     const int64_t line = mask_offset(a, head, query0 + at.row(i), key0);
 #pragma unroll
-    for (int j = 0; j < Tile::thread_columns; j++) {
-      Acc logit = -Acc(INFINITY);
-      if (visible >> (i * Tile::thread_columns + j) & 1u) {
-        logit = score[i][j] * a.scale_log2;
-        if (a.mask_kind == AttentionMask::additive)
-          logit += mask_value(a, line + at.column(j) * a.mask_stride_s) * Acc(log2_e);
-      }
-      score[i][j] = logit;
-    }
+    for (int j = 0; j < Tile::thread_columns; j++)
+      if (sees(i, j)) score[i][j] += mask_value(a, line + at.column(j) * a.mask_stride_s) * Acc(log2_e);
   }
 }
 
@@ -210,20 +210,34 @@ PYSEQNET_DEVICE void to_gradients(ScoreRegisters<T>& weight, ScoreRegisters<T>& 
                                   const AttentionHead& head, int64_t query0, int64_t key0, TilePlace<T> at) {
   using Tile = AttentionTile<T>;
   using Acc = accumulator_t<T>;
+  const auto sees = [&](int i, int j) { return (visible >> (i * Tile::thread_columns + j) & 1u) != 0; };
+  if (a.gweights) {
+#pragma unroll
+    for (int i = 0; i < Tile::thread_rows; i++) {
+      const T* line = a.gweights + ((head.b * a.H + head.h) * a.L + query0 + at.row(i)) * a.S + key0;
+#pragma unroll
+      for (int j = 0; j < Tile::thread_columns; j++)
+        if (sees(i, j)) gradient[i][j] += load(line + at.column(j));
+    }
+  }
 #pragma unroll
   for (int i = 0; i < Tile::thread_rows; i++) {
-    const int row = at.row(i);
-    const Acc lse = memory.lse[row], delta = memory.delta[row];
-    const uint64_t row_key = a.dropout ? memory.row_key[row] : 0;
-    const int64_t line = ((head.b * a.H + head.h) * a.L + query0 + row) * a.S + key0;
+    const Acc lse = memory.lse[at.row(i)];
+#pragma unroll
+    for (int j = 0; j < Tile::thread_columns; j++)
+      weight[i][j] = sees(i, j) && lse != -Acc(INFINITY) ? exp2_of(weight[i][j] - lse) : Acc(0);
+  }
+  // 0 * NaN must not be computed for what is hidden.
+#pragma unroll
+  for (int i = 0; i < Tile::thread_rows; i++) {
+    const Acc delta = memory.delta[at.row(i)];
+    const uint64_t row_key = a.dropout ? memory.row_key[at.row(i)] : 0;
 #pragma unroll
     for (int j = 0; j < Tile::thread_columns; j++) {
-      const bool sees = (visible >> (i * Tile::thread_columns + j) & 1u) && lse != -Acc(INFINITY);
-      const Acc probability = sees ? exp2_of(weight[i][j] - lse) : Acc(0);
       const Acc keep = kept(a, row_key, key0 + at.column(j));
-      const Acc given = sees && a.gweights ? load(a.gweights + line + at.column(j)) : Acc(0);
-      weight[i][j] = probability * keep;
-      gradient[i][j] = sees ? logit_gradient(probability, gradient[i][j] + given, keep, delta) : Acc(0);
+      const Acc of_logit = logit_gradient(weight[i][j], gradient[i][j], keep, delta);
+      gradient[i][j] = weight[i][j] == 0 ? Acc(0) : of_logit;
+      weight[i][j] *= keep;
     }
   }
 }

@@ -21,6 +21,14 @@ namespace pyseqnet {
 constexpr int attention_threads = 128;
 constexpr int lanes_across = 16, lanes_down = attention_threads / lanes_across;
 constexpr unsigned whole_warp = 0xffffffffu;
+#ifndef ATTN_UNROLL
+#define ATTN_UNROLL 2
+#endif
+constexpr int depth_unroll = ATTN_UNROLL;
+#ifndef ATTN_STAGE
+#define ATTN_STAGE 4
+#endif
+constexpr int stage_unroll = ATTN_STAGE;
 
 template <class T>
 struct AttentionTile {
@@ -35,14 +43,15 @@ struct AttentionTile {
   static_assert(positions <= channels, "weights are kept in a tile of channels");
 };
 
-// Which rows and columns of a tile belong to a thread. The two rows of a warp that are neighbours in `row`
-// are four lines apart: their writes of weights fall into different banks.
+// Which rows and columns of a tile belong to a thread. Neighbouring lanes share a column: a vector that both
+// read from shared memory is fetched once. Their rows are four lines apart, so that what they write there
+// falls into different banks.
 template <class T>
 struct TilePlace {
   using Tile = AttentionTile<T>;
   int first_row, first_column;
   PYSEQNET_DEVICE explicit TilePlace(int t)
-      : first_row(t / 32 + t % 32 / lanes_across * (lanes_down / 2)), first_column(t % lanes_across) {}
+      : first_row(t / 32 + t % 2 * (lanes_down / 2)), first_column(t % 32 / 2) {}
   PYSEQNET_DEVICE int row(int i) const { return first_row + i * lanes_down; }
   PYSEQNET_DEVICE int column(int j) const { return first_column + j * lanes_across; }
   // First channel of a vector.
@@ -54,7 +63,7 @@ struct alignas(sizeof(T) * n) AttentionVector {
   T element[n];
 };
 
-// A (batch, head, position, channel) tensor. `vectors`: every line may be accessed by vectors.
+// A (batch, head, position, channel) tensor. `vectors`: every line begins and ends with a whole vector.
 template <class T>
 struct Operand {
   T* data;
@@ -67,31 +76,35 @@ struct Operand {
 };
 
 // Copies lines of `count` channels into a tile, zero where there is no channel and where keep(line) says no:
-// such a line is not read.
+// such a line is not read. By vectors where the tensor allows it, else by elements: the latter for odd head
+// sizes and slices only.
 template <class T, class Keep>
 PYSEQNET_DEVICE void stage(accumulator_t<T>* tile, const T* from, const Operand<const T>& operand,
                            int64_t count, Keep keep) {
   using Tile = AttentionTile<T>;
   using Acc = accumulator_t<T>;
-  constexpr int n = Tile::vector, across = Tile::channels / n, down = attention_threads / across;
-  const int first = int(threadIdx.x) / across, channel = int(threadIdx.x) % across * n;
-#pragma unroll
-  for (int k = 0; k < Tile::positions / down; k++) {
-    const int position = first + k * down;
-    AttentionVector<Acc, n> value = {};
-    if (channel < count && keep(position)) {
-      const T* source = from + position * operand.strides.n + channel;
-      if (operand.vectors && channel + n <= count) {
-        const auto v = *reinterpret_cast<const AttentionVector<T, n>*>(source);
+  const int t = int(threadIdx.x);
+  if (operand.vectors) {
+    constexpr int n = Tile::vector, across = Tile::channels / n, down = attention_threads / across;
+    const int channel = t % across * n;
+#pragma unroll stage_unroll
+    for (int position = t / across; position < Tile::positions; position += down) {
+      AttentionVector<Acc, n> value = {};
+      if (channel < count && keep(position)) {
+        const auto v = *reinterpret_cast<const AttentionVector<T, n>*>(
+            from + position * operand.strides.n + channel);
 #pragma unroll
         for (int i = 0; i < n; i++) value.element[i] = to_accumulator(v.element[i]);
-      } else {
-#pragma unroll
-        for (int i = 0; i < n; i++)
-          if (channel + i < count) value.element[i] = to_accumulator(source[i]);
       }
+      *reinterpret_cast<AttentionVector<Acc, n>*>(tile + position * Tile::line + channel) = value;
     }
-    *reinterpret_cast<AttentionVector<Acc, n>*>(tile + position * Tile::line + channel) = value;
+  } else {
+    constexpr int down = attention_threads / Tile::channels;
+    const int channel = t % Tile::channels;
+#pragma unroll 4
+    for (int position = t / Tile::channels; position < Tile::positions; position += down)
+      tile[position * Tile::line + channel] =
+          channel < count && keep(position) ? load(from + position * operand.strides.n + channel) : Acc(0);
   }
 }
 
@@ -105,7 +118,7 @@ PYSEQNET_DEVICE void multiply_similarity(ScoreRegisters<T>& sum, const accumulat
                                          const accumulator_t<T>* b, int depth, TilePlace<T> at) {
   using Tile = AttentionTile<T>;
   using Vector = AttentionVector<accumulator_t<T>, Tile::vector>;
-#pragma unroll 2
+#pragma unroll depth_unroll
   for (int d = 0; d < depth; d += Tile::vector) {
     Vector y[Tile::thread_columns];
 #pragma unroll
@@ -128,7 +141,7 @@ PYSEQNET_DEVICE void multiply_rows(ChannelRegisters<T>& sum, const accumulator_t
                                    const accumulator_t<T>* b, int depth, TilePlace<T> at) {
   using Tile = AttentionTile<T>;
   using Vector = AttentionVector<accumulator_t<T>, Tile::vector>;
-#pragma unroll 2
+#pragma unroll depth_unroll
   for (int n = 0; n < depth; n += Tile::vector) {
     Vector y[Tile::vector][Tile::channel_vectors];
 #pragma unroll
@@ -203,10 +216,12 @@ PYSEQNET_DEVICE void store_channels(T* to, bool vectors, const accumulator_t<T>*
     if (i < count) store(to + i, value[i]);
 }
 
-template <int lanes, class A, class F>
+// Over all lanes of a warp, or over those that share a row of a tile.
+enum class Lanes { all, row };
+template <Lanes lanes, class A, class F>
 PYSEQNET_DEVICE A reduce_lanes(A value, F combine) {
 #pragma unroll
-  for (int step = lanes / 2; step > 0; step /= 2)
+  for (int step = 16; step > (lanes == Lanes::row ? 1 : 0); step /= 2)
     value = combine(value, __shfl_xor_sync(whole_warp, value, step));
   return value;
 }

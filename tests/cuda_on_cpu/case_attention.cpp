@@ -1,0 +1,391 @@
+// Every CUDA kernel of softmax attention against the oracle, each pass from the oracle's own intermediate
+// results. What no query sees and what sees no key holds NaN, and so do the gaps of strided tensors.
+// Sources: attention/attention_generic.cu attention/attention_backward_generic.cu
+// Sources: attention/attention_reference.cpp
+#include <memory>
+
+#include "attention/attention_math.h"
+#include "harness.h"
+
+namespace pyseqnet {
+extern const AttentionCpuKernel attention_reference_forward, attention_reference_weights,
+    attention_reference_delta, attention_reference_backward, attention_reference_mask_gradient;
+extern const AttentionCudaKernel attention_forward_cuda, attention_weights_cuda, attention_delta_cuda,
+    attention_backward_cuda, attention_mask_gradient_cuda;
+}  // namespace pyseqnet
+
+using namespace pyseqnet;
+using namespace pyseqnet::testing;
+
+namespace {
+
+constexpr DType all_dtypes[] = {DType::f32, DType::bf16, DType::f16, DType::f64};
+
+// How a (B, H, N, channels) tensor lies in memory.
+enum class Form { heads_outside, heads_inside, padded, unaligned, expanded_heads, expanded_batch };
+
+struct Options {
+  AttentionProblem p;
+  Form form = Form::heads_outside;
+  // An additive mask is -infinity and a boolean one false with this probability.
+  double hidden = 0.2;
+  bool hide_a_row = false, hide_a_column = false;
+  const char* words = "";
+};
+
+std::string label(const Options& o) {
+  const AttentionProblem& p = o.p;
+  char words[400];
+  std::snprintf(words, sizeof words,
+                "%s B%lld H%lld/%lld L%lld S%lld D%lld E%lld form %d mask %d %s %lldx%lldx%lldx%lld%s%s%s%s%s%s "
+                "offset %lld %s",
+                name_of(p.dtype), (long long)p.B, (long long)p.H, (long long)p.Hk, (long long)p.L,
+                (long long)p.S, (long long)p.D, (long long)p.E, int(o.form), int(p.mask),
+                name_of(p.mask_dtype), (long long)p.mask_B, (long long)p.mask_H, (long long)p.mask_L,
+                (long long)p.mask_S, p.causal ? " causal" : "", p.with_key_lengths ? " lengths" : "",
+                p.dropout_p > 0 ? " dropout" : "", p.with_gweights ? " gweights" : "",
+                p.with_glse ? " glse" : "", p.need_q && p.need_kv ? "" : " partial",
+                (long long)p.causal_offset, o.words);
+  return words;
+}
+
+// Strides of a tensor, the offset of its first element and the number of elements that hold it.
+struct Place {
+  AttentionStrides strides;
+  int64_t first = 0, count = 0;
+};
+Place place_of(Form form, int64_t B, int64_t H, int64_t N, int64_t channels) {
+  Place place;
+  const int64_t line = form == Form::padded ? channels + 8 - channels % 8 : channels;
+  place.strides = form == Form::heads_inside ? AttentionStrides{N * H * line, line, H * line}
+                                             : AttentionStrides{H * N * line, N * line, line};
+  place.count = B * H * N * line;
+  if (form == Form::unaligned) place.first = 1, place.count++, place.strides.b++, place.count += B;
+  if (form == Form::expanded_heads) place.strides.h = 0;
+  if (form == Form::expanded_batch) place.strides.b = 0;
+  return place;
+}
+int64_t element(const AttentionStrides& s, int64_t b, int64_t h, int64_t n) {
+  return b * s.b + h * s.h + n * s.n;
+}
+
+struct Strided {
+  Place place;
+  Tensor tensor;
+  Strided(DType dtype, Form form, int64_t B, int64_t H, int64_t N, int64_t channels, const char* name)
+      : place(place_of(form, B, H, N, channels)), tensor(kind_of(dtype), place.count, name) {}
+  char* at_first(void* p) const {
+    return static_cast<char*>(p) + place.first * testing::bytes_of(tensor.kind());
+  }
+  void* host() { return at_first(tensor.host()); }
+  void* device() { return at_first(tensor.device()); }
+};
+
+// Normal deviates, and NaN in the lines for which `poisoned` says so.
+template <class F>
+void fill_lines(Strided& t, Random& random, int64_t B, int64_t H, int64_t N, int64_t channels, double scale,
+                F poisoned) {
+  for (int64_t b = 0; b < B; b++)
+    for (int64_t h = 0; h < H; h++)
+      for (int64_t n = 0; n < N; n++)
+        for (int64_t c = 0; c < channels; c++)
+          t.tensor.set(t.place.first + element(t.place.strides, b, h, n) + c,
+                       poisoned(b, h, n) ? NAN : scale * random.normal());
+  t.tensor.upload();
+}
+
+// The tensors of one problem.
+class Case {
+ public:
+  Case(Suite& suite, const Options& o) : suite_(suite), random_(suite.random), p(o.p), o_(o) {
+    const bool expanded = o.form == Form::expanded_heads || o.form == Form::expanded_batch;
+    const Form out_form = expanded ? Form::heads_outside : o.form;
+    const auto make = [&](Form form, int64_t H, int64_t N, int64_t channels, const char* name) {
+      return std::make_unique<Strided>(p.dtype, form, p.B, H, N, channels, name);
+    };
+    q = make(out_form, p.H, p.L, p.D, "q"), k = make(o.form, p.Hk, p.S, p.D, "k");
+    v = make(o.form, p.Hk, p.S, p.E, "v"), gout = make(o.form, p.H, p.L, p.E, "gout");
+    out = make(out_form, p.H, p.L, p.E, "out"), want_out = make(out_form, p.H, p.L, p.E, "want out");
+    gq = make(out_form, p.H, p.L, p.D, "gq"), want_gq = make(out_form, p.H, p.L, p.D, "want gq");
+    gk = make(out_form, p.Hk, p.S, p.D, "gk"), want_gk = make(out_form, p.Hk, p.S, p.D, "want gk");
+    gv = make(out_form, p.Hk, p.S, p.E, "gv"), want_gv = make(out_form, p.Hk, p.S, p.E, "want gv");
+    p.q_strides = q->place.strides, p.k_strides = k->place.strides, p.v_strides = v->place.strides;
+    p.gout_strides = gout->place.strides, p.out_strides = out->place.strides;
+    p.gq_strides = gq->place.strides, p.gk_strides = gk->place.strides, p.gv_strides = gv->place.strides;
+
+    const int64_t rows = p.B * p.H * p.L;
+    const Kind statistic = p.dtype == DType::f64 ? Kind::f64 : Kind::f32, kind = kind_of(p.dtype);
+    const Kind mask_kind = p.mask == AttentionMask::boolean ? Kind::u8 : kind_of(p.mask_dtype);
+    const int64_t mask_count = p.mask_B * p.mask_H * p.mask_L * p.mask_S;
+    const auto dense = [&](Kind k, int64_t n, const char* name) { return std::make_unique<Tensor>(k, n, name); };
+    lse = dense(statistic, rows, "lse"), want_lse = dense(statistic, rows, "want lse");
+    delta = dense(statistic, rows, "delta"), want_delta = dense(statistic, rows, "want delta");
+    glse = dense(statistic, rows, "glse");
+    weights = dense(kind, rows * p.S, "weights"), want_weights = dense(kind, rows * p.S, "want weights");
+    gweights = dense(kind, rows * p.S, "gweights");
+    mask = dense(mask_kind, mask_count, "mask");
+    gmask = dense(mask_kind, mask_count, "gmask"), want_gmask = dense(mask_kind, mask_count, "want gmask");
+    lengths = dense(Kind::i64, p.B, "key lengths"), seed = dense(Kind::i64, 1, "seed");
+    p.mask_stride_s = p.mask_S > 1;
+    p.mask_strides = {p.mask_B > 1 ? p.mask_H * p.mask_L * p.mask_S : 0,
+                      p.mask_H > 1 ? p.mask_L * p.mask_S : 0, p.mask_L > 1 ? p.mask_S : 0};
+    fill_masks();
+    fill_tensors();
+  }
+
+  void check() {
+    AttentionTensors host, device;
+    host.q = q->host(), host.k = k->host(), host.v = v->host(), host.gout = gout->host();
+    host.out = want_out->host(), host.gq = want_gq->host(), host.gk = want_gk->host();
+    host.gv = want_gv->host(), host.lse = want_lse->host(), host.delta = want_delta->host();
+    host.weights = want_weights->host(), host.gmask = want_gmask->host(), host.mask = mask->host();
+    host.glse = glse->host(), host.gweights = gweights->host();
+    host.key_lengths = static_cast<int64_t*>(lengths->host()), host.seed = static_cast<int64_t*>(seed->host());
+    device.q = q->device(), device.k = k->device(), device.v = v->device(), device.gout = gout->device();
+    device.out = out->device(), device.gq = gq->device(), device.gk = gk->device();
+    device.gv = gv->device(), device.lse = lse->device(), device.delta = delta->device();
+    device.weights = weights->device(), device.gmask = gmask->device(), device.mask = mask->device();
+    device.glse = glse->device(), device.gweights = gweights->device();
+    device.key_lengths = static_cast<int64_t*>(lengths->device());
+    device.seed = static_cast<int64_t*>(seed->device());
+
+    run_cpu(attention_reference_forward, p, host);
+    run_cpu(attention_reference_weights, p, host);
+    run_cpu(attention_reference_delta, p, host);
+    run_cpu(attention_reference_backward, p, host);
+    suite_.check(
+        "forward", {&out->tensor, lse.get()}, [&] { return run_cuda(attention_forward_cuda, p, device); },
+        [&] { return either(compare(out->tensor, want_out->tensor, 1), compare(*lse, *want_lse, 1)); });
+    take(*want_lse, *lse);
+    suite_.check(
+        "weights", {weights.get()}, [&] { return run_cuda(attention_weights_cuda, p, device); },
+        [&] { return compare(*weights, *want_weights, 1); });
+    take(*want_weights, *weights);
+    take(want_out->tensor, out->tensor);
+    suite_.check(
+        "delta", {delta.get()}, [&] { return run_cuda(attention_delta_cuda, p, device); },
+        [&] { return compare(*delta, *want_delta, 2); });
+    take(*want_delta, *delta);
+    suite_.check(
+        "backward", {&gq->tensor, &gk->tensor, &gv->tensor},
+        [&] { return run_cuda(attention_backward_cuda, p, device); },
+        [&] {
+          std::string wrong;
+          if (p.need_q) wrong = compare(gq->tensor, want_gq->tensor, 4);
+          if (p.need_kv)
+            wrong = either(wrong, either(compare(gk->tensor, want_gk->tensor, 4),
+                                         compare(gv->tensor, want_gv->tensor, 4)));
+          return wrong;
+        });
+    if (p.mask != AttentionMask::additive) return;
+    run_cpu(attention_reference_mask_gradient, p, host);
+    suite_.check(
+        "mask gradient", {gmask.get()}, [&] { return run_cuda(attention_mask_gradient_cuda, p, device); },
+        [&] { return compare(*gmask, *want_gmask, 8, p.mask_dtype); });
+  }
+
+ private:
+  // Sums of float32: of order 1, from terms of order 1. A 16-bit result is rounded once more.
+  std::string compare(const Tensor& got, const Tensor& want, double factor) {
+    return compare(got, want, factor, p.dtype);
+  }
+  std::string compare(const Tensor& got, const Tensor& want, double factor, DType stored) {
+    const double unit = factor * 256 * (p.dtype == DType::f64 ? 0x1p-53 : 0x1p-24);
+    const bool statistic = got.kind() == Kind::f32 || got.kind() == Kind::f64;
+    return difference(got, want, unit, unit + (statistic ? 0 : epsilon_of(stored)));
+  }
+  static std::string either(const std::string& a, const std::string& b) { return a.empty() ? b : a; }
+  static void take(Tensor& from, Tensor& to) {
+    std::memcpy(to.host(), from.host(), from.bytes().size());
+    to.upload();
+  }
+
+  int64_t keys_of(int64_t b, int64_t i) const {
+    const int64_t length = p.with_key_lengths ? clamped_length(int64_t(lengths->at(b)), p.S) : p.S;
+    return visible_keys(p.causal, p.causal_offset, length, i);
+  }
+  int64_t mask_at(int64_t b, int64_t h, int64_t i, int64_t j) const {
+    return element(p.mask_strides, b, h, i) + j * p.mask_stride_s;
+  }
+  bool sees(int64_t b, int64_t h, int64_t i, int64_t j) const {
+    if (j >= keys_of(b, i)) return false;
+    if (p.mask == AttentionMask::none) return true;
+    const double value = mask->at(mask_at(b, h, i, j));
+    return p.mask == AttentionMask::boolean ? value != 0 : value != -INFINITY;
+  }
+  bool query_sees_any(int64_t b, int64_t h, int64_t i) const {
+    for (int64_t j = 0; j < p.S; j++)
+      if (sees(b, h, i, j)) return true;
+    return false;
+  }
+  bool key_is_seen(int64_t b, int64_t kv, int64_t j) const {
+    for (int64_t h = kv * p.group(); h < (kv + 1) * p.group(); h++)
+      for (int64_t i = 0; i < p.L; i++)
+        if (sees(b, h, i, j)) return true;
+    return false;
+  }
+
+  void fill_masks() {
+    seed->set(0, double(random_.in(-1000, 1000)));
+    seed->upload();
+    // Some of them below 0 or beyond S.
+    for (int64_t b = 0; b < p.B; b++) lengths->set(b, double(b == 0 ? p.S * 2 / 3 : random_.in(-2, p.S + 2)));
+    lengths->upload();
+    const int64_t hidden_column = p.mask_S > 1 ? random_.in(0, p.mask_S - 1) : -1;
+    const int64_t hidden_row = p.mask_L > 1 ? random_.in(0, p.mask_L - 1) : -1;
+    for (int64_t at = 0; at < mask->count(); at++) {
+      const int64_t j = at % p.mask_S, i = at / p.mask_S % p.mask_L;
+      const bool hidden = random_.chance(o_.hidden) || (o_.hide_a_column && j == hidden_column) ||
+                          (o_.hide_a_row && i == hidden_row);
+      if (p.mask == AttentionMask::boolean)
+        mask->set(at, hidden ? 0 : 1);
+      else
+        mask->set(at, hidden ? -INFINITY : random_.normal());
+    }
+    if (p.mask == AttentionMask::additive) poison_unreachable_mask();
+    mask->upload();
+  }
+  // Where length or causality hide a key from everybody, its mask may hold NaN.
+  void poison_unreachable_mask() {
+    if (p.mask_S == 1) return;
+    for (int64_t j = 0; j < p.S; j++) {
+      bool reached = false;
+      for (int64_t b = 0; b < p.B; b++)
+        for (int64_t i = 0; i < p.L; i++) reached |= j < keys_of(b, i);
+      for (int64_t line = 0; !reached && line < mask->count() / p.mask_S; line++)
+        mask->set(line * p.mask_S + j, NAN);
+    }
+  }
+
+  void fill_tensors() {
+    const auto never = [](int64_t, int64_t, int64_t) { return false; };
+    const bool shared = o_.form == Form::expanded_heads || o_.form == Form::expanded_batch;
+    const auto blind = [&](int64_t b, int64_t h, int64_t i) { return !query_sees_any(b, h, i); };
+    const auto unseen = [&](int64_t b, int64_t h, int64_t j) { return !key_is_seen(b, h, j); };
+    fill_lines(*q, random_, p.B, p.H, p.L, p.D, 1, blind);
+    if (shared) {
+      fill_lines(*k, random_, p.B, p.Hk, p.S, p.D, 1, never);
+      fill_lines(*v, random_, p.B, p.Hk, p.S, p.E, 1, never);
+      fill_lines(*gout, random_, p.B, p.H, p.L, p.E, 1, never);
+    } else {
+      fill_lines(*k, random_, p.B, p.Hk, p.S, p.D, 1, unseen);
+      fill_lines(*v, random_, p.B, p.Hk, p.S, p.E, 1, unseen);
+      fill_lines(*gout, random_, p.B, p.H, p.L, p.E, 1, blind);
+    }
+    fill(*glse, random_);
+    fill(*gweights, random_);
+    for (int64_t row = 0; row < p.B * p.H * p.L; row++)
+      for (int64_t j = 0; j < p.S; j++)
+        if (!sees(row / p.L / p.H, row / p.L % p.H, row % p.L, j)) gweights->set(row * p.S + j, 0);
+    gweights->upload();
+  }
+
+  Suite& suite_;
+  Random& random_;
+  AttentionProblem p;
+  Options o_;
+  std::unique_ptr<Strided> q, k, v, gout, out, want_out, gq, want_gq, gk, want_gk, gv, want_gv;
+  std::unique_ptr<Tensor> lse, want_lse, delta, want_delta, glse, weights, want_weights, gweights, mask, gmask,
+      want_gmask, lengths, seed;
+};
+
+void check_problem(Suite& suite, const Options& o) {
+  if (!suite.begin(label(o))) return;
+  Case(suite, o).check();
+}
+
+Options problem(int64_t B, int64_t Hk, int64_t group, int64_t L, int64_t S, int64_t D, int64_t E) {
+  Options o;
+  o.p.B = B, o.p.Hk = Hk, o.p.H = Hk * group;
+  o.p.L = L, o.p.S = S, o.p.D = D, o.p.E = E;
+  o.p.scale = 1 / std::sqrt(double(D));
+  return o;
+}
+Options with_mask(Options o, AttentionMask mask, int64_t B, int64_t H, int64_t L, int64_t S) {
+  o.p.mask = mask;
+  o.p.mask_B = B, o.p.mask_H = H, o.p.mask_L = L, o.p.mask_S = S;
+  return o;
+}
+Options with(Options o, void (*change)(Options&)) {
+  change(o);
+  return o;
+}
+
+// The tiles of doubles hold half as many positions: sizes are given for them and doubled for the others.
+void check_edges(Suite& suite) {
+  constexpr AttentionMask boolean = AttentionMask::boolean, additive = AttentionMask::additive;
+  const Options edges[] = {
+      problem(1, 1, 1, 1, 1, 1, 1),   // one element
+      problem(0, 2, 1, 3, 3, 4, 4),   // no batch
+      problem(1, 2, 1, 0, 5, 4, 8),   // no queries: gk and gv are zero
+      with_mask(problem(1, 2, 1, 5, 0, 4, 8), additive, 1, 1, 5, 1),  // no keys: out is zero
+      with(problem(1, 1, 1, 70, 75, 8, 4), [](Options& o) { o.words = "three tiles each way"; }),
+      with(problem(1, 1, 1, 3, 130, 4, 5), [](Options& o) { o.words = "keys in parts"; }),
+      with(problem(1, 1, 1, 130, 3, 5, 4), [](Options& o) { o.words = "queries in parts"; }),
+      with(problem(1, 1, 1, 4, 40, 70, 70), [](Options& o) { o.form = Form::unaligned; }),
+      with(problem(1, 1, 1, 34, 5, 136, 200), [](Options& o) { o.form = Form::padded; }),
+      with(problem(2, 2, 1, 5, 6, 12, 16), [](Options& o) { o.form = Form::heads_inside; }),
+      with(problem(1, 1, 1, 80, 80, 8, 8), [](Options& o) { o.p.causal = true; }),
+      with(problem(1, 1, 1, 20, 70, 8, 8), [](Options& o) { o.p.causal = true, o.p.causal_offset = 50; }),
+      with(problem(1, 1, 2, 50, 20, 8, 8), [](Options& o) { o.p.causal = true, o.p.causal_offset = -40; }),
+      with(problem(3, 1, 2, 7, 70, 8, 8), [](Options& o) { o.p.with_key_lengths = true; }),
+      with(with_mask(problem(2, 1, 2, 20, 40, 8, 8), boolean, 2, 1, 20, 40),
+           [](Options& o) { o.hide_a_row = o.hide_a_column = true; }),
+      with(with_mask(problem(2, 1, 1, 20, 70, 8, 8), boolean, 2, 1, 1, 70), [](Options& o) { o.hidden = 0.98; }),
+      with(with_mask(problem(1, 2, 1, 40, 40, 8, 8), additive, 1, 2, 40, 40),
+           [](Options& o) { o.p.causal = o.hide_a_row = o.hide_a_column = true; }),
+      with(with_mask(problem(2, 2, 1, 40, 36, 8, 8), additive, 1, 1, 40, 36),
+           [](Options& o) { o.p.with_gweights = o.p.with_glse = o.p.with_key_lengths = true; }),
+      with_mask(problem(2, 1, 2, 40, 36, 4, 4), additive, 1, 2, 1, 36),
+      with_mask(problem(2, 1, 2, 40, 36, 4, 4), additive, 2, 1, 40, 1),
+      with_mask(problem(2, 2, 1, 40, 36, 4, 4), additive, 1, 1, 1, 1),
+      with(problem(2, 1, 2, 36, 40, 8, 8), [](Options& o) { o.p.dropout_p = 0.3, o.p.with_gweights = true; }),
+      with(problem(1, 1, 2, 6, 7, 8, 8), [](Options& o) { o.p.need_q = false; }),
+      with(problem(1, 1, 2, 6, 7, 8, 8), [](Options& o) { o.p.need_kv = false; }),
+  };
+  for (Options o : edges)
+    for (DType dtype : all_dtypes) {
+      Options scaled = o;
+      scaled.p.dtype = dtype, scaled.p.mask_dtype = dtype;
+      if (dtype != DType::f64) {
+        const auto twice = [](int64_t& extent) { extent = extent > 2 ? 2 * extent : extent; };
+        twice(scaled.p.L), twice(scaled.p.S), twice(scaled.p.mask_L), twice(scaled.p.mask_S);
+        scaled.p.causal_offset *= 2;
+      }
+      check_problem(suite, scaled);
+    }
+}
+
+void check_random(Suite& suite) {
+  Random& random = suite.random;
+  for (int n = 0; n < suite.random_problems; n++) {
+    Options o = problem(random.in(1, 2), random.in(1, 2), random.in(1, 2), random.in(1, 90), random.in(1, 90),
+                        random.in(1, 20), random.in(1, 20));
+    o.p.dtype = random.any(all_dtypes);
+    o.p.scale = random.uniform();
+    o.p.mask_dtype = random.chance(0.5) ? o.p.dtype : DType::f32;
+    constexpr AttentionMask masks[] = {AttentionMask::none, AttentionMask::boolean, AttentionMask::additive};
+    const auto extent = [&](int64_t full) { return random.chance(0.5) ? full : 1; };
+    o = with_mask(o, random.any(masks), extent(o.p.B), extent(o.p.H), extent(o.p.L), extent(o.p.S));
+    constexpr double shares[] = {0.0, 0.1, 0.5, 0.95};
+    o.hidden = random.any(shares);
+    o.hide_a_row = random.chance(0.3), o.hide_a_column = random.chance(0.3);
+    o.p.causal = random.chance(0.4), o.p.causal_offset = random.in(-20, 20);
+    o.p.with_key_lengths = random.chance(0.3);
+    o.p.dropout_p = random.chance(0.3) ? 0.9 * random.uniform() : 0;
+    o.p.with_gweights = random.chance(0.3), o.p.with_glse = random.chance(0.3);
+    constexpr Form forms[] = {Form::heads_outside, Form::heads_inside,   Form::padded,
+                              Form::unaligned,     Form::expanded_heads, Form::expanded_batch};
+    o.form = random.any(forms);
+    check_problem(suite, o);
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  Suite suite(argc, argv);
+  check_edges(suite);
+  check_random(suite);
+  return suite.finish();
+}
