@@ -85,10 +85,10 @@ PYSEQNET_NOINLINE void add_weight_gradients(const T* gweights, int64_t stride, i
       store(dw + c, load(dw + c) + load_between(gweights + c, 0, limits[r] - c, vf{}));
 }
 
-// P, dW -> W, dZ for n rows; zero beyond each limit up to KEYS.
+// P, dW -> W, dZ for n rows; zero beyond each limit up to `columns`.
 PYSEQNET_NOINLINE void softmax_gradient_tile(const Dropout& dropout, int64_t first_row, int64_t n, int64_t j0,
-                                             const int32_t* limits, float* probabilities, float* gradients,
-                                             const float* delta) {
+                                             int64_t columns, const int32_t* limits, float* probabilities,
+                                             float* gradients, const float* delta) {
   for (int64_t r = 0; r < n; ++r, probabilities += KEYS, gradients += KEYS) {
     const uint64_t key = dropout.on ? dropout_row_key(dropout.seed, first_row + r) : 0;
     int64_t c = 0;
@@ -102,7 +102,7 @@ PYSEQNET_NOINLINE void softmax_gradient_tile(const Dropout& dropout, int64_t fir
       }
       store(gradients + c, probability * (gradient - delta[r]));
     }
-    for (; c < KEYS; c += VL) store(gradients + c, vf{});
+    for (; c < columns; c += VL) store(gradients + c, vf{});
   }
 }
 
@@ -123,14 +123,14 @@ int64_t gradient_tile(const AttentionProblem& p, const AttentionTensors& t, cons
     memset(gradients, 0, size_t(n * KEYS) * sizeof(float));
     return width;
   }
-  const int64_t panels = (width + PANEL - 1) / PANEL;
+  const int64_t panels = (width + PANEL - 1) / PANEL, columns = round_up(keys, PANEL);
   multiply_panels(n, p.D, block.q + r0 * padded_d, padded_d, tile.panels, panels, weights, KEYS);
   apply_mask(p, t, b, h, i0 + r0, n, j0, limits, weights, KEYS);
-  probabilities_tile(n, KEYS, limits, weights, KEYS, block.lse + r0);
+  probabilities_tile(n, columns, limits, weights, KEYS, block.lse + r0);
   multiply_panels(n, p.E, block.gout + r0 * padded_e, padded_e, tile.value_panels, panels, gradients, KEYS);
   if (p.with_gweights)
     add_weight_gradients(static_cast<const T*>(t.gweights) + row * p.S + j0, p.S, n, limits, gradients);
-  softmax_gradient_tile(dropout, row, n, j0, limits, weights, gradients, block.delta + r0);
+  softmax_gradient_tile(dropout, row, n, j0, columns, limits, weights, gradients, block.delta + r0);
   return width;
 }
 
@@ -217,20 +217,23 @@ void backward_item(const AttentionProblem& p, const AttentionTensors& t, const D
   const int64_t padded_d = round_up(p.D, VL), padded_e = round_up(p.E, VL);
   const int64_t length = length_of(p, t, b);
   const int64_t seen = p.L > 0 ? visible_keys(p.causal, p.causal_offset, length, p.L - 1) : 0;
-  float* gq = runs.count > 1 ? shared_gq + (run * p.B * p.H + b * p.H + hk * group) * query_sums(p) : s.gq;
+  float* gq = !p.need_q        ? nullptr
+              : runs.count > 1 ? shared_gq + (run * p.B * p.H + b * p.H + hk * group) * query_sums(p)
+                               : s.gq;
   if (p.need_q) memset(gq, 0, size_t(group * query_sums(p)) * sizeof(float));
   const int64_t end = smaller((run + 1) * runs.keys, p.S);
   for (int64_t j0 = run * runs.keys; j0 < end; j0 += KEYS) {
     const int64_t whole = smaller(KEYS, end - j0), keys = smaller(whole, larger(seen - j0, 0));
-    memset(s.gk, 0, size_t(KEYS * padded_d) * sizeof(float));
-    memset(s.gv, 0, size_t(KEYS * padded_e) * sizeof(float));
+    const int64_t summed = smaller(round_up(whole, ROWS), KEYS);  // register tiles round rows up
+    memset(s.gk, 0, size_t(summed * padded_d) * sizeof(float));
+    memset(s.gv, 0, size_t(summed * padded_e) * sizeof(float));
     if (keys > 0) {
       pack_key_tile<T>(p, t, b, hk, j0, keys, s.tile);
       const int64_t first = p.causal ? larger(j0 - p.causal_offset, 0) / BLOCK * BLOCK : 0;
       for (int64_t g = 0; g < group; ++g)
         for (int64_t i0 = first; i0 < p.L; i0 += BLOCK)
           backward_block<T>(p, t, dropout, b, hk * group + g, i0, smaller(BLOCK, p.L - i0), j0, keys, length,
-                            s, gq + g * query_sums(p));
+                            s, p.need_q ? gq + g * query_sums(p) : nullptr);
     }
     if (!p.need_kv) continue;
     T* gk = static_cast<T*>(t.gk) + b * p.gk_strides.b + hk * p.gk_strides.h + j0 * p.gk_strides.n;
@@ -329,7 +332,7 @@ void add_mask_gradients(const AttentionProblem& p, const AttentionTensors& t, co
           continue;
         for (int64_t r = r0; r < r0 + rows; ++r) {
           float* sums = s.sums + (p.mask_L == 1 ? 0 : r * columns) + j0;
-          for (int64_t c = 0; c < KEYS; c += VL)
+          for (int64_t c = 0; c < columns; c += VL)
             store(sums + c, load(sums + c) + load(s.block.gradients + r * KEYS + c));
         }
       }

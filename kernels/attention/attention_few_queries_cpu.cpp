@@ -1,10 +1,14 @@
-// Softmax attention on the CPU for a handful of queries, forward: decoding step by step. Keys and values are
-// read once each, where they lie: packing them would cost more than using them.
+// Softmax attention on the CPU for a handful of queries: decoding step by step. Keys and values are read
+// where they lie: packing them would cost more than using them.
 //
 // One item is one query. Logits: dot products of 16 keys at a time, whose partial sums a register transpose
 // turns into one vector of logits. Then masks and softmax over the whole row, and the weighted sum of the
 // values with two accumulators a vector, so that additions overlap. Weights of zero under a mask skip their
-// value, which may hold NaN. Bound: reading K and V.
+// value, which may hold NaN.
+//
+// Backward: one item is a key/value head with all its queries. The same two dot products give each query's
+// row of weights and of logit gradients; gq is the weighted sum of the keys, and gk, gv are sums of few outer
+// products, written in one sweep. Bound: reading K and V, and writing gk and gv.
 #include "attention/attention_tile.h"
 
 namespace pyseqnet {
@@ -103,6 +107,95 @@ void forward_row(const AttentionProblem& p, const AttentionTensors& t, const Dro
       state.sum == 0.0f ? -INFINITE : softmax_origin(state.largest) + logf(state.sum);
 }
 
+// Weights and logit gradients of one query: w[S], dz[S], zero where not seen.
+template <class T>
+void gradient_row(const AttentionProblem& p, const AttentionTensors& t, const Dropout& dropout, int64_t b,
+                  int64_t h, int64_t i, const float* q, const float* gout, float* w, float* dz) {
+  const int64_t row = (b * p.H + h) * p.L + i, hk = h / p.group(), padded = round_up(p.S, VL);
+  const int64_t end = visible_keys(p.causal, p.causal_offset, length_of(p, t, b), i);
+  const float lse = static_cast<const float*>(t.lse)[row], delta = static_cast<const float*>(t.delta)[row];
+  const int32_t limit = int32_t(end);
+  if (lse == -INFINITE) {
+    memset(w, 0, size_t(padded) * sizeof(float));
+    memset(dz, 0, size_t(padded) * sizeof(float));
+    return;
+  }
+  const T* keys = static_cast<const T*>(t.k) + b * p.k_strides.b + hk * p.k_strides.h;
+  const T* values = static_cast<const T*>(t.v) + b * p.v_strides.b + hk * p.v_strides.h;
+  dot_keys(q, keys, p.k_strides.n, end, p.D, w);
+  apply_mask(p, t, b, h, i, 1, 0, &limit, w, 0);
+  probabilities_tile(1, padded, &limit, w, 0, &lse);
+  dot_keys(gout, values, p.v_strides.n, end, p.E, dz);
+  const uint64_t key = dropout.on ? dropout_row_key(dropout.seed, row) : 0;
+  const T* gweights = p.with_gweights ? static_cast<const T*>(t.gweights) + row * p.S : nullptr;
+  for (int64_t j = 0; j < padded; j += VL) {
+    const vf probability = load(w + j);
+    vf gradient = j < end ? load(dz + j) : vf{};
+    if (gweights) gradient += load_between(gweights + j, 0, p.S - j, vf{});
+    if (dropout.on) {
+      const vf keep = keep_lanes(dropout, key, j);
+      gradient *= keep;
+      store(w + j, probability * keep);
+    }
+    // What is masked may hold NaN, and so may its products.
+    store(dz + j, probability == 0.0f ? vf{} : probability * (gradient - delta));
+  }
+}
+
+// dst[j] = sum_r factors[r][j] rows[r] for j < n.
+template <class T>
+PYSEQNET_NOINLINE void sum_outer(int64_t rows, const float* factors, int64_t ldf, const float* a,
+                                 int64_t width, int64_t n, T* dst, int64_t stride) {
+  const int64_t padded = round_up(width, VL);
+  for (int64_t j = 0; j < n; ++j, dst += stride)
+    for (int64_t d = 0; d < width; d += VL) {
+      vf sum = {};
+      for (int64_t r = 0; r < rows; ++r) sum += factors[r * ldf + j] * load(a + r * padded + d);
+      store_lanes_n(dst + d, sum, width - d);
+    }
+}
+
+struct BackwardScratch {
+  float *q, *gout, *w, *dz;  // one row a query of the key head
+  BackwardScratch(Carver& carve, const AttentionProblem& p) {
+    const int64_t rows = p.group() * p.L;
+    q = carve.take<float>(rows * round_up(p.D, VL));
+    gout = carve.take<float>(rows * round_up(p.E, VL));
+    w = carve.take<float>(rows * round_up(p.S, VL));
+    dz = carve.take<float>(rows * round_up(p.S, VL));
+  }
+};
+
+template <class T>
+void backward_item(const AttentionProblem& p, const AttentionTensors& t, const Dropout& dropout, int64_t item,
+                   const BackwardScratch& s) {
+  const int64_t hk = item % p.Hk, b = item / p.Hk, rows = p.group() * p.L;
+  const int64_t padded_d = round_up(p.D, VL), padded_e = round_up(p.E, VL), padded_s = round_up(p.S, VL);
+  const T* keys = static_cast<const T*>(t.k) + b * p.k_strides.b + hk * p.k_strides.h;
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t h = hk * p.group() + r / p.L, i = r % p.L, row = (b * p.H + h) * p.L + i;
+    const T* query = static_cast<const T*>(t.q) + b * p.q_strides.b + h * p.q_strides.h + i * p.q_strides.n;
+    const T* gradient =
+        static_cast<const T*>(t.gout) + b * p.gout_strides.b + h * p.gout_strides.h + i * p.gout_strides.n;
+    float *q = s.q + r * padded_d, *gout = s.gout + r * padded_e, *dz = s.dz + r * padded_s;
+    memset(q, 0, size_t(padded_d) * sizeof(float));
+    memset(gout, 0, size_t(padded_e) * sizeof(float));
+    if (static_cast<const float*>(t.lse)[row] != -INFINITE) {
+      pack_rows(query, 0, 1, p.D, float(p.scale), q);
+      pack_rows(gradient, 0, 1, p.E, 1.0f, gout);
+    }
+    gradient_row<T>(p, t, dropout, b, h, i, q, gout, s.w + r * padded_s, dz);
+    if (p.need_q)
+      weigh_row<true>(dz, keys, p.k_strides.n, p.S, p.D, float(p.scale),
+                      static_cast<T*>(t.gq) + b * p.gq_strides.b + h * p.gq_strides.h + i * p.gq_strides.n);
+  }
+  if (!p.need_kv) return;
+  T* gk = static_cast<T*>(t.gk) + b * p.gk_strides.b + hk * p.gk_strides.h;
+  T* gv = static_cast<T*>(t.gv) + b * p.gv_strides.b + hk * p.gv_strides.h;
+  sum_outer(rows, s.dz, padded_s, s.q, p.D, p.S, gk, p.gk_strides.n);
+  sum_outer(rows, s.w, padded_s, s.gout, p.E, p.S, gv, p.gv_strides.n);
+}
+
 Refusal refuses(const AttentionProblem& p) {
   if (p.dtype == DType::f64) return "float64 is left to the reference";
   if (p.L > FEW) return "takes at most four queries";
@@ -130,9 +223,37 @@ void run(const AttentionProblem& p, const AttentionTensors& t, const WorkSlice& 
   });
 }
 
+WorkPlan plan_backward(const AttentionProblem& p) {
+  constexpr int64_t worth_a_thread = 50000;  // elements of K and V: about 20 microseconds
+  WorkPlan plan;
+  plan.add_phase(p.B * p.Hk, worth_a_thread / (p.group() * p.L * p.S * (p.D + p.E) + 1) + 1);
+  Carver carve(nullptr);
+  BackwardScratch(carve, p);
+  plan.thread_bytes = carve.used();
+  return plan;
+}
+
+void run_backward(const AttentionProblem& p, const AttentionTensors& t, const WorkSlice& slice) {
+  FlushDenormals guard;
+  Carver carve(slice.scratch);
+  const BackwardScratch s(carve, p);
+  const Dropout dropout(p, t);
+  with_element(p.dtype, [&](auto tag) {
+    for (int64_t item = slice.begin; item < slice.end; ++item)
+      backward_item<decltype(tag)>(p, t, dropout, item, s);
+  });
+}
+
+Refusal refuses_backward(const AttentionProblem& p) {
+  if (p.group() * p.L > FEW) return "takes at most four queries a key head";
+  return refuses(p);
+}
+
 }  // namespace
 
-extern const AttentionCpuKernel attention_few_queries_forward;
+extern const AttentionCpuKernel attention_few_queries_forward, attention_few_queries_backward;
+const AttentionCpuKernel attention_few_queries_backward = {"few_queries_" PYSEQNET_ISA_NAME, this_isa,
+                                                           refuses_backward, plan_backward, run_backward};
 const AttentionCpuKernel attention_few_queries_forward = {"few_queries_" PYSEQNET_ISA_NAME, this_isa, refuses,
                                                           plan, run};
 

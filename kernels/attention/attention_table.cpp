@@ -7,7 +7,8 @@ namespace pyseqnet {
 
 #define DECLARE_CPU_KERNELS                                                                                \
   extern const AttentionCpuKernel attention_tile_forward, attention_tile_weights, attention_tile_backward, \
-      attention_tile_mask_gradient, attention_rows_delta, attention_few_queries_forward
+      attention_tile_mask_gradient, attention_rows_delta, attention_few_queries_forward,                   \
+      attention_few_queries_backward
 namespace portable {
 DECLARE_CPU_KERNELS;
 }
@@ -38,7 +39,8 @@ constexpr const AttentionCpuKernel* forward[] = {EVERY_ISA(attention_few_queries
 constexpr const AttentionCpuKernel* weights[] = {EVERY_ISA(attention_tile_weights),
                                                  &attention_reference_weights};
 constexpr const AttentionCpuKernel* delta[] = {EVERY_ISA(attention_rows_delta), &attention_reference_delta};
-constexpr const AttentionCpuKernel* backward[] = {EVERY_ISA(attention_tile_backward),
+constexpr const AttentionCpuKernel* backward[] = {EVERY_ISA(attention_few_queries_backward),
+                                                  EVERY_ISA(attention_tile_backward),
                                                   &attention_reference_backward};
 constexpr const AttentionCpuKernel* mask_gradient[] = {EVERY_ISA(attention_tile_mask_gradient),
                                                        &attention_reference_mask_gradient};
