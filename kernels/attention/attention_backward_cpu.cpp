@@ -318,10 +318,10 @@ struct MaskScratch {
 template <class T>
 void add_mask_gradients(const AttentionProblem& p, const AttentionTensors& t, const Dropout& dropout,
                         const MaskItem& at, int64_t b, int64_t h, const MaskScratch& s) {
-  const int64_t length = length_of(p, t, b), columns = round_up(p.S, KEYS);
+  const int64_t length = length_of(p, t, b), row_length = round_up(p.S, KEYS);
   const int64_t seen = visible_keys(p.causal, p.causal_offset, length, at.i1 - 1);
   for (int64_t j0 = 0; j0 < seen; j0 += KEYS) {
-    const int64_t keys = smaller(KEYS, seen - j0);
+    const int64_t keys = smaller(KEYS, seen - j0), columns = round_up(keys, PANEL);
     pack_key_tile<T>(p, t, b, h / p.group(), j0, keys, s.tile);
     for (int64_t i0 = at.i0; i0 < at.i1; i0 += BLOCK) {
       const int64_t n = smaller(BLOCK, at.i1 - i0);
@@ -331,7 +331,7 @@ void add_mask_gradients(const AttentionProblem& p, const AttentionTensors& t, co
         if (gradient_tile<T>(p, t, dropout, b, h, i0, r0, rows, j0, keys, length, s.tile, s.block) == 0)
           continue;
         for (int64_t r = r0; r < r0 + rows; ++r) {
-          float* sums = s.sums + (p.mask_L == 1 ? 0 : r * columns) + j0;
+          float* sums = s.sums + (p.mask_L == 1 ? 0 : r * row_length) + j0;
           for (int64_t c = 0; c < columns; c += VL)
             store(sums + c, load(sums + c) + load(s.block.gradients + r * KEYS + c));
         }
