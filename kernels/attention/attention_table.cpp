@@ -63,7 +63,36 @@ Table<AttentionCpuKernel> attention_cpu_table(AttentionPass pass) {
   return {};
 }
 
+#if defined(PYSEQNET_WITH_CUDA)
+extern const AttentionCudaKernel attention_forward_cuda, attention_weights_cuda, attention_delta_cuda,
+    attention_backward_cuda, attention_mask_gradient_cuda;
+
+namespace {
+constexpr const AttentionCudaKernel* cuda_forward[] = {&attention_forward_cuda};
+constexpr const AttentionCudaKernel* cuda_weights[] = {&attention_weights_cuda};
+constexpr const AttentionCudaKernel* cuda_delta[] = {&attention_delta_cuda};
+constexpr const AttentionCudaKernel* cuda_backward[] = {&attention_backward_cuda};
+constexpr const AttentionCudaKernel* cuda_mask_gradient[] = {&attention_mask_gradient_cuda};
+}  // namespace
+
+Table<AttentionCudaKernel> attention_cuda_table(AttentionPass pass) {
+  switch (pass) {
+    case AttentionPass::forward:
+      return table_of(cuda_forward);
+    case AttentionPass::weights:
+      return table_of(cuda_weights);
+    case AttentionPass::delta:
+      return table_of(cuda_delta);
+    case AttentionPass::backward:
+      return table_of(cuda_backward);
+    case AttentionPass::mask_gradient:
+      return table_of(cuda_mask_gradient);
+  }
+  return {};
+}
+#else
 Table<AttentionCudaKernel> attention_cuda_table(AttentionPass) { return {}; }
+#endif
 
 std::string describe(const AttentionProblem& p) {
   const char* mask = p.mask == AttentionMask::none      ? ""
