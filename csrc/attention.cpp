@@ -222,17 +222,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(BackwardInputs in, Extras ex
   t.delta = delta.mutable_data_ptr();
   run(AttentionPass::delta, p, t, q);
 
-  const Tensor nothing = new_vector(q, 0, q.scalar_type());  // stands for what nobody needs
-  Tensor gq = nothing, gk = nothing, gv = nothing, gmask = nothing;
+  // What nobody needs comes back empty; results may not alias each other.
+  const auto nothing = [&] { return new_vector(q, 0, q.scalar_type()); };
+  Tensor gq = q, gk = q, gv = q, gmask = q;
   p.need_q = in.need_query, p.need_kv = in.need_key_value;
   if (p.need_q) {
     gq = new_heads(q, p.B, p.H, p.L, p.D, heads_inside(in.query), p.gq_strides);
     t.gq = gq.mutable_data_ptr();
+  } else {
+    gq = nothing();
   }
   if (p.need_kv) {
     gk = new_heads(q, p.B, p.Hk, p.S, p.D, heads_inside(in.key), p.gk_strides);
     gv = new_heads(q, p.B, p.Hk, p.S, p.E, heads_inside(in.value), p.gv_strides);
     t.gk = gk.mutable_data_ptr(), t.gv = gv.mutable_data_ptr();
+  } else {
+    gk = nothing(), gv = nothing();
   }
   if (p.need_q || p.need_kv) run(AttentionPass::backward, p, t, q);
   if (in.need_mask) {
@@ -240,6 +245,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(BackwardInputs in, Extras ex
     gmask = new_dense(q, {p.mask_B, p.mask_H, p.mask_L, p.mask_S}, 4, extras.mask->scalar_type());
     t.gmask = gmask.mutable_data_ptr();
     run(AttentionPass::mask_gradient, p, t, q);
+  } else {
+    gmask = nothing();
   }
   return {gq, gk, gv, gmask};
 }

@@ -105,8 +105,7 @@ def _differentiable_gradients(
     # A view for each: one tensor may come as query, key and value at once, and each place has a gradient of its own.
     views = [t.view_as(t) if t is not None else None for t in inputs]
     query, key, value, mask = views
-    assert query is not None and key is not None and value is not None
-    results = _reference(query, key, value, mask, key_lengths, seed, _Options(*options))
+    results = _reference(query, key, value, mask, key_lengths, seed, _Options(*options))  # type: ignore[arg-type]
     outputs = [(r, g) for r, g in zip(results, grads, strict=True) if g is not None]
     wanted = [v for v, need in zip(views, needs, strict=True) if need and v is not None]
     found = list(
@@ -252,7 +251,9 @@ def _four_dimensional(
     return view(query, heads), view(key, kv_heads), view(value, kv_heads), leading
 
 
-def _four_dimensional_mask(mask: Tensor, leading: tuple[int, ...], shape: tuple[int, int, int, int], gqa: bool) -> Tensor:
+def _four_dimensional_mask(
+    mask: Tensor, leading: tuple[int, ...], shape: tuple[int, int, int, int], gqa: bool
+) -> Tensor:
     """The mask as (batch or 1, heads or 1, queries or 1, keys or 1): broadcast dimensions stay of extent 1."""
     full = (*leading, *shape[2:])
     if mask.dim() < 2 or mask.dim() > len(full):
@@ -266,7 +267,7 @@ def _four_dimensional_mask(mask: Tensor, leading: tuple[int, ...], shape: tuple[
         return mask.unsqueeze(0 if gqa else 1)
     if len(leading) == 2:
         return mask
-    batch = mask.shape[: len(leading) - 1]
+    batch = tuple(mask.shape[: len(leading) - 1])
     if any(extent != 1 for extent in batch):
         mask = mask.expand(*leading[:-1], *mask.shape[-3:])
         batch = leading[:-1]
@@ -333,7 +334,9 @@ def _read_lengths(key_lengths: Tensor, batch: int, device: torch.device) -> Tens
     if key_lengths.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"key_lengths must be int64 or int32, got {key_lengths.dtype}")
     if key_lengths.dim() != 1 or key_lengths.shape[0] != batch:
-        raise ValueError(f"key_lengths must have shape ({batch},), one length a batch entry, got {tuple(key_lengths.shape)}")
+        raise ValueError(
+            f"key_lengths must have shape ({batch},), one length a batch entry, got {tuple(key_lengths.shape)}"
+        )
     if key_lengths.device != device:
         raise ValueError(f"key_lengths must be on the query's device {device}, got {key_lengths.device}")
     return key_lengths.to(torch.int64)
@@ -393,7 +396,7 @@ def scaled_dot_product_attention(
     but for the bits of dropout; memory is linear in the number of queries and keys, forward and backward.
 
     Args:
-        query: ``(..., H, L, D)``; float32, bfloat16, float16 or float64; CPU or CUDA. Any leading dimensions, broadcast.
+        query: ``(..., H, L, D)``; float32, bfloat16, float16 or float64; CPU or CUDA. Leading dimensions broadcast.
         key: ``(..., H, S, D)``.
         value: ``(..., H, S, E)``.
         attn_mask: broadcastable to ``(..., H, L, S)``, never materialised at that size. Bool: True takes part. Float
@@ -418,8 +421,8 @@ def scaled_dot_product_attention(
 
     A query that sees no key gives 0, log-sum-exp -inf and gradients 0. Keys that no query sees never leak, even if they
     hold NaN. Differentiable twice; torch.compile sees one node. Accumulates in float32 (float64 for float64), is
-    deterministic, and on the CPU bitwise equal for any number of threads; under ``is_causal`` a later key changes no bit
-    of an earlier output.
+    deterministic, and on the CPU bitwise equal for any number of threads; under ``is_causal`` a later key changes no
+    bit of an earlier output.
 
     Paper: Vaswani et al., Attention is all you need, 2017. Tiling: Dao et al., FlashAttention, 2022.
     """
@@ -493,7 +496,14 @@ def _attention_weights_fake(
 
 @torch.library.register_fake("pyseqnet::attention_backward")
 def _attention_backward_fake(
-    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None, *rest: Any
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     need_query, need_key_value, need_mask = rest[-3:]
     same_device("attention", grad_out, query, key, value, out, lse, mask)
