@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(attention_threads, 2)
   using Tile = AttentionTile<T>;
   using Acc = accumulator_t<T>;
   PYSEQNET_SHARED(AttentionMemory<T>, memory, );
-  const TilePlace<T> at(int(threadIdx.x));
+  const TilePlace<T> at(threadIdx.x);
   const AttentionBlock block = block_of(g);
   const AttentionHead head = head_of(a, block.head / a.H, block.head % a.H);
   // With causality the last queries see the most keys: they begin.
@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(attention_threads, 2)
     gradients_of_tile<T>(weight, gradient, memory, visible, a, head, query0, key0, at);
     __syncthreads();
     store_tile<T>(memory.left, gradient, at);
-    const int depth = end - key0 < Tile::positions ? int(end - key0) : Tile::positions;
+    const int depth = positions_of<T>(end - key0);
     const T* keys = a.k.at(head.b, head.kv, key0);
 #pragma unroll
     for (int group = 0; group < groups; group++) {
@@ -123,12 +123,11 @@ PYSEQNET_DEVICE void add_transposed(ChannelRegisters<T>& sum, AttentionMemory<T>
 // 64 channels of gk and as many of gv a block: where there are more, logits are computed once more.
 template <class T>
 __global__ void __launch_bounds__(attention_threads, 2)
-    attention_key_gradient_tiles(const AttentionInputs<T> a, const AttentionGrid g,
-                                 const int64_t query_tiles, const GradientResult<T> gk,
-                                 const GradientResult<T> gv) {
+    attention_key_gradient_tiles(const AttentionInputs<T> a, const AttentionGrid g, const int64_t query_tiles,
+                                 const GradientResult<T> gk, const GradientResult<T> gv) {
   using Tile = AttentionTile<T>;
   PYSEQNET_SHARED(AttentionMemory<T>, memory, );
-  const TilePlace<T> at(int(threadIdx.x));
+  const TilePlace<T> at(threadIdx.x);
   const AttentionBlock block = block_of(g);
   const int64_t b = block.head / a.Hk, kv = block.head % a.Hk;
   const int64_t key0 = int64_t(block.tile) * Tile::positions;
@@ -148,7 +147,7 @@ __global__ void __launch_bounds__(attention_threads, 2)
     if (!walk.enter(memory, visible, at)) continue;
     ScoreRegisters<T> weight = {}, gradient = {};
     gradients_of_tile<T>(weight, gradient, memory, visible, a, head, query0, key0, at);
-    const int depth = a.L - query0 < Tile::positions ? int(a.L - query0) : Tile::positions;
+    const int depth = positions_of<T>(a.L - query0);
     if (channel0 < a.E)
       add_transposed<T>(value_sum[0], memory, weight, a.gout.at(b, head.h, query0), a.gout, channel0, a.E,
                         depth, at);
@@ -212,12 +211,11 @@ __global__ void __launch_bounds__(attention_threads, 2)
   using Tile = AttentionTile<T>;
   using Acc = accumulator_t<T>;
   PYSEQNET_SHARED(AttentionMemory<T>, memory, );
-  const TilePlace<T> at(int(threadIdx.x));
+  const TilePlace<T> at(threadIdx.x);
   const AttentionBlock block = block_of(g);
   const int64_t mask_b = block.head / mask.H, mask_h = block.head % mask.H;
   const int64_t begin = block.part * g.part_steps;
-  const int64_t end =
-      min(begin + g.part_steps, mask.folds_b * mask.folds_h * mask.folds_l * mask.folds_s);
+  const int64_t end = min(begin + g.part_steps, mask.folds_b * mask.folds_h * mask.folds_l * mask.folds_s);
 
   ScoreRegisters<T> sum = {};
   TileWalk<T> walk;
@@ -227,7 +225,8 @@ __global__ void __launch_bounds__(attention_threads, 2)
     const int64_t bh = rest / mask.folds_l, fold_h = bh % mask.folds_h, fold_b = bh / mask.folds_h;
     // Of tile and fold, block and fold and so on one is 0: a dimension is either the mask's or summed over.
     const AttentionHead head = head_of(a, mask_b + fold_b, mask_h + fold_h);
-    const int64_t query0 = (block.tile + l) * Tile::positions, key0 = (block.column_tile + s) * Tile::positions;
+    const int64_t query0 = (block.tile + l) * Tile::positions,
+                  key0 = (block.column_tile + s) * Tile::positions;
     if (keys_of_queries(a, head, query0) <= key0) continue;
     stage_queries<T, true, true>(memory, a, head, query0);
     const uint32_t visible = visible_pairs(a, head, query0, key0, at);
@@ -325,8 +324,8 @@ int launch_key_gradient(const AttentionProblem& p, const AttentionInputs<T>& a, 
   const GradientResult<T> gk = {operand_of<T>(t.gk, p.gk_strides, p.D), {workspace, key_lines(p), p.D}};
   const GradientResult<T> gv = {operand_of<T>(t.gv, p.gv_strides, p.E),
                                 {workspace + g.parts * key_lines(p) * p.D, key_lines(p), p.E}};
-  const int error = launch(config_of(g.blocks(), stream), attention_key_gradient_tiles<T>, a, g,
-                           tiles_of(p, p.L), gk, gv);
+  const int error =
+      launch(config_of(g.blocks(), stream), attention_key_gradient_tiles<T>, a, g, tiles_of(p, p.L), gk, gv);
   if (error || g.parts == 1) return error;
   const int error_of_k = sum_parts(gk.partials, g.parts, p.Hk, p.S, gk.out, stream);
   return error_of_k ? error_of_k : sum_parts(gv.partials, g.parts, p.Hk, p.S, gv.out, stream);
@@ -384,11 +383,9 @@ int mask_gradient(const AttentionProblem& p, const AttentionTensors& t, void* wo
 }  // namespace
 
 extern const AttentionCudaKernel attention_backward_cuda, attention_mask_gradient_cuda;
-const AttentionCudaKernel attention_backward_cuda = {"cuda_generic",    80,
-                                                     0,                 refuses_backward,
+const AttentionCudaKernel attention_backward_cuda = {"cuda_generic",     80,      0, refuses_backward,
                                                      backward_workspace, backward};
-const AttentionCudaKernel attention_mask_gradient_cuda = {"cuda_generic", 80,
-                                                          0,              refuses_mask_gradient,
-                                                          mask_workspace, mask_gradient};
+const AttentionCudaKernel attention_mask_gradient_cuda = {
+    "cuda_generic", 80, 0, refuses_mask_gradient, mask_workspace, mask_gradient};
 
 }  // namespace pyseqnet

@@ -107,13 +107,13 @@ PYSEQNET_DEVICE void store_forward(const ChannelRegisters<T> (&sum)[groups],
 
 // groups x 64 channels of values a block.
 template <class T, int groups>
-__global__ void __launch_bounds__(attention_threads, 2)
+__global__ void __launch_bounds__(attention_threads, groups == 1 ? 3 : 2)
     attention_forward_tiles(const AttentionInputs<T> a, const AttentionGrid g, const Operand<T> out,
                             const ForwardResults<accumulator_t<T>> results) {
   using Tile = AttentionTile<T>;
   using Acc = accumulator_t<T>;
   PYSEQNET_SHARED(AttentionMemory<T>, memory, );
-  const TilePlace<T> at(int(threadIdx.x));
+  const TilePlace<T> at(threadIdx.x);
   const AttentionBlock block = block_of(g);
   const AttentionHead head = head_of(a, block.head / a.H, block.head % a.H);
   // With causality the last queries see the most keys: they begin.
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(attention_threads, 2)
     softmax_tile<T, groups>(score, state, sum, memory, a, key0, at);
     __syncthreads();
     store_tile<T>(memory.left, score, at);
-    const int depth = end - key0 < Tile::positions ? int(end - key0) : Tile::positions;
+    const int depth = positions_of<T>(end - key0);
     const T* values = a.v.at(head.b, head.kv, key0);
 #pragma unroll
     for (int group = 0; group < groups; group++) {
@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(attention_threads, 4)
   using Tile = AttentionTile<T>;
   using Acc = accumulator_t<T>;
   PYSEQNET_SHARED(AttentionMemory<T>, memory, );
-  const TilePlace<T> at(int(threadIdx.x));
+  const TilePlace<T> at(threadIdx.x);
   const AttentionBlock block = block_of(g);
   const AttentionHead head = head_of(a, block.head / a.H, block.head % a.H);
   const int64_t query0 = int64_t(block.tile) * Tile::positions;
@@ -208,8 +208,7 @@ __global__ void __launch_bounds__(attention_threads, 4)
     for (int j = 0; j < Tile::thread_columns; j++) {
       if (key0 + at.column(j) >= a.S) continue;
       const bool sees = (visible >> (i * Tile::thread_columns + j) & 1u) && lse != -Acc(INFINITY);
-      const Acc weight =
-          sees ? exp2_of(score[i][j] - lse) * kept(a, row_key, key0 + at.column(j)) : Acc(0);
+      const Acc weight = sees ? exp2_of(score[i][j] - lse) * kept(a, row_key, key0 + at.column(j)) : Acc(0);
       store(line + at.column(j), weight);
     }
   }
@@ -282,8 +281,7 @@ int forward(const AttentionProblem& p, const AttentionTensors& t, void* workspac
     const Operand<T> out = operand_of<T>(t.out, p.out_strides, p.E);
     ForwardResults<Acc> results = {static_cast<Acc*>(t.lse), {}, {}};
     results.sums = {static_cast<Acc*>(workspace), lines_of(p), p.E};
-    if (g.parts > 1)
-      results.states = {results.sums.data + g.parts * lines_of(p) * p.E, lines_of(p), 2};
+    if (g.parts > 1) results.states = {results.sums.data + g.parts * lines_of(p) * p.E, lines_of(p), 2};
     const LaunchConfig config = config_of(g.blocks(), stream);
     int error = launch_ok;
     if (groups_of(p) == 1) {
@@ -331,11 +329,11 @@ int delta(const AttentionProblem& p, const AttentionTensors& t, void*, void* str
 }  // namespace
 
 extern const AttentionCudaKernel attention_forward_cuda, attention_weights_cuda, attention_delta_cuda;
-const AttentionCudaKernel attention_forward_cuda = {"cuda_generic", 80, 0, refuses_forward, forward_workspace,
-                                                    forward};
-const AttentionCudaKernel attention_weights_cuda = {"cuda_generic", 80, 0, refuses_weights, no_workspace,
-                                                    weights};
-const AttentionCudaKernel attention_delta_cuda = {"cuda_generic", 80, 0, refuses_nothing, no_workspace,
-                                                  delta};
+const AttentionCudaKernel attention_forward_cuda = {"cuda_generic",    80,     0, refuses_forward,
+                                                    forward_workspace, forward};
+const AttentionCudaKernel attention_weights_cuda = {"cuda_generic",  80,           0,
+                                                    refuses_weights, no_workspace, weights};
+const AttentionCudaKernel attention_delta_cuda = {"cuda_generic",  80,           0,
+                                                  refuses_nothing, no_workspace, delta};
 
 }  // namespace pyseqnet

@@ -105,10 +105,11 @@ int sum_parts(const Partials<Acc>& partials, unsigned parts, int64_t heads, int6
                 attention_sum_parts<Acc, Out>, partials, parts, heads, N, out);
 }
 
-// ---------------------------------------------------------------- the contract's structs as kernels want them
+// ---------------------------------------------------------------- the contract's structs as kernels want
+// them
 inline int64_t tiles_of(const AttentionProblem& p, int64_t positions) {
-  return ceil_divide(positions, p.dtype == DType::f64 ? AttentionTile<double>::positions
-                                                      : AttentionTile<float>::positions);
+  return ceil_divide(
+      positions, p.dtype == DType::f64 ? AttentionTile<double>::positions : AttentionTile<float>::positions);
 }
 inline int64_t accumulator_bytes(const AttentionProblem& p) { return p.dtype == DType::f64 ? 8 : 4; }
 

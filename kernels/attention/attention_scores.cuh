@@ -50,7 +50,7 @@ struct alignas(16) AttentionMemory {
   Acc left[Tile::positions * Tile::line], right[Tile::positions * Tile::line];
   uint64_t row_key[Tile::positions];
   Acc lse[Tile::positions], delta[Tile::positions];  // of the queries; lse in units of log 2
-  // Which keys of the tile some of its queries see: bit j of word c is key c + 16 j. Three of them: while one
+  // Which keys of the tile some of its queries see: bit j of word c is key c + 8 j. Three of them: while one
   // is being filled, another may still be read, and the third is cleared.
   unsigned seen[3][lanes_across];
   unsigned any_seen[3];
@@ -85,13 +85,13 @@ PYSEQNET_DEVICE uint32_t visible_pairs(const AttentionInputs<T>& a, const Attent
   using Acc = accumulator_t<T>;
   static_assert(Tile::thread_rows * Tile::thread_columns <= 32);
   uint32_t visible = 0;
-#pragma unroll 2
+#pragma unroll 1
   for (int i = 0; i < Tile::thread_rows; i++) {
     const int64_t query = query0 + at.row(i);
     if (query >= a.L) continue;
     const int64_t left = visible_keys(a.causal, a.causal_offset, head.keys, query) - key0;
     const int keys = left < 0 ? 0 : left < Tile::positions ? int(left) : Tile::positions;
-    const int64_t line = mask_offset(a, head, query, key0);
+    const int64_t line = mask_offset(a, head, query0, key0) + at.row(i) * a.mask_strides.n;
 #pragma unroll
     for (int j = 0; j < Tile::thread_columns; j++) {
       bool sees = at.column(j) < keys;
@@ -128,8 +128,8 @@ class TileWalk {
 #pragma unroll
     for (int i = 0; i < Tile::thread_rows; i++) keys |= visible >> (i * Tile::thread_columns);
     keys &= (1u << Tile::thread_columns) - 1;
-    keys |= __shfl_xor_sync(whole_warp, keys, 1);
-    if (threadIdx.x % 2 == 0 && keys) {
+    keys = reduce_lanes<Lanes::column>(keys, [](unsigned x, unsigned y) { return x | y; });
+    if (TilePlace<T>::leads_column(threadIdx.x) && keys) {
       atomicOr(&memory.seen[slot_][at.first_column], keys);
       atomicOr(&memory.any_seen[slot_], 1u);
     }
@@ -179,7 +179,7 @@ PYSEQNET_DEVICE void to_logits(ScoreRegisters<T>& score, uint32_t visible, const
   if (a.mask_kind != AttentionMask::additive) return;
 #pragma unroll
   for (int i = 0; i < Tile::thread_rows; i++) {
-    const int64_t line = mask_offset(a, head, query0 + at.row(i), key0);
+    const int64_t line = mask_offset(a, head, query0, key0) + at.row(i) * a.mask_strides.n;
 #pragma unroll
     for (int j = 0; j < Tile::thread_columns; j++)
       if (sees(i, j)) score[i][j] += mask_value(a, line + at.column(j) * a.mask_stride_s) * Acc(log2_e);
@@ -198,8 +198,9 @@ template <class T>
 PYSEQNET_DEVICE void logits_of_tile(ScoreRegisters<T>& score, AttentionMemory<T>& memory, uint32_t visible,
                                     const AttentionInputs<T>& a, const AttentionHead& head, int64_t query0,
                                     int64_t key0, TilePlace<T> at) {
-  similarity<T>(score, memory.left, memory.right, a.q.at(head.b, head.h, query0), a.q, a.L - query0,
-                a.k.at(head.b, head.kv, key0), a.k, a.S - key0, a.D, at);
+  similarity<T>(score, memory.left, memory.right, a.q.at(head.b, head.h, query0), a.q,
+                positions_of<T>(a.L - query0), a.k.at(head.b, head.kv, key0), a.k,
+                positions_of<T>(a.S - key0), a.D, at);
   to_logits<T>(score, visible, a, head, query0, key0, at);
 }
 
@@ -214,7 +215,7 @@ PYSEQNET_DEVICE void to_gradients(ScoreRegisters<T>& weight, ScoreRegisters<T>& 
   if (a.gweights) {
 #pragma unroll
     for (int i = 0; i < Tile::thread_rows; i++) {
-      const T* line = a.gweights + ((head.b * a.H + head.h) * a.L + query0 + at.row(i)) * a.S + key0;
+      const T* line = a.gweights + ((head.b * a.H + head.h) * a.L + query0) * a.S + key0 + at.row(i) * a.S;
 #pragma unroll
       for (int j = 0; j < Tile::thread_columns; j++)
         if (sees(i, j)) gradient[i][j] += load(line + at.column(j));
@@ -250,8 +251,9 @@ PYSEQNET_DEVICE void gradients_of_tile(ScoreRegisters<T>& weight, ScoreRegisters
                                        int64_t key0, TilePlace<T> at) {
   logits_of_tile<T>(weight, memory, visible, a, head, query0, key0, at);
   __syncthreads();
-  similarity<T>(gradient, memory.left, memory.right, a.gout.at(head.b, head.h, query0), a.gout, a.L - query0,
-                a.v.at(head.b, head.kv, key0), a.v, a.S - key0, a.E, at);
+  similarity<T>(gradient, memory.left, memory.right, a.gout.at(head.b, head.h, query0), a.gout,
+                positions_of<T>(a.L - query0), a.v.at(head.b, head.kv, key0), a.v,
+                positions_of<T>(a.S - key0), a.E, at);
   to_gradients<T>(weight, gradient, visible, memory, a, head, query0, key0, at);
 }
 

@@ -9,9 +9,9 @@
 // vectors of it without bank conflicts, so that nothing is ever transposed on the way in. 16-bit elements
 // become floats where they are staged.
 //
-// 128 threads are 8 x 16 over a tile; a warp is 2 x 16, so that what belongs to a query is reduced by
-// shuffles among 16 lanes. For four steps of depth a thread reads 12 vectors and does 128 FMA: a warp's
-// shared-memory wavefronts (16) are half of what its FMA need of the multiprocessor's time.
+// 128 threads are 16 x 8 over a tile; what belongs to a query is reduced by shuffles among 8 lanes. For four
+// steps of depth a thread reads 12 vectors and does 128 FMA: a warp's shared-memory wavefronts (12) take less
+// than half of the time that its FMA need.
 #pragma once
 #include "attention/attention.h"
 #include "common/cuda_numerics.cuh"
@@ -19,16 +19,8 @@
 namespace pyseqnet {
 
 constexpr int attention_threads = 128;
-constexpr int lanes_across = 16, lanes_down = attention_threads / lanes_across;
+constexpr int lanes_across = 8, lanes_down = attention_threads / lanes_across;
 constexpr unsigned whole_warp = 0xffffffffu;
-#ifndef ATTN_UNROLL
-#define ATTN_UNROLL 2
-#endif
-constexpr int depth_unroll = ATTN_UNROLL;
-#ifndef ATTN_STAGE
-#define ATTN_STAGE 4
-#endif
-constexpr int stage_unroll = ATTN_STAGE;
 
 template <class T>
 struct AttentionTile {
@@ -43,15 +35,16 @@ struct AttentionTile {
   static_assert(positions <= channels, "weights are kept in a tile of channels");
 };
 
-// Which rows and columns of a tile belong to a thread. Neighbouring lanes share a column: a vector that both
-// read from shared memory is fetched once. Their rows are four lines apart, so that what they write there
-// falls into different banks.
+// Which rows and columns of a tile belong to a thread: a warp is 4 x 8 of them. Of neighbouring lanes one bit
+// of the number is the row's, the next three are the column's: what lanes share, a vector load of theirs then
+// fetches once. Rows of a warp are two lines apart, so that weights are written to 32 different banks.
 template <class T>
 struct TilePlace {
   using Tile = AttentionTile<T>;
   int first_row, first_column;
-  PYSEQNET_DEVICE explicit TilePlace(int t)
-      : first_row(t / 32 + t % 2 * (lanes_down / 2)), first_column(t % 32 / 2) {}
+  PYSEQNET_DEVICE explicit TilePlace(unsigned t)
+      : first_row(t / 64 * 8 + t / 32 % 2 + 2 * (t % 2 + t / 16 % 2 * 2)), first_column(t / 2 % 8) {}
+  PYSEQNET_DEVICE static bool leads_column(unsigned t) { return t % 2 == 0 && t / 16 % 2 == 0; }
   PYSEQNET_DEVICE int row(int i) const { return first_row + i * lanes_down; }
   PYSEQNET_DEVICE int column(int j) const { return first_column + j * lanes_across; }
   // First channel of a vector.
@@ -83,16 +76,17 @@ PYSEQNET_DEVICE void stage(accumulator_t<T>* tile, const T* from, const Operand<
                            int64_t count, Keep keep) {
   using Tile = AttentionTile<T>;
   using Acc = accumulator_t<T>;
-  const int t = int(threadIdx.x);
+  const int t = threadIdx.x % attention_threads;  // what the compiler then knows saves it instructions
   if (operand.vectors) {
     constexpr int n = Tile::vector, across = Tile::channels / n, down = attention_threads / across;
     const int channel = t % across * n;
-#pragma unroll stage_unroll
-    for (int position = t / across; position < Tile::positions; position += down) {
+#pragma unroll 4
+    for (int k = 0; k < Tile::positions / down; k++) {
+      const int position = t / across + k * down;
       AttentionVector<Acc, n> value = {};
       if (channel < count && keep(position)) {
-        const auto v = *reinterpret_cast<const AttentionVector<T, n>*>(
-            from + position * operand.strides.n + channel);
+        const auto v =
+            *reinterpret_cast<const AttentionVector<T, n>*>(from + position * operand.strides.n + channel);
 #pragma unroll
         for (int i = 0; i < n; i++) value.element[i] = to_accumulator(v.element[i]);
       }
@@ -102,9 +96,11 @@ PYSEQNET_DEVICE void stage(accumulator_t<T>* tile, const T* from, const Operand<
     constexpr int down = attention_threads / Tile::channels;
     const int channel = t % Tile::channels;
 #pragma unroll 4
-    for (int position = t / Tile::channels; position < Tile::positions; position += down)
+    for (int k = 0; k < Tile::positions / down; k++) {
+      const int position = t / Tile::channels + k * down;
       tile[position * Tile::line + channel] =
           channel < count && keep(position) ? load(from + position * operand.strides.n + channel) : Acc(0);
+    }
   }
 }
 
@@ -118,19 +114,19 @@ PYSEQNET_DEVICE void multiply_similarity(ScoreRegisters<T>& sum, const accumulat
                                          const accumulator_t<T>* b, int depth, TilePlace<T> at) {
   using Tile = AttentionTile<T>;
   using Vector = AttentionVector<accumulator_t<T>, Tile::vector>;
-#pragma unroll depth_unroll
+#pragma unroll 1
   for (int d = 0; d < depth; d += Tile::vector) {
-    Vector y[Tile::thread_columns];
+    Vector x[Tile::thread_rows];
 #pragma unroll
-    for (int j = 0; j < Tile::thread_columns; j++)
-      y[j] = *reinterpret_cast<const Vector*>(b + at.column(j) * Tile::line + d);
+    for (int i = 0; i < Tile::thread_rows; i++)
+      x[i] = *reinterpret_cast<const Vector*>(a + at.row(i) * Tile::line + d);
 #pragma unroll
-    for (int i = 0; i < Tile::thread_rows; i++) {
-      const Vector x = *reinterpret_cast<const Vector*>(a + at.row(i) * Tile::line + d);
+    for (int j = 0; j < Tile::thread_columns; j++) {
+      const Vector y = *reinterpret_cast<const Vector*>(b + at.column(j) * Tile::line + d);
 #pragma unroll
-      for (int j = 0; j < Tile::thread_columns; j++)
+      for (int i = 0; i < Tile::thread_rows; i++)
 #pragma unroll
-        for (int k = 0; k < Tile::vector; k++) sum[i][j] += x.element[k] * y[j].element[k];
+        for (int k = 0; k < Tile::vector; k++) sum[i][j] += x[i].element[k] * y.element[k];
     }
   }
 }
@@ -141,41 +137,45 @@ PYSEQNET_DEVICE void multiply_rows(ChannelRegisters<T>& sum, const accumulator_t
                                    const accumulator_t<T>* b, int depth, TilePlace<T> at) {
   using Tile = AttentionTile<T>;
   using Vector = AttentionVector<accumulator_t<T>, Tile::vector>;
-#pragma unroll depth_unroll
+#pragma unroll 1
   for (int n = 0; n < depth; n += Tile::vector) {
-    Vector y[Tile::vector][Tile::channel_vectors];
+    Vector x[Tile::thread_rows];
+#pragma unroll
+    for (int i = 0; i < Tile::thread_rows; i++)
+      x[i] = *reinterpret_cast<const Vector*>(weights + at.row(i) * Tile::line + n);
 #pragma unroll
     for (int k = 0; k < Tile::vector; k++)
 #pragma unroll
-      for (int g = 0; g < Tile::channel_vectors; g++)
-        y[k][g] = *reinterpret_cast<const Vector*>(b + (n + k) * Tile::line + at.channel(g));
+      for (int g = 0; g < Tile::channel_vectors; g++) {
+        const Vector y = *reinterpret_cast<const Vector*>(b + (n + k) * Tile::line + at.channel(g));
 #pragma unroll
-    for (int i = 0; i < Tile::thread_rows; i++) {
-      const Vector x = *reinterpret_cast<const Vector*>(weights + at.row(i) * Tile::line + n);
-#pragma unroll
-      for (int k = 0; k < Tile::vector; k++)
-#pragma unroll
-        for (int g = 0; g < Tile::channel_vectors; g++)
+        for (int i = 0; i < Tile::thread_rows; i++)
 #pragma unroll
           for (int v = 0; v < Tile::vector; v++)
-            sum[i][g * Tile::vector + v] += x.element[k] * y[k][g].element[v];
-    }
+            sum[i][g * Tile::vector + v] += x[i].element[k] * y.element[v];
+      }
   }
+}
+
+// How many positions of a tile there are, when `left` are.
+template <class T>
+PYSEQNET_DEVICE int positions_of(int64_t left) {
+  return left < AttentionTile<T>::positions ? int(left) : AttentionTile<T>::positions;
 }
 
 // sum[query, key] += a[query, :] . b[key, :] over any number of channels, by way of two tiles that nobody
 // reads any more. When it returns, others may still read them. Positions past the counts are not read.
 template <class T>
 PYSEQNET_DEVICE void similarity(ScoreRegisters<T>& sum, accumulator_t<T>* a_tile, accumulator_t<T>* b_tile,
-                                const T* a, const Operand<const T>& a_operand, int64_t a_count, const T* b,
-                                const Operand<const T>& b_operand, int64_t b_count, int64_t channels,
+                                const T* a, const Operand<const T>& a_operand, int a_count, const T* b,
+                                const Operand<const T>& b_operand, int b_count, int64_t channels,
                                 TilePlace<T> at) {
   using Tile = AttentionTile<T>;
   for (int64_t c = 0; c < channels; c += Tile::channels) {
     const int64_t left = channels - c;
     if (c > 0) __syncthreads();
-    stage<T>(a_tile, a + c, a_operand, left, [&](int i) { return i < a_count; });
-    stage<T>(b_tile, b + c, b_operand, left, [&](int j) { return j < b_count; });
+    stage<T>(a_tile, a + c, a_operand, left, [=](int i) { return i < a_count; });
+    stage<T>(b_tile, b + c, b_operand, left, [=](int j) { return j < b_count; });
     __syncthreads();
     multiply_similarity<T>(sum, a_tile, b_tile, left < Tile::channels ? int(left) : Tile::channels, at);
   }
@@ -216,13 +216,13 @@ PYSEQNET_DEVICE void store_channels(T* to, bool vectors, const accumulator_t<T>*
     if (i < count) store(to + i, value[i]);
 }
 
-// Over all lanes of a warp, or over those that share a row of a tile.
-enum class Lanes { all, row };
+// Over all lanes of a warp, or over those that share a row of a tile, or a column.
+enum class Lanes { all = 31, row = 14, column = 17 };
 template <Lanes lanes, class A, class F>
 PYSEQNET_DEVICE A reduce_lanes(A value, F combine) {
 #pragma unroll
-  for (int step = 16; step > (lanes == Lanes::row ? 1 : 0); step /= 2)
-    value = combine(value, __shfl_xor_sync(whole_warp, value, step));
+  for (int step = 16; step > 0; step /= 2)
+    if (int(lanes) & step) value = combine(value, __shfl_xor_sync(whole_warp, value, step));
   return value;
 }
 

@@ -36,16 +36,16 @@ struct Options {
 std::string label(const Options& o) {
   const AttentionProblem& p = o.p;
   char words[400];
-  std::snprintf(words, sizeof words,
-                "%s B%lld H%lld/%lld L%lld S%lld D%lld E%lld form %d mask %d %s %lldx%lldx%lldx%lld%s%s%s%s%s%s "
-                "offset %lld %s",
-                name_of(p.dtype), (long long)p.B, (long long)p.H, (long long)p.Hk, (long long)p.L,
-                (long long)p.S, (long long)p.D, (long long)p.E, int(o.form), int(p.mask),
-                name_of(p.mask_dtype), (long long)p.mask_B, (long long)p.mask_H, (long long)p.mask_L,
-                (long long)p.mask_S, p.causal ? " causal" : "", p.with_key_lengths ? " lengths" : "",
-                p.dropout_p > 0 ? " dropout" : "", p.with_gweights ? " gweights" : "",
-                p.with_glse ? " glse" : "", p.need_q && p.need_kv ? "" : " partial",
-                (long long)p.causal_offset, o.words);
+  std::snprintf(
+      words, sizeof words,
+      "%s B%lld H%lld/%lld L%lld S%lld D%lld E%lld form %d mask %d %s %lldx%lldx%lldx%lld%s%s%s%s%s%s "
+      "offset %lld %s",
+      name_of(p.dtype), (long long)p.B, (long long)p.H, (long long)p.Hk, (long long)p.L, (long long)p.S,
+      (long long)p.D, (long long)p.E, int(o.form), int(p.mask), name_of(p.mask_dtype), (long long)p.mask_B,
+      (long long)p.mask_H, (long long)p.mask_L, (long long)p.mask_S, p.causal ? " causal" : "",
+      p.with_key_lengths ? " lengths" : "", p.dropout_p > 0 ? " dropout" : "",
+      p.with_gweights ? " gweights" : "", p.with_glse ? " glse" : "", p.need_q && p.need_kv ? "" : " partial",
+      (long long)p.causal_offset, o.words);
   return words;
 }
 
@@ -117,7 +117,9 @@ class Case {
     const Kind statistic = p.dtype == DType::f64 ? Kind::f64 : Kind::f32, kind = kind_of(p.dtype);
     const Kind mask_kind = p.mask == AttentionMask::boolean ? Kind::u8 : kind_of(p.mask_dtype);
     const int64_t mask_count = p.mask_B * p.mask_H * p.mask_L * p.mask_S;
-    const auto dense = [&](Kind k, int64_t n, const char* name) { return std::make_unique<Tensor>(k, n, name); };
+    const auto dense = [&](Kind k, int64_t n, const char* name) {
+      return std::make_unique<Tensor>(k, n, name);
+    };
     lse = dense(statistic, rows, "lse"), want_lse = dense(statistic, rows, "want lse");
     delta = dense(statistic, rows, "delta"), want_delta = dense(statistic, rows, "want delta");
     glse = dense(statistic, rows, "glse");
@@ -140,7 +142,8 @@ class Case {
     host.gv = want_gv->host(), host.lse = want_lse->host(), host.delta = want_delta->host();
     host.weights = want_weights->host(), host.gmask = want_gmask->host(), host.mask = mask->host();
     host.glse = glse->host(), host.gweights = gweights->host();
-    host.key_lengths = static_cast<int64_t*>(lengths->host()), host.seed = static_cast<int64_t*>(seed->host());
+    host.key_lengths = static_cast<int64_t*>(lengths->host()),
+    host.seed = static_cast<int64_t*>(seed->host());
     device.q = q->device(), device.k = k->device(), device.v = v->device(), device.gout = gout->device();
     device.out = out->device(), device.gq = gq->device(), device.gk = gk->device();
     device.gv = gv->device(), device.lse = lse->device(), device.delta = delta->device();
@@ -285,8 +288,8 @@ class Case {
   AttentionProblem p;
   Options o_;
   std::unique_ptr<Strided> q, k, v, gout, out, want_out, gq, want_gq, gk, want_gk, gv, want_gv;
-  std::unique_ptr<Tensor> lse, want_lse, delta, want_delta, glse, weights, want_weights, gweights, mask, gmask,
-      want_gmask, lengths, seed;
+  std::unique_ptr<Tensor> lse, want_lse, delta, want_delta, glse, weights, want_weights, gweights, mask,
+      gmask, want_gmask, lengths, seed;
 };
 
 void check_problem(Suite& suite, const Options& o) {
@@ -315,9 +318,9 @@ Options with(Options o, void (*change)(Options&)) {
 void check_edges(Suite& suite) {
   constexpr AttentionMask boolean = AttentionMask::boolean, additive = AttentionMask::additive;
   const Options edges[] = {
-      problem(1, 1, 1, 1, 1, 1, 1),   // one element
-      problem(0, 2, 1, 3, 3, 4, 4),   // no batch
-      problem(1, 2, 1, 0, 5, 4, 8),   // no queries: gk and gv are zero
+      problem(1, 1, 1, 1, 1, 1, 1),                                   // one element
+      problem(0, 2, 1, 3, 3, 4, 4),                                   // no batch
+      problem(1, 2, 1, 0, 5, 4, 8),                                   // no queries: gk and gv are zero
       with_mask(problem(1, 2, 1, 5, 0, 4, 8), additive, 1, 1, 5, 1),  // no keys: out is zero
       with(problem(1, 1, 1, 70, 75, 8, 4), [](Options& o) { o.words = "three tiles each way"; }),
       with(problem(1, 1, 1, 3, 130, 4, 5), [](Options& o) { o.words = "keys in parts"; }),
@@ -331,7 +334,8 @@ void check_edges(Suite& suite) {
       with(problem(3, 1, 2, 7, 70, 8, 8), [](Options& o) { o.p.with_key_lengths = true; }),
       with(with_mask(problem(2, 1, 2, 20, 40, 8, 8), boolean, 2, 1, 20, 40),
            [](Options& o) { o.hide_a_row = o.hide_a_column = true; }),
-      with(with_mask(problem(2, 1, 1, 20, 70, 8, 8), boolean, 2, 1, 1, 70), [](Options& o) { o.hidden = 0.98; }),
+      with(with_mask(problem(2, 1, 1, 20, 70, 8, 8), boolean, 2, 1, 1, 70),
+           [](Options& o) { o.hidden = 0.98; }),
       with(with_mask(problem(1, 2, 1, 40, 40, 8, 8), additive, 1, 2, 40, 40),
            [](Options& o) { o.p.causal = o.hide_a_row = o.hide_a_column = true; }),
       with(with_mask(problem(2, 2, 1, 40, 36, 8, 8), additive, 1, 1, 40, 36),

@@ -126,7 +126,7 @@ unsigned atomic_or(unsigned*, unsigned);
 
 // ---------------------------------------------------------------- warp data exchange
 enum Op { kShfl = 1, kVote, kMatch, kMma, kLdsm, kWgmma, kWgFence, kWgCommit, kWgWait, kRedux, kElect };
-struct ShflArg {
+struct alignas(16) ShflArg {  // a host compiler may write both numbers as one vector
   uint64_t v, out;
   int src;
 };
