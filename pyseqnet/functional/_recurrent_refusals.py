@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -45,18 +45,29 @@ def explain(
     training: Any,
     batch_first: Any,
     lengths: Any,
+    torch_call: Callable[[], object] | None = None,
 ) -> NoReturn:
-    """Raise for a call that was refused: in torch's words where torch refuses it as well, else in ours."""
+    """Raise for a call that was refused: in torch's words where torch refuses it as well, else in ours.
+
+    `torch_call` is the same call of torch's layer, if the call came through a layer.
+    """
     name = _NAMES[mode]
-    if isinstance(error, torch.OutOfMemoryError):
+    if _says_enough(error):
         raise error
     if lengths is None:
         with torch.no_grad():
+            if torch_call is not None:
+                torch_call()
             _as_torch(mode, input, hx, params, num_layers, bidirectional, dropout, training, batch_first)
     states = hx if mode == "LSTM" and hx is not None else [hx]
     _explain_tensors(error, name, [input.data if isinstance(input, PackedSequence) else input, *states, *params])
     _check_shapes(name, mode, input, hx, params, num_layers, bidirectional, batch_first, lengths)
     raise error
+
+
+def _says_enough(error: Exception) -> bool:
+    """Not about the arguments: memory, or a functorch transform that our operations do not take part in."""
+    return isinstance(error, torch.OutOfMemoryError) or "Batching rule" in str(error)
 
 
 def _explain_tensors(error: Exception, name: str, tensors: Sequence[Any]) -> None:
@@ -167,12 +178,31 @@ def _check_shapes(
 
 
 def explain_cell(
-    error: Exception, mode: str, input: Any, hx: Any, w_ih: Any, w_hh: Any, b_ih: Any, b_hh: Any
+    error: Exception,
+    mode: str,
+    input: Any,
+    hx: Any,
+    w_ih: Any,
+    w_hh: Any,
+    b_ih: Any,
+    b_hh: Any,
+    torch_call: Callable[[], object] | None = None,
 ) -> NoReturn:
     """As `explain`."""
     name = _CELL_NAMES[mode]
-    if isinstance(error, torch.OutOfMemoryError):
+    if _says_enough(error):
         raise error
+    with torch.no_grad():
+        if torch_call is not None:
+            torch_call()
+        _cell_as_torch(mode, input, hx, w_ih, w_hh, b_ih, b_hh)
+    states = hx if mode == "LSTM" and hx is not None else [hx]
+    _explain_tensors(error, name, [input, *states, w_ih, w_hh, b_ih, b_hh])
+    raise error
+
+
+def _cell_as_torch(mode: str, input: Any, hx: Any, w_ih: Any, w_hh: Any, b_ih: Any, b_hh: Any) -> None:
+    """The same call of torch's function; it knows neither unbatched input nor an absent state."""
     data, state = input, hx
     if data.dim() == 1:
         data = data.unsqueeze(0)
@@ -181,8 +211,4 @@ def explain_cell(
     if hx is None:
         zeros = data.new_zeros(data.shape[0], w_hh.shape[1])
         state = (zeros, zeros) if mode == "LSTM" else zeros
-    with torch.no_grad():
-        _torch_cells[mode](data, state, w_ih, w_hh, b_ih, b_hh)
-    states = hx if mode == "LSTM" and hx is not None else [hx]
-    _explain_tensors(error, name, [input, *states, w_ih, w_hh, b_ih, b_hh])
-    raise error
+    _torch_cells[mode](data, state, w_ih, w_hh, b_ih, b_hh)

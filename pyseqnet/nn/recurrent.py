@@ -75,10 +75,7 @@ class _Recurrent(_TorchRNNBase):
         try:
             return run_layers(*arguments)
         except REFUSALS as error:
-            if lengths is None:
-                with torch.no_grad():
-                    self._twin.forward(self, input, hx)
-            explain(error, *arguments)
+            explain(error, *arguments, torch_call=lambda: self._twin.forward(self, input, hx))
 
 
 class RNN(_Recurrent):
@@ -129,7 +126,7 @@ class _Cell(_TorchRNNCellBase):
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         own = self._parameters
         try:  # a parametrised or pruned weight is not among the parameters
-            weights: Any = own["weight_ih"], own["weight_hh"], own["bias_ih"], own["bias_hh"]
+            weights: tuple[Any, Any, Any, Any] = own["weight_ih"], own["weight_hh"], own["bias_ih"], own["bias_hh"]
         except KeyError:
             weights = self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
         if torch.compiler.is_compiling():
@@ -137,13 +134,12 @@ class _Cell(_TorchRNNCellBase):
         try:
             return run_cell(self._mode, input, hx, *weights)
         except REFUSALS as error:
-            with torch.no_grad():
-                self._twin.forward(self, input, hx)
-            explain_cell(error, self._mode, input, hx, *weights)
+            twin = self._twin
+            explain_cell(error, self._mode, input, hx, *weights, torch_call=lambda: twin.forward(self, input, hx))
 
 
 class RNNCell(_Cell):
-    """Drop-in for `torch.nn.RNNCell`: one step of Elman's network. See `pyseqnet.functional.rnn_tanh_cell`."""
+    """Drop-in for `torch.nn.RNNCell`: one step of Elman's network. See `pyseqnet.functional.rnn_cell`."""
 
     __constants__ = ["input_size", "hidden_size", "bias", "nonlinearity"]  # noqa: RUF012 - torch's declaration
     _twin = _TorchRNNCell
