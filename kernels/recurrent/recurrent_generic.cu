@@ -448,7 +448,7 @@ int64_t backward_bytes(const RecurrentProblem& p) {
 }
 
 Refusal refuses(const RecurrentProblem& p) {
-  // One block a row writes zeros to the padding.
+  // zero_padding() has a block for each row, list_rows() counts them in an int.
   if (p.T * p.B >= int64_t(1) << 31) return "2^31 or more rows";
   return accepted;
 }

@@ -55,10 +55,10 @@ __global__ void __launch_bounds__(list_threads)
     list_rows(const Sequences q, const RowLists to, const RowStrides s) {
   const int64_t t = blockIdx.x;
   const int lane = int(threadIdx.x);
-  long long before = 0;
+  int before = 0;  // fewer than 2^31: refuses() sees to it
   for (int64_t b = lane; b < q.B; b += list_threads) {
     const int64_t length = q.length(b);
-    before += length < t ? length : t;
+    before += int(length < t ? length : t);
   }
   for (int distance = list_threads / 2; distance > 0; distance /= 2)
     before += __shfl_xor_sync(0xffffffffu, before, distance);
@@ -73,8 +73,8 @@ __global__ void __launch_bounds__(list_threads)
       if (to.x) to.x[m] = q.at(t, b, s.x_t, s.x_b);
       if (to.gx) to.gx[m] = q.at(t, b, s.gx_t, s.gx_b);
       for (int64_t d = 0; d < s.D; d++)
-        if (to.before[d])
-          to.before[d][m] =
+        if (int64_t* list = d ? to.before[1] : to.before[0])
+          list[m] =
               q.begins(t, b, d) ? ~((d * q.B + b) * s.R) : q.at(d ? t + 1 : t - 1, b, s.y_t, s.y_b) + d * s.R;
     }
     next += __popc(all);

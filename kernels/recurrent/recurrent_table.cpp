@@ -39,7 +39,20 @@ Table<RecurrentCpuKernel> recurrent_cpu_table(RecurrentPass pass) {
   return pass == RecurrentPass::forward ? table_of(forward) : table_of(backward);
 }
 
+#if defined(PYSEQNET_WITH_CUDA)
+extern const RecurrentCudaKernel recurrent_forward_cuda, recurrent_backward_cuda;
+
+namespace {
+constexpr const RecurrentCudaKernel* cuda_forward[] = {&recurrent_forward_cuda};
+constexpr const RecurrentCudaKernel* cuda_backward[] = {&recurrent_backward_cuda};
+}  // namespace
+
+Table<RecurrentCudaKernel> recurrent_cuda_table(RecurrentPass pass) {
+  return pass == RecurrentPass::forward ? table_of(cuda_forward) : table_of(cuda_backward);
+}
+#else
 Table<RecurrentCudaKernel> recurrent_cuda_table(RecurrentPass) { return {}; }
+#endif
 
 std::string describe(const RecurrentProblem& p) {
   char text[256];
