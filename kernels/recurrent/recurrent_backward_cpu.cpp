@@ -26,15 +26,16 @@ struct Sizes {
   int64_t slots, width;  // a row of gradients: slots * H
   int64_t x_panels, h_panels, m_panels;
   int64_t batch, input_blocks;
-  int64_t gate_blocks, gate_block;  // rows of one gate that make one item
+  // A row of gradients in parts that are one piece of each weight's rows, the parts in blocks: one item each.
+  int64_t parts, part, gate_blocks, gate_block;
   int64_t projection_blocks, projection_block;
 
   static constexpr int64_t input_block =
       96;  // rows of gx: their gradients and a panel share the second level
 
+  // Rows of a product to an item: many share what is packed for them, but there are a few items to share out.
   static int64_t blocks(int64_t extent, int64_t parts) {
-    // Blocks as wide as the product likes (240), but enough of them for a few threads.
-    constexpr int64_t widest = 128, narrowest = 32, items_wanted = 8;
+    constexpr int64_t widest = 512, narrowest = 48, items_wanted = 4;
     int64_t count = (extent + widest - 1) / widest;
     while (count * parts < items_wanted && extent / (count + 1) >= narrowest) count++;
     return count;
@@ -49,15 +50,17 @@ struct Sizes {
     m_panels = p.P ? (p.H + panel - 1) / panel : 0;
     batch = Batch::batch_bound(p);
     input_blocks = (rows + input_block - 1) / input_block;
-    gate_blocks = blocks(p.H, 2 * p.D * p.gates());
-    gate_block = (p.H + gate_blocks - 1) / gate_blocks;
-    projection_blocks = p.P ? blocks(p.P, 2 * p.D) : 0;
+    parts = p.cell == RecurrentCell::gru ? slots : 1;
+    part = width / parts;
+    gate_blocks = blocks(part, p.D * parts);
+    gate_block = (part + gate_blocks - 1) / gate_blocks;
+    projection_blocks = p.P ? blocks(p.P, p.D) : 0;
     projection_block = p.P ? (p.P + projection_blocks - 1) / projection_blocks : 0;
   }
   int64_t packing_items(const RecurrentProblem& p) const {
     return 1 + p.D * (x_panels + h_panels + m_panels);
   }
-  int64_t gate_items(const RecurrentProblem& p) const { return p.D * p.gates() * gate_blocks * 2; }
+  int64_t gate_items(const RecurrentProblem& p) const { return p.D * parts * gate_blocks; }
 };
 
 // A GRU's row of gradients begins with n. Which gate of the weights its part k of the input's side is.
@@ -301,71 +304,114 @@ void input_gradient(const RecurrentProblem& p, const RecurrentTensors& t, const 
 
 // ---- Phase 3: gradients of the weights. ----
 
-// product (M x N) = A^T B: A the columns at `a` of rows `stride` apart, B the rows of N elements at b_rows.
-// Out of line, for one copy to serve all weights. Sums of 512 rows are closed before they are added up.
-__attribute__((noinline)) void multiply_transposed(DType dtype, int64_t M, int64_t N, int64_t rows,
-                                                   const float* a, int64_t stride, const void* const* b_rows,
-                                                   float* product, float* scratch) {
-  const auto pack = [&](float* to, int64_t k0, int64_t kc, int64_t n0, int64_t nc) {
-    pack_rows(dtype, b_rows, k0, kc, n0, nc, to);
-  };
-  gemm(M, N, rows, View{a, 1, stride}, pack, product, N, 0.0f, NoEpi{}, scratch);
+// The weights' products sum over rows. They do so in blocks of rows, small enough for a panel of B to stay in
+// the first-level cache while all tiles of A pass; each block's sums are closed before they are added up.
+constexpr int64_t summed_rows = 96;
+
+// What one side of an item multiplies the gradients with: b_rows (N elements each), into product (M x N).
+struct Factor {
+  DType dtype;
+  const void* const* b_rows;
+  int64_t N;
+  float* product;
+};
+
+// product += A^T B over one block of rows. A: M columns of `rows` rows, M apart. Out of line: one copy serves
+// all weights.
+__attribute__((noinline)) void add_block(int64_t M, int64_t rows, const float* a, const Factor& f,
+                                         int64_t row, float* packed) {
+  pack_rows(f.dtype, f.b_rows, row, rows, 0, f.N, packed);
+  gemm_block<4>(M, f.N, rows, View{a, 1, M}, packed, StoreC{f.product, f.N, row ? 1.0f : 0.0f});
 }
 
-// sums[m] = a[row][m] over all rows; sums of 256 rows are closed before they are added up.
-void sum_columns(int64_t M, int64_t rows, const float* a, int64_t stride, float* sums) {
-  constexpr int64_t closed = 256;
-  for (int64_t m = 0; m < M; m += VL) {
+// Copies M columns of `rows` rows side by side, on the way adding each column to its sum.
+void copy_and_sum(int64_t M, int64_t rows, const float* a, int64_t stride, float* copy, float* sums) {
+  constexpr int NV = 4;  // a whole stretch of 4 vectors a row: what the prefetchers like
+  int64_t m = 0;
+  for (; m + NV * VL <= M; m += NV * VL) {
+    vf sum[NV] = {};
+    for (int64_t k = 0; k < rows; k++)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; v++) {
+        const vf x = load(a + k * stride + m + v * VL);
+        store(copy + k * M + m + v * VL, x);
+        sum[v] += x;
+      }
+    for (int v = 0; v < NV; v++) store(sums + m + v * VL, load(sums + m + v * VL) + sum[v]);
+  }
+  for (; m < M; m += VL) {
     const int n = M - m < VL ? int(M - m) : VL;
-    vf total{};
-    for (int64_t k0 = 0; k0 < rows; k0 += closed) {
-      const int64_t end = k0 + closed < rows ? k0 + closed : rows;
-      vf sum{};
-      for (int64_t k = k0; k < end; k++) sum += load_n(a + k * stride + m, n);
-      total += sum;
+    vf sum{};
+    for (int64_t k = 0; k < rows; k++) {
+      const vf x = load_n(a + k * stride + m, n);
+      store_n(copy + k * M + m, x, n);
+      sum += x;
     }
-    store_n(sums + m, total, n);
+    store_n(sums + m, load_n(sums + m, n) + sum, n);
+  }
+}
+
+// All products of M columns of the gradients, which are copied side by side once for all of them, and the sum
+// of each column.
+void multiply_transposed(int64_t M, int64_t rows, const float* a, int64_t stride, const Factor* factors,
+                         int count, float* copy, float* packed, float* sums) {
+  for (int k = 0; k < count && rows == 0; k++)
+    memset(factors[k].product, 0, size_t(M * factors[k].N) * sizeof(float));
+  memset(sums, 0, size_t(M) * sizeof(float));
+  for (int64_t row = 0; row < rows; row += summed_rows) {
+    const int64_t n = rows - row < summed_rows ? rows - row : summed_rows;
+    copy_and_sum(M, n, a + row * stride, stride, copy, sums);
+    for (int k = 0; k < count; k++) add_block(M, n, copy, factors[k], row, packed);
   }
 }
 
 struct WeightScratch {
-  float *product, *sums, *blocks;
+  float *products[2], *sums, *copy, *packed;
   WeightScratch(Carver& scratch, const RecurrentProblem& p, const Sizes& z) {
     const int64_t most = p.I > p.R() ? p.I : p.R(), widest = p.P && p.H > most ? p.H : most;
     const int64_t rows = z.gate_block > z.projection_block ? z.gate_block : z.projection_block;
-    product = scratch.take<float>(p.dtype == DType::f32 ? 0 : rows * widest);
+    for (float*& product : products) product = scratch.take<float>(p.dtype == DType::f32 ? 0 : rows * widest);
     sums = scratch.take<float>(rows);
-    blocks = scratch.take<float>(gemm_scratch(widest, z.rows, View{nullptr, 1, GemmBlocks::LONG_ROWS + 1}));
+    copy = scratch.take<float>(summed_rows * rows);
+    packed = scratch.take<float>(packed_size(summed_rows, widest, panel));
   }
 };
 
-void weight_block(const RecurrentProblem& p, const Sizes& z, int64_t M, int64_t N, const float* a,
-                  int64_t stride, const void* const* b_rows, void* to, int64_t row,
-                  const WeightScratch& scratch) {
-  float* product = p.dtype == DType::f32 ? static_cast<float*>(to) + row * N : scratch.product;
-  if (z.rows == 0) memset(product, 0, size_t(M * N) * sizeof(float));
-  multiply_transposed(p.dtype, M, N, z.rows, a, stride, b_rows, product, scratch.blocks);
-  if (p.dtype != DType::f32) store_row(p.dtype, product, to, row * N, M * N);
+// Where the product of rows `row` on of a weight's gradient is summed: in place, or before it is rounded.
+float* product_of(const RecurrentProblem& p, void* to, int64_t row, int64_t N, float* scratch) {
+  return p.dtype == DType::f32 ? static_cast<float*>(to) + row * N : scratch;
 }
 
-// Items: direction, part of the row of gradients, block of it, side (x or h): sides alternate, so that a
-// range of items holds as much of one as of the other.
+// Items: direction, part of the row of gradients, block of it.
 void gate_gradient(const RecurrentProblem& p, const RecurrentTensors& t, const Sizes& z, const Shared& shared,
                    int64_t item, const WeightScratch& scratch) {
-  const bool of_h = item % 2;
-  const int64_t block = item / 2 % z.gate_blocks, part = item / 2 / z.gate_blocks % p.gates(),
-                d = item / 2 / z.gate_blocks / p.gates();
-  const RecurrentGradients& to = t.gradients[d];
-  const int64_t u = block * z.gate_block, M = p.H - u < z.gate_block ? p.H - u : z.gate_block;
+  const int64_t first = item % z.gate_blocks * z.gate_block, part = item / z.gate_blocks % z.parts,
+                d = item / z.gate_blocks / z.parts;
+  const int64_t M = z.part - first < z.gate_block ? z.part - first : z.gate_block;
   if (M <= 0) return;
-  const float* a = shared.gradients[d] + (of_h ? recurrent_part(p) : 0) + part * p.H + u;
-  const int64_t row = (of_h ? part : input_gate(p, part)) * p.H + u;
-  weight_block(p, z, M, of_h ? p.R() : p.I, a, z.width, (of_h ? shared.h_rows : shared.x_rows)[d],
-               of_h ? to.w_hh : to.w_ih, row, scratch);
-  void* bias = of_h ? to.b_hh : to.b_ih;
-  if (!bias) return;
-  sum_columns(M, z.rows, a, z.width, scratch.sums);
-  store_row(p.dtype, scratch.sums, bias, row, M);
+  const RecurrentGradients& to = t.gradients[d];
+  const float* a = shared.gradients[d] + part * z.part + first;
+  // The rows of the weights that this part of the gradients belongs to, if it does: part k of a GRU's row is
+  // gate k - 1 of w_hh.
+  const bool gru = p.cell == RecurrentCell::gru, of_x = !gru || part < 3, of_h = !gru || part > 0;
+  const int64_t x_row = (gru ? input_gate(p, part) * p.H : 0) + first;
+  const int64_t h_row = (gru ? (part - 1) * p.H : 0) + first;
+  Factor factors[2];
+  int count = 0;
+  if (of_x)
+    factors[count++] = {p.dtype, shared.x_rows[d], p.I,
+                        product_of(p, to.w_ih, x_row, p.I, scratch.products[0])};
+  if (of_h)
+    factors[count++] = {p.dtype, shared.h_rows[d], p.R(),
+                        product_of(p, to.w_hh, h_row, p.R(), scratch.products[1])};
+  multiply_transposed(M, z.rows, a, z.width, factors, count, scratch.copy, scratch.packed, scratch.sums);
+  if (p.dtype != DType::f32) {
+    if (of_x) store_row(p.dtype, scratch.products[0], to.w_ih, x_row * p.I, M * p.I);
+    if (of_h) store_row(p.dtype, scratch.products[1], to.w_hh, h_row * p.R(), M * p.R());
+  }
+  if (!to.b_ih) return;
+  if (of_x) store_row(p.dtype, scratch.sums, to.b_ih, x_row, M);
+  if (of_h) store_row(p.dtype, scratch.sums, to.b_hh, h_row, M);
 }
 void projection_gradient(const RecurrentProblem& p, const RecurrentTensors& t, const Sizes& z,
                          const Shared& shared, int64_t item, const WeightScratch& scratch,
@@ -374,12 +420,11 @@ void projection_gradient(const RecurrentProblem& p, const RecurrentTensors& t, c
   const int64_t M = p.P - j < z.projection_block ? p.P - j : z.projection_block;
   if (M <= 0) return;
   for (int64_t k = 0; k < z.rows; k++) m_rows[k] = shared.m[d] + k * p.H;
-  float* product =
-      p.dtype == DType::f32 ? static_cast<float*>(t.gradients[d].w_hr) + j * p.H : scratch.product;
-  if (z.rows == 0) memset(product, 0, size_t(M * p.H) * sizeof(float));
-  multiply_transposed(DType::f32, M, p.H, z.rows, shared.h_gradients[d] + j, p.P, m_rows, product,
-                      scratch.blocks);
-  if (p.dtype != DType::f32) store_row(p.dtype, product, t.gradients[d].w_hr, j * p.H, M * p.H);
+  void* to = t.gradients[d].w_hr;
+  const Factor factor{DType::f32, m_rows, p.H, product_of(p, to, j, p.H, scratch.products[0])};
+  multiply_transposed(M, z.rows, shared.h_gradients[d] + j, p.P, &factor, 1, scratch.copy, scratch.packed,
+                      scratch.sums);
+  if (p.dtype != DType::f32) store_row(p.dtype, scratch.products[0], to, j * p.H, M * p.H);
 }
 
 WorkPlan plan_backward(const RecurrentProblem& p) {

@@ -19,19 +19,15 @@ inline namespace PYSEQNET_ISA {
 namespace recurrent {
 namespace {
 
-// How the units of a cell lie in a register tile: gates side by side, VL units (Gated), or one sum a unit.
-template <class CellT, int vectors, bool is_gated>
+// How the units of a gated cell lie in a register tile: its gates side by side, VL units.
+template <class CellT, int vectors>
 struct Tiling {
   using Cell = CellT;
   static constexpr int NV = vectors, NR = vectors * VL, slots = CellT::slots;
-  static constexpr bool gated = is_gated;
-  static constexpr bool keeps_recurrent_part = is_gated && vectors < slots;  // GRU: q is a slot of its own
-  static constexpr int units = is_gated ? VL : NR;
+  static constexpr bool keeps_recurrent_part = vectors < slots;  // GRU: q is a slot of its own
 };
-using LstmTiling = Tiling<LstmCell<LaneMath>, 4, true>;
-using GruTiling = Tiling<GruCell<LaneMath>, 3, true>;
-using TanhTiling = Tiling<TanhCell<LaneMath>, 4, false>;
-using ReluTiling = Tiling<ReluCell<LaneMath>, 4, false>;
+using LstmTiling = Tiling<LstmCell<LaneMath>, 4>;
+using GruTiling = Tiling<GruCell<LaneMath>, 3>;
 
 constexpr int most_slots = 4;
 
@@ -143,97 +139,164 @@ void pack_item(const RecurrentProblem& p, const RecurrentTensors& t, const Sizes
 
 // ---- Phase 1: sequences. ----
 
+PYSEQNET_INLINE int lanes(int64_t left) { return left < VL ? int(left) : VL; }
+
+// All that the products of a step read and write, without the sequences' addresses.
+struct StepRows {
+  int64_t H, R;
+  const float *w, *bias;
+  float* const* slots;
+  const float* h;
+  float *to, *c;  // new h, or what it is a projection of; c in place
+  bool keep;      // whether slots are left for backward
+};
+
+// Gated cells: all sums of VL units meet in one register tile.
 template <class Tile>
-struct Forward {
+struct Gated {
   using Cell = typename Tile::Cell;
   static constexpr int NV = Tile::NV;
+
+  // Slots of `rows` rows: the input's part with its biases.
+  __attribute__((noinline)) static void input_part(const StepRows& at, int64_t rows, int64_t units, int64_t I,
+                                                   const float* const* x_rows, const float* w) {
+    const int64_t H = at.H;
+    float* const* slots = at.slots;
+    const float* bias = at.bias;
+    gemm_prepacked<NV>(
+        rows, units * NV, I, [&](int64_t i) { return x_rows[i]; }, w,
+        [&](auto R, auto, int64_t i, int64_t j, int64_t, auto& acc) PYSEQNET_LAMBDA {
+          const int64_t u = j / NV;
+          const float* b = bias + u * most_slots;
+          const int n = lanes(H - u);
+#pragma GCC unroll 8
+          for (int r = 0; r < R.value; ++r) {
+            float* slot = slots[i + r] + u;
+#pragma GCC unroll 4
+            for (int v = 0; v < NV; ++v) store_n(slot + v * H, acc[r][v] + load(b + v * VL), n);
+          }
+        });
+  }
+
+  // The cell of VL units of one sequence; `full`: all of them exist.
+  template <bool full>
+  PYSEQNET_INLINE static void units_of_row(const StepRows& at, const vf (&sum)[NV], vf bias_of_recurrent_part,
+                                           int64_t row, int64_t u, int n) {
+    const auto get = [&](const float* p) PYSEQNET_LAMBDA { return full ? load(p) : load_n(p, n); };
+    const auto put = [&](float* p, vf x) PYSEQNET_LAMBDA { full ? store(p, x) : store_n(p, x, n); };
+    float* slot = at.slots[row] + u;
+    const int64_t unit = row * at.H + u;
+    vf s[Tile::slots];
+    CellState<vf> previous{};
+    constexpr int common = Tile::keeps_recurrent_part ? NV - 1 : NV;
+#pragma GCC unroll 4
+    for (int v = 0; v < common; ++v) s[v] = sum[v] + get(slot + v * at.H);
+    if constexpr (Tile::keeps_recurrent_part) {
+      s[NV - 1] = get(slot + (NV - 1) * at.H);
+      s[NV] = sum[NV - 1] + bias_of_recurrent_part;
+      previous.h = get(at.h + unit);
+    }
+    if constexpr (Cell::has_cell) previous.c = get(at.c + unit);
+    const CellState<vf> next = Cell::forward(s, previous);
+    if (at.keep)
+#pragma GCC unroll 4
+      for (int v = 0; v < Tile::slots; ++v) put(slot + v * at.H, s[v]);
+    if constexpr (Cell::has_cell) put(at.c + unit, next.c);
+    put(at.to + unit, next.h);
+  }
+  // Out of line: the last units of a row must not be compiled once for each height of a tile.
+  __attribute__((noinline)) static void last_units_of_row(const StepRows& at, const float* sums,
+                                                          vf bias_of_recurrent_part, int64_t row, int64_t u,
+                                                          int n) {
+    vf sum[NV];
+    for (int v = 0; v < NV; ++v) sum[v] = load(sums + v * VL);
+    units_of_row<false>(at, sum, bias_of_recurrent_part, row, u, n);
+  }
+
+  // One step of the first n sequences: recurrent part and cell.
+  __attribute__((noinline)) static void step(const StepRows at, int64_t n, int64_t units) {
+    gemm_prepacked<NV>(
+        n, units * NV, at.R, [&](int64_t i) { return at.h + i * at.R; }, at.w,
+        [&](auto R, auto, int64_t i, int64_t j, int64_t, auto& acc) PYSEQNET_LAMBDA {
+          const int64_t u = j / NV;
+          const vf bias = load(at.bias + u * most_slots + 3 * VL);
+          if (at.H - u >= VL)
+#pragma GCC unroll 8
+            for (int r = 0; r < R.value; ++r) units_of_row<true>(at, acc[r], bias, i + r, u, VL);
+          else
+#pragma GCC unroll 8
+            for (int r = 0; r < R.value; ++r) {
+              float sums[NV * VL];
+#pragma GCC unroll 4
+              for (int v = 0; v < NV; ++v) store(sums + v * VL, acc[r][v]);
+              last_units_of_row(at, sums, bias, i + r, u, int(at.H - u));
+            }
+        });
+  }
+};
+
+// Elman's cell has one sum a unit: a tile is 4 * VL units, and the input's part a plain product.
+struct Plain {
+  static void input_part(const StepRows& at, int64_t rows, int64_t, int64_t I, const float* const* x_rows,
+                         const float* w) {
+    multiply_rows(rows, at.H, I, x_rows, w, at.slots, false);
+  }
+  __attribute__((noinline)) static void step(const StepRows at, int64_t n, bool relu) {
+    gemm_prepacked<4>(
+        n, at.H, at.R, [&](int64_t i) { return at.h + i * at.R; }, at.w,
+        [&](auto R, auto, int64_t i, int64_t j, int64_t columns, auto& acc) PYSEQNET_LAMBDA {
+          const CellState<vf> none{};
+#pragma GCC unroll 8
+          for (int r = 0; r < R.value; ++r)
+#pragma GCC unroll 4
+            for (int v = 0; v < 4; ++v) {
+              if (columns <= v * VL) break;
+              const int64_t u = j + v * VL;
+              const int n = lanes(columns - v * VL);
+              vf s[1] = {acc[r][v] + load(at.bias + u) + load_n(at.slots[i + r] + u, n)};
+              const vf h =
+                  relu ? ReluCell<LaneMath>::forward(s, none).h : TanhCell<LaneMath>::forward(s, none).h;
+              store_n(at.to + (i + r) * at.H + u, h, n);
+            }
+        });
+  }
+};
+
+struct Forward {
   const RecurrentProblem& p;
   const RecurrentTensors& t;
   const Sizes& z;
   const Shared& shared;
   Scratch& at;
 
-  PYSEQNET_INLINE static int lanes(int64_t left) { return left < VL ? int(left) : VL; }
-
-  // Slots of `rows` rows: the input's part with its biases.
-  __attribute__((noinline)) void input_part(int64_t d, int64_t rows) const {
-    const float* const* x_rows = at.x_rows;
-    float* const* slot_rows = at.slot_rows;
-    const float* bias = shared.bias[d];
-    const int64_t H = p.H;
-    gemm_prepacked<NV>(
-        rows, z.panels * Tile::NR, p.I, [&](int64_t i) { return x_rows[i]; }, shared.w_ih[d],
-        [&](auto R, auto, int64_t i, int64_t j, int64_t, auto& acc) PYSEQNET_LAMBDA {
-          const int64_t u = Tile::gated ? j / NV : j;
-          const float* b = bias + j / Tile::NR * most_slots * VL;
-#pragma GCC unroll 8
-          for (int r = 0; r < R.value; ++r) {
-            float* slot = slot_rows[i + r] + u;
-#pragma GCC unroll 4
-            for (int v = 0; v < NV; ++v) {
-              if (Tile::gated)
-                store_n(slot + v * H, acc[r][v] + load(b + v * VL), lanes(H - u));
-              else if (H - u > v * VL)
-                store_n(slot + v * VL, acc[r][v] + load(b + v * VL), lanes(H - u - v * VL));
-            }
-          }
-        });
+  StepRows rows_of(int64_t d, float* const* slots) const {
+    return {p.H, p.R(), shared.w_hh[d], shared.bias[d], slots, at.h, p.P ? at.m : at.h_next, at.c, p.reserve};
   }
-
-  // One step of the first n sequences: recurrent part and cell. h -> h_next (m where h is a projection of
-  // it).
-  __attribute__((noinline)) void step(int64_t d, int64_t n, float* const* slot_rows) const {
-    const int64_t H = p.H, R_ = p.R();
-    const float* h = at.h;
-    float *to = p.P ? at.m : at.h_next, *c = at.c;
-    const float* bias = shared.bias[d];
-    const bool keep = p.reserve;
-    gemm_prepacked<NV>(
-        n, z.panels * Tile::NR, R_, [&](int64_t i) { return h + i * R_; }, shared.w_hh[d],
-        [&](auto R, auto, int64_t i, int64_t j, int64_t, auto& acc) PYSEQNET_LAMBDA {
-          if constexpr (Tile::gated) {
-            const int64_t u = j / NV;
-            const int n = lanes(H - u);
-            const vf bias_of_recurrent_part = load(bias + (j / Tile::NR * most_slots + 3) * VL);
-#pragma GCC unroll 8
-            for (int r = 0; r < R.value; ++r) {
-              float* slot = slot_rows[i + r] + u;
-              const int64_t unit = (i + r) * H + u;
-              vf s[Tile::slots];
-              CellState<vf> previous{};
-              if constexpr (Tile::keeps_recurrent_part) {
-#pragma GCC unroll 4
-                for (int v = 0; v < NV; ++v) s[v] = load_n(slot + v * H, n);
-#pragma GCC unroll 4
-                for (int v = 0; v + 1 < NV; ++v) s[v] += acc[r][v];
-                s[NV] = acc[r][NV - 1] + bias_of_recurrent_part;
-                previous.h = load_n(h + unit, n);
-              } else {
-#pragma GCC unroll 4
-                for (int v = 0; v < NV; ++v) s[v] = acc[r][v] + load_n(slot + v * H, n);
-              }
-              if (Cell::has_cell) previous.c = load_n(c + unit, n);
-              const CellState<vf> next = Cell::forward(s, previous);
-              if (keep)
-#pragma GCC unroll 4
-                for (int v = 0; v < Tile::slots; ++v) store_n(slot + v * H, s[v], n);
-              if (Cell::has_cell) store_n(c + unit, next.c, n);
-              store_n(to + unit, next.h, n);
-            }
-          } else {
-            const CellState<vf> none{};
-#pragma GCC unroll 8
-            for (int r = 0; r < R.value; ++r)
-#pragma GCC unroll 4
-              for (int v = 0; v < NV; ++v) {
-                const int64_t u = j + v * VL;
-                if (u >= H) break;
-                const int n = lanes(H - u);
-                vf s[1] = {acc[r][v] + load_n(slot_rows[i + r] + u, n)};
-                store_n(to + (i + r) * H + u, Cell::forward(s, none).h, n);
-              }
-          }
-        });
+  void input_part(int64_t d, int64_t rows) const {
+    const StepRows step = rows_of(d, at.slot_rows);
+    const int64_t units = z.panels * VL;
+    switch (p.cell) {
+      case RecurrentCell::lstm:
+        return Gated<LstmTiling>::input_part(step, rows, units, p.I, at.x_rows, shared.w_ih[d]);
+      case RecurrentCell::gru:
+        return Gated<GruTiling>::input_part(step, rows, units, p.I, at.x_rows, shared.w_ih[d]);
+      case RecurrentCell::rnn_tanh:
+      case RecurrentCell::rnn_relu:
+        return Plain::input_part(step, rows, units, p.I, at.x_rows, shared.w_ih[d]);
+    }
+  }
+  // One step of the first n sequences: h -> h_next (m where h is a projection of it).
+  void step(int64_t d, int64_t n, float* const* slots) const {
+    const StepRows step = rows_of(d, slots);
+    switch (p.cell) {
+      case RecurrentCell::lstm:
+        return Gated<LstmTiling>::step(step, n, z.panels * VL);
+      case RecurrentCell::gru:
+        return Gated<GruTiling>::step(step, n, z.panels * VL);
+      case RecurrentCell::rnn_tanh:
+      case RecurrentCell::rnn_relu:
+        return Plain::step(step, n, p.cell == RecurrentCell::rnn_relu);
+    }
   }
 
   // Where rows of the slots and of x lie for step s; returns how many sequences run.
@@ -254,7 +317,7 @@ struct Forward {
   void store_final(const Batch& q, int64_t k) const {
     const int64_t state = q.d * p.B + q.sequence[k];
     store_row(p.dtype, at.h + k * p.R(), t.h_n, state * p.R(), p.R());
-    if (Cell::has_cell) store_row(p.dtype, at.c + k * p.H, t.c_n, state * p.H, p.H);
+    if (p.has_cell()) store_row(p.dtype, at.c + k * p.H, t.c_n, state * p.H, p.H);
   }
   // Results of step s; at.h is the new state.
   void store_step(const Batch& q, int64_t s, int64_t n) const {
@@ -262,7 +325,7 @@ struct Forward {
     for (int64_t k = 0; k < n; k++) {
       const int64_t b = q.sequence[k], step = p.step(s, b, q.d);
       store_row(p.dtype, at.h + k * R, t.y, p.y_at(step, b) + q.d * R, R);
-      if (Cell::has_cell && p.reserve)
+      if (p.has_cell() && p.reserve)
         memcpy(static_cast<float*>(t.cells) + (q.d * p.rows() + p.row(step, b)) * p.H, at.c + k * p.H,
                size_t(p.H) * sizeof(float));
       if (q.length[k] == s + 1) store_final(q, k);
@@ -274,7 +337,7 @@ struct Forward {
     for (int64_t k = 0; k < q.n; k++) {
       const int64_t b = q.sequence[k], state = q.d * p.B + b;
       load_row(p.dtype, t.h0, state * R, R, at.h + k * R);
-      if (Cell::has_cell) load_row(p.dtype, t.c0, state * p.H, p.H, at.c + k * p.H);
+      if (p.has_cell()) load_row(p.dtype, t.c0, state * p.H, p.H, at.c + k * p.H);
       if (q.length[k] == 0) store_final(q, k);
       for (int64_t step = q.length[k]; !p.packed() && step < p.T; step++)
         zero_row(p.dtype, t.y, p.y_at(step, b) + q.d * R, R);
@@ -299,13 +362,6 @@ struct Forward {
     }
   }
 };
-
-template <class Tile>
-void run_sequences(const RecurrentProblem& p, const RecurrentTensors& t, const Sizes& z, const Shared& shared,
-                   Scratch& scratch, int64_t begin, int64_t end) {
-  const Forward<Tile> forward{p, t, z, shared, scratch};
-  for_batches(p, shared.schedule, begin, end, scratch.batch, [&](const Batch& q) { forward.run(q); });
-}
 
 WorkPlan plan_forward(const RecurrentProblem& p) {
   constexpr int64_t elements_worth_a_thread = 20000;
@@ -334,16 +390,9 @@ void run_forward(const RecurrentProblem& p, const RecurrentTensors& t, const Wor
     return;
   }
   Scratch scratch(scratch_memory, p, z);
-  switch (p.cell) {
-    case RecurrentCell::lstm:
-      return run_sequences<LstmTiling>(p, t, z, shared, scratch, slice.begin, slice.end);
-    case RecurrentCell::gru:
-      return run_sequences<GruTiling>(p, t, z, shared, scratch, slice.begin, slice.end);
-    case RecurrentCell::rnn_tanh:
-      return run_sequences<TanhTiling>(p, t, z, shared, scratch, slice.begin, slice.end);
-    case RecurrentCell::rnn_relu:
-      return run_sequences<ReluTiling>(p, t, z, shared, scratch, slice.begin, slice.end);
-  }
+  const Forward forward{p, t, z, shared, scratch};
+  for_batches(p, shared.schedule, slice.begin, slice.end, scratch.batch,
+              [&](const Batch& q) { forward.run(q); });
 }
 
 }  // namespace

@@ -220,14 +220,14 @@ struct Report {
 // and what one rounding to the dtype costs. Where 16-bit outputs feed back (backward of Elman reads y, and so
 // does dW_hh) both sides read the same y.
 double tolerance(DType dtype) {
-  return dtype == DType::f64 ? 1e-13 : dtype == DType::bf16 ? 5e-3 : dtype == DType::f16 ? 7e-4 : 1e-5;
+  return dtype == DType::f64 ? 1e-13 : dtype == DType::bf16 ? 8e-3 : dtype == DType::f16 ? 1e-3 : 1e-5;
 }
 
 std::string difference(const std::vector<Output>& expected, const std::vector<Output>& got) {
   for (size_t k = 0; k < got.size(); k++) {
     const Output &e = expected[k], &g = got[k];
     if (!g.guards_hold()) return "wrote outside output " + std::to_string(k);
-    double largest = 1e-2;  // sums of numbers about as large as 1 may all but cancel
+    double largest = 0.3;  // sums of numbers about as large as 1 may all but cancel
     for (int64_t i = 0; i < e.count; i++) {
       const double v = read(e.data(), e.dtype, i);
       if (v == v) largest = std::max(largest, std::fabs(v));
