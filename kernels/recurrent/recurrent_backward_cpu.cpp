@@ -1,4 +1,5 @@
 // Recurrent layers on the CPU, backward.
+// ISA: +avx512bf16
 //
 // Phase 0 packs the weights by rows. Phase 1 walks each batch of sequences back through time: the cell's
 // backward leaves the gradients of the sums, one row for each sequence and step, and one product turns them
@@ -12,7 +13,8 @@
 //
 // Bound: FMA throughput, 4 * rows * G * H * (I + R) in all. The rows of gradients are written once and read
 // three times from the third level; a product reads each of them for at least 64 columns.
-#include "recurrent/recurrent_lanes.h"
+#include "recurrent/recurrent_products.h"
+#include "recurrent/recurrent_schedule.h"
 
 namespace pyseqnet {
 inline namespace PYSEQNET_ISA {
@@ -22,8 +24,8 @@ namespace {
 constexpr int64_t panel = 4 * VL;
 
 struct Sizes {
-  int64_t rows;          // of all sequences together
-  int64_t slots, width;  // a row of gradients: slots * H
+  int64_t rows;                  // of all sequences together
+  int64_t slots, width, stride;  // a row of gradients: slots * H elements, in whole words
   int64_t x_panels, h_panels, m_panels;
   int64_t batch, input_blocks;
   // A row of gradients in parts that are one piece of each weight's rows, the parts in blocks: one item each.
@@ -46,6 +48,7 @@ struct Sizes {
     for (int64_t b = 0; !p.packed() && b < p.B; b++) rows += p.length(b);
     slots = p.saved() ? p.saved() : 1;
     width = slots * p.H;
+    stride = pairs ? 2 * words(width + p.gates() * p.H % 2) : width;  // a product may read one more element
     x_panels = (p.I + panel - 1) / panel, h_panels = (p.R() + panel - 1) / panel;
     m_panels = p.P ? (p.H + panel - 1) / panel : 0;
     batch = Batch::batch_bound(p);
@@ -73,7 +76,7 @@ int64_t recurrent_part(const RecurrentProblem& p) { return p.cell == RecurrentCe
 struct Shared {
   Schedule schedule;
   float *w_ih[max_directions], *w_hh[max_directions], *w_hr[max_directions];
-  float* gradients[max_directions];     // rows x width
+  Factor* gradients[max_directions];    // rows x stride
   const void** x_rows[max_directions];  // of each row of gradients: its x
   const void** h_rows[max_directions];  // and its h of the step before, null for zeros
   float* h_gradients[max_directions];   // rows x P, and
@@ -81,10 +84,10 @@ struct Shared {
 
   Shared(Carver& shared, const RecurrentProblem& p, const Sizes& z) : schedule(Schedule::carve(shared, p)) {
     for (int64_t d = 0; d < p.D; d++) {
-      w_ih[d] = shared.take<float>(z.x_panels * panel * p.gates() * p.H);
-      w_hh[d] = shared.take<float>(z.h_panels * panel * p.gates() * p.H);
+      w_ih[d] = shared.take<float>(z.x_panels * panel * words(p.gates() * p.H));
+      w_hh[d] = shared.take<float>(z.h_panels * panel * words(p.gates() * p.H));
       w_hr[d] = shared.take<float>(z.m_panels * panel * p.P);
-      gradients[d] = shared.take<float>(z.rows * z.width);
+      gradients[d] = shared.take<Factor>(z.rows * z.stride);
       x_rows[d] = shared.take<const void*>(z.rows);
       h_rows[d] = shared.take<const void*>(z.rows);
       h_gradients[d] = shared.take<float>(p.P ? z.rows * p.P : 0);
@@ -99,9 +102,12 @@ struct Shared {
 template <class Row>
 void pack_panel(DType dtype, const void* matrix, int64_t K, int64_t N, int64_t which, Row row, float* to) {
   const int64_t column = which * panel, n = N - column < panel ? N - column : panel;
-  for (int64_t k = 0; k < K; k++) {
-    const void* from = element(dtype, matrix, row(k) * N);
-    pack_rows(dtype, &from, 0, 1, column, n, to + which * panel * K + k * panel);
+  constexpr int64_t at_once = pairs ? 2 : 1;  // rows that share a word
+  for (int64_t k = 0; k < K; k += at_once) {
+    const void* rows[at_once];
+    for (int64_t i = 0; i < at_once; i++)
+      rows[i] = k + i < K ? element(dtype, matrix, row(k + i) * N) : nullptr;
+    pack_rows(dtype, rows, at_once, column, n, to + which * panel * words(K) + words(k) * panel);
   }
 }
 void pack_item(const RecurrentProblem& p, const RecurrentTensors& t, const Sizes& z, int64_t item,
@@ -143,7 +149,8 @@ struct Scratch {
 // The pointers of one sequence at one step: rows of H, as floats.
 struct UnitRows {
   const float *saved, *c, *c_before, *h, *h_before;
-  float *dh, *dc, *gradients, *m;
+  float *dh, *dc, *m;
+  Factor* gradients;
 };
 
 // The part of a row of gradients that slot k goes to.
@@ -177,7 +184,7 @@ __attribute__((noinline)) void cell_row(int64_t H, const UnitRows& rows) {
     vf d[Cell::slots];
     const CellState<vf> passed = Cell::backward(at, d);
 #pragma GCC unroll 4
-    for (int k = 0; k < Cell::slots; k++) store_n(rows.gradients + part_of<Cell>(k) * H + u, d[k], n);
+    for (int k = 0; k < Cell::slots; k++) store_lanes_n(rows.gradients + part_of<Cell>(k) * H + u, d[k], n);
     if constexpr (Cell::has_cell) store_n(rows.dc + u, passed.c, n);
     if constexpr (saves && !Cell::has_cell) store_n(rows.dh + u, passed.h, n);
   }
@@ -214,7 +221,8 @@ struct BackThroughTime {
     if (t.gy) add_row(p.dtype, t.gy, p.gy_at(step, b) + d * p.R(), p.R(), dh);
     UnitRows rows{};
     rows.dh = p.P ? at.dm + k * H : dh;
-    rows.gradients = shared.gradients[d] + to * z.width;
+    rows.gradients = shared.gradients[d] + to * z.stride;
+    if (z.stride > z.width) rows.gradients[z.width] = {};  // the last word's other half
     if (p.saved()) rows.saved = gates + (d * p.rows() + row) * z.width;
     switch (p.cell) {
       case RecurrentCell::lstm:
@@ -245,7 +253,7 @@ struct BackThroughTime {
   }
 
   void run(const Batch& q) const {
-    const int64_t d = q.d, R = p.R(), K = p.gates() * p.H;
+    const int64_t d = q.d, R = p.R(), K = words(p.gates() * p.H);
     for (int64_t k = 0; k < q.n; k++) {
       const int64_t b = q.sequence[k], state = d * p.B + b;
       load_row(p.dtype, t.gh_n, state * R, R, at.dh + k * R);
@@ -259,8 +267,8 @@ struct BackThroughTime {
       n = q.active(s, n);
       for (int64_t k = 0; k < n; k++) {
         cell(q, k, s);
-        at.a_rows[k] =
-            shared.gradients[d] + (shared.schedule.start[s] + q.rank[k]) * z.width + recurrent_part(p);
+        at.a_rows[k] = as_words(shared.gradients[d] + (shared.schedule.start[s] + q.rank[k]) * z.stride +
+                                recurrent_part(p));
       }
       if (s > 0 || t.gh0)
         multiply_rows(n, R, K, at.a_rows, shared.w_hh[d], at.to_rows, p.cell == RecurrentCell::gru);
@@ -278,7 +286,7 @@ struct BackThroughTime {
 void input_gradient(const RecurrentProblem& p, const RecurrentTensors& t, const Sizes& z,
                     const Shared& shared, int64_t block, float* scratch) {
   const Schedule& schedule = shared.schedule;
-  const int64_t begin = block * Sizes::input_block, K = p.gates() * p.H;
+  const int64_t begin = block * Sizes::input_block, K = words(p.gates() * p.H);
   const int64_t n = z.rows - begin < Sizes::input_block ? z.rows - begin : Sizes::input_block;
   const float* a_rows[max_directions][Sizes::input_block];
   float* to_rows[Sizes::input_block];
@@ -294,7 +302,7 @@ void input_gradient(const RecurrentProblem& p, const RecurrentTensors& t, const 
     const int64_t rank = begin + k - schedule.start[step], b = schedule.order[rank];
     at[k] = p.gx_at(step, b);
     for (int64_t d = 0; d < p.D; d++)
-      a_rows[d][k] = shared.gradients[d] + (schedule.start[p.step(step, b, d)] + rank) * z.width;
+      a_rows[d][k] = as_words(shared.gradients[d] + (schedule.start[p.step(step, b, d)] + rank) * z.stride);
     to_rows[k] = p.dtype == DType::f32 ? static_cast<float*>(t.gx) + at[k] : scratch + k * p.I;
   }
   for (int64_t d = 0; d < p.D; d++) multiply_rows(n, p.I, K, a_rows[d], shared.w_ih[d], to_rows, d > 0);
@@ -306,62 +314,73 @@ void input_gradient(const RecurrentProblem& p, const RecurrentTensors& t, const 
 
 // The weights' products sum over rows. They do so in blocks of rows, small enough for a panel of B to stay in
 // the first-level cache while all tiles of A pass; each block's sums are closed before they are added up.
-constexpr int64_t summed_rows = 96;
+constexpr int64_t summed_rows = pairs ? 192 : 96;
 
-// What one side of an item multiplies the gradients with: b_rows (N elements each), into product (M x N).
-struct Factor {
+// What the gradients are multiplied with: b_rows (N elements each), into product (M x N).
+struct Target {
   DType dtype;
   const void* const* b_rows;
   int64_t N;
   float* product;
 };
 
-// product += A^T B over one block of rows. A: M columns of `rows` rows, M apart. Out of line: one copy serves
-// all weights.
-__attribute__((noinline)) void add_block(int64_t M, int64_t rows, const float* a, const Factor& f,
+// product += A^T B over one block of rows. A: M columns of `rows` rows as words, M apart. Out of line: one
+// copy serves all weights.
+__attribute__((noinline)) void add_block(int64_t M, int64_t rows, const float* a, const Target& target,
                                          int64_t row, float* packed) {
-  pack_rows(f.dtype, f.b_rows, row, rows, 0, f.N, packed);
-  gemm_block<4>(M, f.N, rows, View{a, 1, M}, packed, StoreC{f.product, f.N, row ? 1.0f : 0.0f});
+  pack_rows(target.dtype, target.b_rows + row, rows, 0, target.N, packed);
+  product_of_columns<4>(M, target.N, words(rows), a, M, packed,
+                        StoreC{target.product, target.N, row ? 1.0f : 0.0f});
 }
 
+// n lanes of word k of a column block, and what they add to the columns' sums.
+PYSEQNET_INLINE vf column_words(const Factor* a, int64_t stride, int64_t k, int64_t rows, int64_t n,
+                                vf& sum) {
+#if defined(__AVX512BF16__)
+  const vh low = load_bits_up_to(a + 2 * k * stride, n);
+  const vh high = 2 * k + 1 < rows ? load_bits_up_to(a + (2 * k + 1) * stride, n) : vh{};
+  sum += widen_bf16(low) + widen_bf16(high);
+  return pair_lanes(low, high);
+#else
+  (void)rows;
+  const vf x = n >= VL ? load(a + k * stride) : load_n(a + k * stride, int(n));
+  sum += x;
+  return x;
+#endif
+}
 // Copies M columns of `rows` rows side by side, on the way adding each column to its sum.
-void copy_and_sum(int64_t M, int64_t rows, const float* a, int64_t stride, float* copy, float* sums) {
+void copy_and_sum(int64_t M, int64_t rows, const Factor* a, int64_t stride, float* copy, float* sums) {
   constexpr int NV = 4;  // a whole stretch of 4 vectors a row: what the prefetchers like
+  const int64_t depth = words(rows);
   int64_t m = 0;
   for (; m + NV * VL <= M; m += NV * VL) {
     vf sum[NV] = {};
-    for (int64_t k = 0; k < rows; k++)
+    for (int64_t k = 0; k < depth; k++)
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; v++) {
-        const vf x = load(a + k * stride + m + v * VL);
-        store(copy + k * M + m + v * VL, x);
-        sum[v] += x;
-      }
+      for (int v = 0; v < NV; v++)
+        store(copy + k * M + m + v * VL, column_words(a + m + v * VL, stride, k, rows, VL, sum[v]));
     for (int v = 0; v < NV; v++) store(sums + m + v * VL, load(sums + m + v * VL) + sum[v]);
   }
   for (; m < M; m += VL) {
     const int n = M - m < VL ? int(M - m) : VL;
     vf sum{};
-    for (int64_t k = 0; k < rows; k++) {
-      const vf x = load_n(a + k * stride + m, n);
-      store_n(copy + k * M + m, x, n);
-      sum += x;
-    }
+    for (int64_t k = 0; k < depth; k++)
+      store_n(copy + k * M + m, column_words(a + m, stride, k, rows, n, sum), n);
     store_n(sums + m, load_n(sums + m, n) + sum, n);
   }
 }
 
 // All products of M columns of the gradients, which are copied side by side once for all of them, and the sum
 // of each column.
-void multiply_transposed(int64_t M, int64_t rows, const float* a, int64_t stride, const Factor* factors,
+void multiply_transposed(int64_t M, int64_t rows, const Factor* a, int64_t stride, const Target* targets,
                          int count, float* copy, float* packed, float* sums) {
   for (int k = 0; k < count && rows == 0; k++)
-    memset(factors[k].product, 0, size_t(M * factors[k].N) * sizeof(float));
+    memset(targets[k].product, 0, size_t(M * targets[k].N) * sizeof(float));
   memset(sums, 0, size_t(M) * sizeof(float));
   for (int64_t row = 0; row < rows; row += summed_rows) {
     const int64_t n = rows - row < summed_rows ? rows - row : summed_rows;
     copy_and_sum(M, n, a + row * stride, stride, copy, sums);
-    for (int k = 0; k < count; k++) add_block(M, n, copy, factors[k], row, packed);
+    for (int k = 0; k < count; k++) add_block(M, n, copy, targets[k], row, packed);
   }
 }
 
@@ -390,21 +409,21 @@ void gate_gradient(const RecurrentProblem& p, const RecurrentTensors& t, const S
   const int64_t M = z.part - first < z.gate_block ? z.part - first : z.gate_block;
   if (M <= 0) return;
   const RecurrentGradients& to = t.gradients[d];
-  const float* a = shared.gradients[d] + part * z.part + first;
+  const Factor* a = shared.gradients[d] + part * z.part + first;
   // The rows of the weights that this part of the gradients belongs to, if it does: part k of a GRU's row is
   // gate k - 1 of w_hh.
   const bool gru = p.cell == RecurrentCell::gru, of_x = !gru || part < 3, of_h = !gru || part > 0;
   const int64_t x_row = (gru ? input_gate(p, part) * p.H : 0) + first;
   const int64_t h_row = (gru ? (part - 1) * p.H : 0) + first;
-  Factor factors[2];
+  Target targets[2];
   int count = 0;
   if (of_x)
-    factors[count++] = {p.dtype, shared.x_rows[d], p.I,
+    targets[count++] = {p.dtype, shared.x_rows[d], p.I,
                         product_of(p, to.w_ih, x_row, p.I, scratch.products[0])};
   if (of_h)
-    factors[count++] = {p.dtype, shared.h_rows[d], p.R(),
+    targets[count++] = {p.dtype, shared.h_rows[d], p.R(),
                         product_of(p, to.w_hh, h_row, p.R(), scratch.products[1])};
-  multiply_transposed(M, z.rows, a, z.width, factors, count, scratch.copy, scratch.packed, scratch.sums);
+  multiply_transposed(M, z.rows, a, z.stride, targets, count, scratch.copy, scratch.packed, scratch.sums);
   if (p.dtype != DType::f32) {
     if (of_x) store_row(p.dtype, scratch.products[0], to.w_ih, x_row * p.I, M * p.I);
     if (of_h) store_row(p.dtype, scratch.products[1], to.w_hh, h_row * p.R(), M * p.R());
@@ -421,9 +440,9 @@ void projection_gradient(const RecurrentProblem& p, const RecurrentTensors& t, c
   if (M <= 0) return;
   for (int64_t k = 0; k < z.rows; k++) m_rows[k] = shared.m[d] + k * p.H;
   void* to = t.gradients[d].w_hr;
-  const Factor factor{DType::f32, m_rows, p.H, product_of(p, to, j, p.H, scratch.products[0])};
-  multiply_transposed(M, z.rows, shared.h_gradients[d] + j, p.P, &factor, 1, scratch.copy, scratch.packed,
-                      scratch.sums);
+  const Target target{DType::f32, m_rows, p.H, product_of(p, to, j, p.H, scratch.products[0])};
+  const Factor* a = reinterpret_cast<const Factor*>(shared.h_gradients[d]) + j;  // float: pairs refuse it
+  multiply_transposed(M, z.rows, a, p.P, &target, 1, scratch.copy, scratch.packed, scratch.sums);
   if (p.dtype != DType::f32) store_row(p.dtype, scratch.products[0], to, j * p.H, M * p.H);
 }
 
@@ -483,9 +502,8 @@ void run_backward(const RecurrentProblem& p, const RecurrentTensors& t, const Wo
 }  // namespace recurrent
 
 extern const RecurrentCpuKernel recurrent_backward;
-const RecurrentCpuKernel recurrent_backward = {"fused_" PYSEQNET_ISA_NAME, this_isa,
-                                               recurrent::refuses_double, recurrent::plan_backward,
-                                               recurrent::run_backward};
+const RecurrentCpuKernel recurrent_backward = {"fused_" PYSEQNET_ISA_NAME, this_isa, recurrent::refuses,
+                                               recurrent::plan_backward, recurrent::run_backward};
 
 }  // namespace PYSEQNET_ISA
 }  // namespace pyseqnet

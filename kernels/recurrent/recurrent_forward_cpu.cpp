@@ -1,4 +1,5 @@
 // Recurrent layers on the CPU, forward.
+// ISA: +avx512bf16
 //
 // Weights are packed once a call with the rows of the gates interleaved by vector: one register tile of the
 // recurrent product holds every gate of VL units, and the cell is the product's epilogue; its sums never
@@ -12,7 +13,8 @@
 //
 // Bound: FMA throughput, 2 * rows * G * H * (I + R) in all; the recurrent weights stream from the second or
 // third level once a step. The cell costs about 100 cycles for VL units and step.
-#include "recurrent/recurrent_lanes.h"
+#include "recurrent/recurrent_products.h"
+#include "recurrent/recurrent_schedule.h"
 
 namespace pyseqnet {
 inline namespace PYSEQNET_ISA {
@@ -60,8 +62,8 @@ struct Shared {
 
   Shared(Carver& shared, const RecurrentProblem& p, const Sizes& z) : schedule(Schedule::carve(shared, p)) {
     for (int64_t d = 0; d < p.D; d++) {
-      w_ih[d] = shared.take<float>(z.panels * z.NR * p.I);
-      w_hh[d] = shared.take<float>(z.panels * z.NR * p.R());
+      w_ih[d] = shared.take<float>(z.panels * z.NR * words(p.I));
+      w_hh[d] = shared.take<float>(z.panels * z.NR * words(p.R()));
       w_hr[d] = shared.take<float>(z.projection_panels * 4 * VL * p.H);
       bias[d] = shared.take<float>(z.panels * most_slots * VL);
     }
@@ -70,13 +72,14 @@ struct Shared {
 
 struct Scratch {
   Batch batch;
-  float *h, *h_next, *c, *m, *slots, *x;
+  float *h, *h_next, *c, *m, *slots, *x, *h_words;  // h_words: h as products read it
   const float **x_rows, **a_rows;
   float **slot_rows, **to_rows;
 
   Scratch(Carver& scratch, const RecurrentProblem& p, const Sizes& z) : batch(Batch::carve(scratch, p)) {
     h = scratch.take<float>(z.batch * p.R());
     h_next = scratch.take<float>(z.batch * p.R());
+    h_words = pairs ? scratch.take<float>(z.batch * words(p.R())) : nullptr;
     c = scratch.take<float>(p.has_cell() ? z.batch * p.H : 0);
     m = scratch.take<float>(p.P ? z.batch * p.H : 0);
     slots = scratch.take<float>(p.reserve && p.saved() ? 0 : z.rows() * z.slots * p.H);
@@ -105,8 +108,9 @@ void pack_panel(const RecurrentProblem& p, const RecurrentWeights& w, const Size
     const int64_t u = z.gated ? panel * VL : panel * z.NR + v * VL, first = (z.gated ? v * p.H : 0) + u;
     const int n = int(u >= p.H ? 0 : p.H - u < VL ? p.H - u : VL);
     const auto row = [&](int j) { return first + j; };
-    pack_columns(p.dtype, w.w_ih, p.I, n, row, shared.w_ih[d] + panel * z.NR * p.I + v * VL, z.NR, copy);
-    pack_columns(p.dtype, w.w_hh, R, n, row, shared.w_hh[d] + panel * z.NR * R + v * VL, z.NR, copy);
+    pack_columns(p.dtype, w.w_ih, p.I, n, row, shared.w_ih[d] + panel * z.NR * words(p.I) + v * VL, z.NR,
+                 copy);
+    pack_columns(p.dtype, w.w_hh, R, n, row, shared.w_hh[d] + panel * z.NR * words(R) + v * VL, z.NR, copy);
     if (!w.b_ih || n == 0) continue;
     const bool apart = p.cell == RecurrentCell::gru && v == 2;
     float* of_x = bias + v * VL;
@@ -143,10 +147,10 @@ PYSEQNET_INLINE int lanes(int64_t left) { return left < VL ? int(left) : VL; }
 
 // All that the products of a step read and write, without the sequences' addresses.
 struct StepRows {
-  int64_t H, R;
+  int64_t H, depth;  // depth: words of h
   const float *w, *bias;
   float* const* slots;
-  const float* h;
+  const float *h, *h_words;
   float *to, *c;  // new h, or what it is a projection of; c in place
   bool keep;      // whether slots are left for backward
 };
@@ -163,8 +167,8 @@ struct Gated {
     const int64_t H = at.H;
     float* const* slots = at.slots;
     const float* bias = at.bias;
-    gemm_prepacked<NV>(
-        rows, units * NV, I, [&](int64_t i) { return x_rows[i]; }, w,
+    product_of_rows<NV>(
+        rows, units * NV, words(I), [&](int64_t i) { return x_rows[i]; }, w,
         [&](auto R, auto, int64_t i, int64_t j, int64_t, auto& acc) PYSEQNET_LAMBDA {
           const int64_t u = j / NV;
           const float* b = bias + u * most_slots;
@@ -215,8 +219,8 @@ struct Gated {
 
   // One step of the first n sequences: recurrent part and cell.
   __attribute__((noinline)) static void step(const StepRows at, int64_t n, int64_t units) {
-    gemm_prepacked<NV>(
-        n, units * NV, at.R, [&](int64_t i) { return at.h + i * at.R; }, at.w,
+    product_of_rows<NV>(
+        n, units * NV, at.depth, [&](int64_t i) { return at.h_words + i * at.depth; }, at.w,
         [&](auto R, auto, int64_t i, int64_t j, int64_t, auto& acc) PYSEQNET_LAMBDA {
           const int64_t u = j / NV;
           const vf bias = load(at.bias + u * most_slots + 3 * VL);
@@ -239,11 +243,11 @@ struct Gated {
 struct Plain {
   static void input_part(const StepRows& at, int64_t rows, int64_t, int64_t I, const float* const* x_rows,
                          const float* w) {
-    multiply_rows(rows, at.H, I, x_rows, w, at.slots, false);
+    multiply_rows(rows, at.H, words(I), x_rows, w, at.slots, false);
   }
   __attribute__((noinline)) static void step(const StepRows at, int64_t n, bool relu) {
-    gemm_prepacked<4>(
-        n, at.H, at.R, [&](int64_t i) { return at.h + i * at.R; }, at.w,
+    product_of_rows<4>(
+        n, at.H, at.depth, [&](int64_t i) { return at.h_words + i * at.depth; }, at.w,
         [&](auto R, auto, int64_t i, int64_t j, int64_t columns, auto& acc) PYSEQNET_LAMBDA {
           const CellState<vf> none{};
 #pragma GCC unroll 8
@@ -270,7 +274,16 @@ struct Forward {
   Scratch& at;
 
   StepRows rows_of(int64_t d, float* const* slots) const {
-    return {p.H, p.R(), shared.w_hh[d], shared.bias[d], slots, at.h, p.P ? at.m : at.h_next, at.c, p.reserve};
+    return {p.H,
+            words(p.R()),
+            shared.w_hh[d],
+            shared.bias[d],
+            slots,
+            at.h,
+            pairs ? at.h_words : at.h,
+            p.P ? at.m : at.h_next,
+            at.c,
+            p.reserve};
   }
   void input_part(int64_t d, int64_t rows) const {
     const StepRows step = rows_of(d, at.slot_rows);
@@ -305,7 +318,7 @@ struct Forward {
     float* reserve = p.reserve && p.saved() ? static_cast<float*>(t.gates) : nullptr;
     for (int64_t k = 0; k < n; k++) {
       const int64_t b = q.sequence[k], step = p.step(s, b, q.d), row = first + k;
-      at.x_rows[row] = float_row(p.dtype, t.x, p.x_at(step, b), p.I, at.x + row * p.I);
+      at.x_rows[row] = word_row(p.dtype, t.x, p.x_at(step, b), p.I, at.x + row * p.I);
       at.slot_rows[row] =
           reserve ? reserve + (q.d * p.rows() + p.row(step, b)) * width : at.slots + row * width;
     }
@@ -319,6 +332,14 @@ struct Forward {
     store_row(p.dtype, at.h + k * p.R(), t.h_n, state * p.R(), p.R());
     if (p.has_cell()) store_row(p.dtype, at.c + k * p.H, t.c_n, state * p.H, p.H);
   }
+  // The state of sequence k as the next step's product reads it.
+  void round_state(int64_t k) const {
+    if (!pairs) return;
+    const int64_t R = p.R();
+    bfloat16* row = reinterpret_cast<bfloat16*>(at.h_words + k * words(R));
+    store_row(DType::bf16, at.h + k * R, row, 0, R);
+    if (R % 2) row[R] = {};
+  }
   // Results of step s; at.h is the new state.
   void store_step(const Batch& q, int64_t s, int64_t n) const {
     const int64_t R = p.R();
@@ -328,6 +349,7 @@ struct Forward {
       if (p.has_cell() && p.reserve)
         memcpy(static_cast<float*>(t.cells) + (q.d * p.rows() + p.row(step, b)) * p.H, at.c + k * p.H,
                size_t(p.H) * sizeof(float));
+      round_state(k);
       if (q.length[k] == s + 1) store_final(q, k);
     }
   }
@@ -338,6 +360,7 @@ struct Forward {
       const int64_t b = q.sequence[k], state = q.d * p.B + b;
       load_row(p.dtype, t.h0, state * R, R, at.h + k * R);
       if (p.has_cell()) load_row(p.dtype, t.c0, state * p.H, p.H, at.c + k * p.H);
+      round_state(k);
       if (q.length[k] == 0) store_final(q, k);
       for (int64_t step = q.length[k]; !p.packed() && step < p.T; step++)
         zero_row(p.dtype, t.y, p.y_at(step, b) + q.d * R, R);
@@ -399,7 +422,7 @@ void run_forward(const RecurrentProblem& p, const RecurrentTensors& t, const Wor
 }  // namespace recurrent
 
 extern const RecurrentCpuKernel recurrent_forward;
-const RecurrentCpuKernel recurrent_forward = {"fused_" PYSEQNET_ISA_NAME, this_isa, recurrent::refuses_double,
+const RecurrentCpuKernel recurrent_forward = {"fused_" PYSEQNET_ISA_NAME, this_isa, recurrent::refuses,
                                               recurrent::plan_forward, recurrent::run_forward};
 
 }  // namespace PYSEQNET_ISA

@@ -36,12 +36,12 @@ struct ProductTile {
   static constexpr int rows = product_row_threads * extent, columns = product_column_threads * extent;
   static constexpr int row_loads = rows * product_depth / product_threads;
   static constexpr int column_loads = columns * product_depth / product_threads;
-  static constexpr int blocks_per_multiprocessor = sizeof(Acc) == 4 ? 3 : 4;
+  static constexpr int blocks_per_multiprocessor = sizeof(Acc) == 4 ? 2 : 3;
 
   // One vector of padding a line: eight depths of four neighbours are written to 32 different banks.
   Acc row[2][product_depth][rows + group];
   Acc column[2][product_depth][columns + group];
-  int64_t row_at[rows], column_at[columns];  // of each line's depth 0; -1: no such line
+  int64_t row_at[rows], column_at[columns];  // of each line's depth 0
 };
 
 // One side of a product. Its element (line, depth) lies at  place(line) + place(depth).
@@ -52,7 +52,7 @@ struct Operand {
   const int64_t* depth_list = nullptr;  // likewise
   int64_t line_stride = 1, depth_stride = 1;
   int64_t gap_from = INT64_MAX, gap = 0;  // lines from gap_from on lie `gap` further
-  bool along_depth = false;               // neighbouring depths are neighbours in memory
+  bool along_depth = false;               // neighbouring depths are neighbours in memory; no list of depths
 };
 
 struct ProductSource {
@@ -88,32 +88,45 @@ struct ProductShare {
         depth_step(along_depth ? 0 : product_threads / extent) {}
 };
 
-template <class Element, int lines>
+// Lines past the last read the last: their results are not stored.
+template <int lines>
 PYSEQNET_DEVICE void list_lines(int64_t (&at)[lines], const Operand& o, int64_t first, int64_t count, int t) {
   static_assert(lines <= product_threads);
   if (t >= lines) return;
-  const int64_t line = first + t;
-  at[t] = line >= count
-              ? -1
-              : (o.line_list ? o.line_list[line] : line + (line >= o.gap_from ? o.gap : 0)) * o.line_stride;
+  const int64_t line = first + t < count ? first + t : count > 0 ? count - 1 : 0;
+  at[t] = (o.line_list ? o.line_list[line] : line + (line >= o.gap_from ? o.gap : 0)) * o.line_stride;
 }
 
+// Loads a thread's elements of the depths that begin at `begin`, zeros from `end` on. The three cases are
+// alike for all threads; in the first all of a thread's elements have one depth, in the others one line.
 template <class Element, int lines, int loads>
 PYSEQNET_DEVICE void fetch_operand(Element (&to)[loads], const Operand& o, const int64_t (&line_at)[lines],
                                    const ProductShare& share, int64_t begin, int64_t end) {
+  const auto* const elements = static_cast<const Element*>(o.elements);
+  const Element zero = from_accumulator<Element>(0);
+  const int64_t depth = begin + share.depth;
+  if (o.along_depth) {
+    const bool inside = depth < end;
+    const Element* const at_depth = elements + depth;
 #pragma unroll
-  for (int j = 0; j < loads; j++) {
-    const int64_t line = line_at[share.line + j * share.line_step];
-    const int64_t depth = begin + share.depth + j * share.depth_step;
-    to[j] = from_accumulator<Element>(0);
-    if (line < 0 || depth >= end) continue;
-    const void* elements = o.elements;
-    int64_t place = depth;
-    if (o.depth_list) {
-      place = o.depth_list[depth];
-      if (place < 0) elements = o.alternate, place = ~place;
+    for (int j = 0; j < loads; j++)
+      to[j] = inside ? at_depth[line_at[share.line + j * share.line_step]] : zero;
+  } else if (!o.depth_list) {
+    const Element* const at_line = elements + (line_at[share.line] + depth * o.depth_stride);
+    const int64_t stride = share.depth_step * o.depth_stride;
+#pragma unroll
+    for (int j = 0; j < loads; j++) to[j] = depth + j * share.depth_step < end ? at_line[j * stride] : zero;
+  } else {
+    const int64_t line = line_at[share.line];
+    const int64_t* const list = o.depth_list + depth;
+#pragma unroll
+    for (int j = 0; j < loads; j++) {
+      to[j] = zero;
+      if (depth + j * share.depth_step >= end) continue;
+      const int64_t place = list[j * share.depth_step];
+      const auto* from = place < 0 ? static_cast<const Element*>(o.alternate) : elements;
+      if (from) to[j] = from[(place < 0 ? ~place : place) * o.depth_stride + line];
     }
-    if (elements) to[j] = static_cast<const Element*>(elements)[line + place * o.depth_stride];
   }
 }
 
@@ -263,8 +276,8 @@ __global__ void __launch_bounds__(product_threads,
 
   if (!p.in_parts) {
     for (int s = 0; s < p.sources; s++) {
-      list_lines<Row>(memory.row_at, p.source[s].row, first_row, p.rows, t);
-      list_lines<Column>(memory.column_at, p.source[s].column, first_column, p.columns, t);
+      list_lines(memory.row_at, p.source[s].row, first_row, p.rows, t);
+      list_lines(memory.column_at, p.source[s].column, first_column, p.columns, t);
       __syncthreads();
       add_depths<Row, Column>(sum, row_sum, false, memory, p.source[s], 0, p.depth, t);
     }
@@ -273,8 +286,8 @@ __global__ void __launch_bounds__(product_threads,
   }
   Out* part_out = out + part * p.part_results();
   const bool sum_rows = first_column == 0;
-  list_lines<Row>(memory.row_at, p.source[0].row, first_row, p.rows, t);
-  list_lines<Column>(memory.column_at, p.source[0].column, first_column, p.columns, t);
+  list_lines(memory.row_at, p.source[0].row, first_row, p.rows, t);
+  list_lines(memory.column_at, p.source[0].column, first_column, p.columns, t);
   __syncthreads();
   const int64_t begin = part * p.part_depth;
   const int64_t end = begin + p.part_depth < p.depth ? begin + p.part_depth : p.depth;
@@ -322,6 +335,7 @@ int launch_product(Product p, void* out, void* stream) {
   if (p.rows == 0 || (p.columns == 0 && !p.in_parts)) return launch_ok;
   p.row_tiles = ceil_divide(p.rows, Tile::rows);
   p.column_tiles = p.columns > 0 ? ceil_divide(p.columns, Tile::columns) : 1;
+  if (p.columns == 0) p.source[0].column.elements = p.source[0].column.alternate = nullptr;
   if (p.in_parts) p.out_stride = p.columns;
   const int64_t blocks = p.row_tiles * p.column_tiles * p.parts;
   return launch({.grid = grid_of(blocks), .block = dim3(product_threads), .stream = stream},

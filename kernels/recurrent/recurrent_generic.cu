@@ -261,11 +261,11 @@ int launch_forward(const RecurrentProblem& p, const RecurrentTensors& t, void* w
   ForwardProjection<T> projection = {};
   if (p.P) projection.product = projection_weights<T>(p, t, true);
   projection.sequences = q, projection.H = p.H, projection.R = p.R();
-  projection.unprojected = memory.unprojected;
+  projection.sources = memory.unprojected;
   projection.y = cell.y, projection.h_n = cell.h_n, projection.y_t = p.y_t, projection.y_b = p.y_b;
 
   Acc* const sums = memory.sums ? memory.sums : static_cast<Acc*>(t.gates);
-  cell.sums = sums;
+  cell.from_input = sums;
   for (int64_t begin = 0; begin < steps && !run.failed(); begin += memory.chunk_steps) {
     const int64_t end = std::min(begin + memory.chunk_steps, steps);
     for (int64_t d = 0; d < p.D; d++) {
@@ -273,9 +273,9 @@ int launch_forward(const RecurrentProblem& p, const RecurrentTensors& t, void* w
       // Where both directions' rows of the chunk lie: in the reserve as the contract says, else side by side.
       const int64_t of_direction = memory.sums ? d * memory.chunk_steps * p.B : d * p.rows();
       const int64_t base = memory.sums ? p.row(first, 0) : 0;
-      cell.sums_origin[d] = (base - of_direction) * row_width;
+      cell.from_input_origin[d] = (base - of_direction) * row_width;
       run([&] {
-        return launch_input_sums<T>(p, t, memory, sums, cell.sums_origin[d], d, first, last, stream);
+        return launch_input_sums<T>(p, t, memory, sums, cell.from_input_origin[d], d, first, last, stream);
       });
     }
     for (int64_t i = begin; i < end && !run.failed(); i++) {
@@ -285,7 +285,7 @@ int launch_forward(const RecurrentProblem& p, const RecurrentTensors& t, void* w
         cell.product.t[d] = projection.product.t[d] = at[d];
         sequences = std::max(sequences, sequences_at(p, at[d]));
       }
-      cell.h_before = memory.h[i % 2];
+      cell.sources = memory.h[i % 2];
       projection.h_after = memory.h[1 - i % 2];
       cell.h_after = p.P ? nullptr : projection.h_after;
       run([&] { return launch_step(cell, sequences, p.D, stream); });
@@ -305,7 +305,7 @@ void launch_back_through_time(Launches& run, const RecurrentProblem& p, const Re
   BackwardState<T> state = {};
   state.product = recurrent_weights<T>(p, t, false);
   state.sequences = q, state.R = p.R(), state.row_width = slots_of(p) * p.H;
-  state.slot_gradients = memory.slot_gradients, state.h_gradients = memory.h_gradients;
+  state.sources = memory.slot_gradients, state.h_gradients = memory.h_gradients;
   state.gy = static_cast<const T*>(t.gy), state.gh_n = static_cast<const T*>(t.gh_n);
   state.gy_t = p.gy_t, state.gy_b = p.gy_b;
 
@@ -318,7 +318,8 @@ void launch_back_through_time(Launches& run, const RecurrentProblem& p, const Re
   cell.y_t = p.y_t, cell.y_b = p.y_b, cell.gy_t = p.gy_t, cell.gy_b = p.gy_b;
   cell.saved = static_cast<const Acc*>(t.gates), cell.cells = static_cast<const Acc*>(t.cells);
   cell.slot_gradients = memory.slot_gradients, cell.passed = memory.passed;
-  cell.h_gradients = memory.h_gradients, cell.unprojected = memory.unprojected;
+  cell.unprojected = memory.unprojected, cell.projected = p.P > 0;
+  cell.sources = cell.projected ? memory.h_gradients : memory.slot_gradients;
 
   const int64_t steps = longest_of(p);
   for (int64_t i = 0; i < steps && !run.failed(); i++) {
@@ -368,11 +369,16 @@ void launch_weight_gradients(Launches& run, const RecurrentProblem& p, const Rec
   const int64_t row_width = slots_of(p) * p.H;
   Operand slots;
   slots.elements = memory.slot_gradients + d * p.rows() * row_width;
-  slots.depth_list = memory.rows.row, slots.depth_stride = row_width;
+  // Where no row is missing, they are counted instead of looked up.
+  const bool whole = !p.lengths || p.packed();
+  const int64_t* const rows = whole ? nullptr : memory.rows.row;
+  slots.depth_list = rows, slots.depth_stride = row_width;
 
   Product of_input = gradient_product<Acc>(p, p.gates() * p.H, p.I);
   of_input.source[0].row = slots;
-  of_input.source[0].column.elements = t.x, of_input.source[0].column.depth_list = memory.rows.x;
+  Operand& x = of_input.source[0].column;
+  x.elements = t.x, x.depth_list = memory.rows.x;
+  if (whole && (p.packed() || p.x_t == p.B * p.x_b)) x.depth_list = nullptr, x.depth_stride = p.x_b;
   run([&] { return launch_product<Acc, T, Acc>(of_input, memory.partial, stream); });
   finish(of_input, to.w_ih, to.b_ih);
 
@@ -388,9 +394,9 @@ void launch_weight_gradients(Launches& run, const RecurrentProblem& p, const Rec
   Product of_projection = gradient_product<Acc>(p, p.P, p.H);
   Operand &h = of_projection.source[0].row, &unprojected = of_projection.source[0].column;
   h.elements = memory.h_gradients + d * p.rows() * p.P;
-  h.depth_list = memory.rows.row, h.depth_stride = p.P;
+  h.depth_list = rows, h.depth_stride = p.P;
   unprojected.elements = memory.unprojected + d * p.rows() * p.H;
-  unprojected.depth_list = memory.rows.row, unprojected.depth_stride = p.H;
+  unprojected.depth_list = rows, unprojected.depth_stride = p.H;
   run([&] { return launch_product<Acc, Acc, Acc>(of_projection, memory.partial, stream); });
   finish(of_projection, to.w_hr, nullptr);
 }

@@ -55,7 +55,7 @@ struct StepMemory {
   static constexpr int elements =
       source_elements + weight_elements > results ? source_elements + weight_elements : results;
   alignas(StepVector<Acc>) Acc element[elements];  // tiles, then results
-  const Acc* source[step_rows];                    // null: zeros
+  int64_t source_at[step_rows];                    // -1: none
   unsigned active, sourced;                        // bits: sequences with this step; those with a source
 };
 
@@ -78,15 +78,23 @@ __global__ void __launch_bounds__(step_threads, 2) recurrent_step(const Task tas
   if (t < step_rows) {
     const int64_t b = first_b + t;
     const bool active = b < task.sequences.B && task.takes(d, b);
-    const Acc* source = active ? task.source(d, b) : nullptr;
-    memory.source[t] = source;
+    const int64_t at = active ? task.source_at(d, b) : -1;
+    memory.source_at[t] = at;
     const unsigned all_active = __ballot_sync(0xffffffffu, active);
-    const unsigned all_sourced = __ballot_sync(0xffffffffu, source != nullptr);
+    const unsigned all_sourced = __ballot_sync(0xffffffffu, at >= 0);
     if (t == 0) memory.active = all_active, memory.sourced = all_sourced;
   }
   __syncthreads();
-  const unsigned active = memory.active;
+  const unsigned active = memory.active, sourced = memory.sourced;
   if (!active) return;
+
+  // What a thread's first unit needs beside its sums is on its way during the product.
+  const auto is_wanted = [&](int i) {
+    return i < step_rows * block_units && (active >> i / block_units & 1) &&
+           first_unit + i % block_units < w.units;
+  };
+  typename Task::Inputs inputs = {};
+  if (is_wanted(t)) inputs = task.read(d, first_b + t / block_units, first_unit + t % block_units);
 
   Acc* const staged_source = memory.element;
   Acc* const staged_weights = staged_source + StepMemory<Acc>::source_elements;
@@ -96,53 +104,56 @@ __global__ void __launch_bounds__(step_threads, 2) recurrent_step(const Task tas
   const int own_row = lane / 4 * step_group;
   const int own_column = (warp % (step_warps / slices) * 4 + lane % 4) * step_group;
 
-  if (memory.sourced) {
-    // Element j of a thread's loads: eight neighbouring threads take eight neighbouring depths of one slice;
-    // or neighbouring columns, where those are neighbours in memory.
-    const int octet = t / slice_depth, in_slice = t % slice_depth;
-    const int depth_of_lines = octet % slices * slice_depth + in_slice;
+  if (sourced) {
+    // Eight neighbouring threads load eight neighbouring depths of one slice; of the weights they load
+    // neighbouring columns, where those are neighbours in memory. Sequences without a source read another's,
+    // and columns past the last read the last: nobody looks at those sums.
+    const int octet = t / slice_depth;
+    const int own_depth = octet % slices * slice_depth + t % slice_depth;
     const int first_line = octet / slices, line_step = step_threads / slice_depth / slices;
     const bool along_depth = w.depth_stride == 1;
     const int first_column = along_depth ? first_line : t % columns;
     const int column_step = along_depth ? line_step : 0;
-    const int first_depth = along_depth ? depth_of_lines : t / columns;
+    const int first_depth = along_depth ? own_depth : t / columns;
     const int depth_step = along_depth ? 0 : step_threads / columns;
-    const T* const weights = w.weights[d];
-    int64_t column_at[weight_loads];
+    const int first_sourced = __ffs(int(sourced)) - 1;
+    const Acc* line[most_slices];
+#pragma unroll
+    for (int j = 0; j < most_slices; j++) {
+      const int own = j < slices ? first_line + j * line_step : first_sourced;
+      line[j] = task.sources + memory.source_at[sourced >> own & 1 ? own : first_sourced];
+    }
+    const T* column[weight_loads];
 #pragma unroll
     for (int j = 0; j < weight_loads; j++) {
-      const int column = first_column + j * column_step;
-      const int gate = gates == 1 ? 0 : column % step_group;
-      const int64_t unit = first_unit + (gates == 1 ? column : column / step_group);
-      column_at[j] = gate < gates && unit < w.units ? gate * w.gate_stride + unit * w.unit_stride : -1;
+      const int own = first_column + j * column_step;
+      const int gate = gates == 1 ? 0 : own % step_group < gates ? own % step_group : gates - 1;
+      const int64_t unit = first_unit + (gates == 1 ? own : own / step_group);
+      column[j] = (d ? w.weights[1] : w.weights[0]) + gate * w.gate_stride +
+                  (unit < w.units ? unit : w.units - 1) * w.unit_stride +
+                  (first_depth + j * depth_step) * w.depth_stride;
     }
 
     Acc next_source[most_slices];
     T next_weights[weight_loads];
     const auto fetch = [&](int64_t depth) {
-      const int64_t k = depth + depth_of_lines, at = k + (k >= w.gap_from ? w.gap : 0);
+      const int64_t k = depth + own_depth, at = k + (k >= w.gap_from ? w.gap : 0);
+      const bool inside = k < w.depth;
 #pragma unroll
-      for (int j = 0; j < most_slices; j++) {
-        next_source[j] = 0;
-        if (j >= slices) continue;
-        const Acc* source = memory.source[first_line + j * line_step];
-        if (source && k < w.depth) next_source[j] = source[at];
-      }
+      for (int j = 0; j < most_slices; j++)
+        if (j < slices) next_source[j] = inside ? line[j][at] : Acc(0);
+      const int64_t along = depth * w.depth_stride;
 #pragma unroll
-      for (int j = 0; j < weight_loads; j++) {
-        const int64_t of_weight = depth + first_depth + j * depth_step;
-        next_weights[j] = column_at[j] >= 0 && of_weight < w.depth
-                              ? weights[column_at[j] + of_weight * w.depth_stride]
-                              : from_accumulator<T>(0);
-      }
+      for (int j = 0; j < weight_loads; j++)
+        next_weights[j] =
+            depth + first_depth + j * depth_step < w.depth ? column[j][along] : from_accumulator<T>(0);
     };
     const int chunk = slices * slice_depth;
     fetch(0);
     for (int64_t depth = 0; depth < w.depth; depth += chunk) {
 #pragma unroll
       for (int j = 0; j < most_slices; j++)
-        if (j < slices)
-          staged_source[depth_of_lines * source_line + first_line + j * line_step] = next_source[j];
+        if (j < slices) staged_source[own_depth * source_line + first_line + j * line_step] = next_source[j];
 #pragma unroll
       for (int j = 0; j < weight_loads; j++)
         staged_weights[(first_depth + j * depth_step) * weight_line + first_column + j * column_step] =
@@ -175,15 +186,16 @@ __global__ void __launch_bounds__(step_threads, 2) recurrent_step(const Task tas
   }
   __syncthreads();
   for (int i = t; i < step_rows * block_units; i += step_threads) {
+    if (!is_wanted(i)) continue;
     const int row = i / block_units, unit = i % block_units;
-    if (!(active >> row & 1) || first_unit + unit >= w.units) continue;
+    if (i != t) inputs = task.read(d, first_b + row, first_unit + unit);
     Acc total[gates] = {};
     for (int slice = 0; slice < slices; slice++) {
       const Acc* from = results + (slice * step_rows + row) * columns + unit * (gates == 1 ? 1 : step_group);
 #pragma unroll
       for (int g = 0; g < gates; g++) total[g] += from[g];
     }
-    task.finish(d, first_b + row, first_unit + unit, total);
+    task.finish(d, first_b + row, first_unit + unit, inputs, total);
   }
 }
 

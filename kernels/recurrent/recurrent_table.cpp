@@ -16,6 +16,9 @@ DECLARE_CPU_KERNELS;
 namespace avx512 {
 DECLARE_CPU_KERNELS;
 }
+namespace avx512bf16 {
+DECLARE_CPU_KERNELS;
+}
 #endif
 #undef DECLARE_CPU_KERNELS
 
@@ -24,7 +27,7 @@ extern const RecurrentCpuKernel recurrent_reference_forward, recurrent_reference
 namespace {
 
 #if defined(__x86_64__)
-#define EVERY_ISA(kernel) &avx512::kernel, &avx2::kernel, &portable::kernel
+#define EVERY_ISA(kernel) &avx512bf16::kernel, &avx512::kernel, &avx2::kernel, &portable::kernel
 #else
 #define EVERY_ISA(kernel) &portable::kernel
 #endif

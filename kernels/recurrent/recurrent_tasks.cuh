@@ -1,6 +1,7 @@
 // What recurrent_step does with the sums of a step: the cells forward and backward, the projection, and the
 // gradient of h. A task says which sequences have a step (takes), what is multiplied with the weights
-// (source), and what becomes of the sums of a unit (finish).
+// (sources + source_at; -1: nothing, and finish looks at no sum), what a unit needs beside its sums (read),
+// and what becomes of them (finish).
 //
 // States are kept in the accumulation type: h twice, because other blocks still read the state before while
 // the new one is written; c and what passes backward once, because only the unit's own thread touches them.
@@ -47,60 +48,77 @@ struct ForwardCell {
   Sequences sequences;
   int64_t H, R;
   bool relu;
-  const Acc* h_before;  // (D, B, R)
-  Acc *h_after, *c;     // (D, B, R), (D, B, H); h_after null: to `unprojected` instead
-  Acc* unprojected;     // (D, B, H)
-  // The input's part of the sum of row r and slot s lies at  (r * slots + s) * H + unit - origin.
-  const Acc* sums;
-  int64_t sums_origin[max_directions];
-  Acc *saved, *cells;                       // the reserve; null: not wanted
-  const T* recurrent_bias[max_directions];  // of a GRU's third gate; null: zeros
+  const Acc* sources;                         // h before the step (D, B, R)
+  Acc *h_after, *c;                           // (D, B, R), (D, B, H); h_after null: to `unprojected` instead
+  Acc* unprojected;                           // (D, B, H)
+  const Acc* from_input;                      // the input's part of row r and slot s lies at
+  int64_t from_input_origin[max_directions];  // (r * slots + s) * H + unit - origin
+  Acc *saved, *cells;                         // the reserve; null: not wanted
+  const T* recurrent_bias[max_directions];    // of a GRU's third gate; null: zeros
   T *y, *h_n, *c_n;
   int64_t y_t, y_b;
 
-  PYSEQNET_DEVICE bool takes(int d, int64_t b) const { return product.t[d] < sequences.length(b); }
-  PYSEQNET_DEVICE const Acc* source(int d, int64_t b) const { return h_before + (d * sequences.B + b) * R; }
+  struct Inputs {
+    Acc from_input[gates];
+    CellState<Acc> before;
+    int64_t row;
+    bool last;
+  };
 
-  PYSEQNET_DEVICE void finish(int d, int64_t b, int64_t unit, const Acc (&sum)[gates]) const {
-    const int64_t t = product.t[d], row = sequences.row(t, b), state = d * sequences.B + b;
-    const Acc* from_input = sums + (row * slots * H + unit - sums_origin[d]);
+  PYSEQNET_DEVICE int64_t step(int d) const { return d ? product.t[1] : product.t[0]; }
+  PYSEQNET_DEVICE bool takes(int d, int64_t b) const { return step(d) < sequences.length(b); }
+  PYSEQNET_DEVICE int64_t source_at(int d, int64_t b) const { return (d * sequences.B + b) * R; }
+
+  PYSEQNET_DEVICE Inputs read(int d, int64_t b, int64_t unit) const {
+    const int64_t t = step(d), state = d * sequences.B + b;
+    Inputs in = {};
+    in.row = sequences.row(t, b);
+    in.last = sequences.ends(t, b, d);
+    const Acc* slot =
+        from_input + (in.row * slots * H + unit - (d ? from_input_origin[1] : from_input_origin[0]));
+#pragma unroll
+    for (int g = 0; g < gates; g++) in.from_input[g] = slot[g * H];
+    if constexpr (Kind::is_gru) in.before.h = sources[state * R + unit];
+    if constexpr (Cell::has_cell) in.before.c = c[state * H + unit];
+    return in;
+  }
+
+  PYSEQNET_DEVICE void finish(int d, int64_t b, int64_t unit, const Inputs& in,
+                              const Acc (&sum)[gates]) const {
+    const int64_t state = d * sequences.B + b;
     Acc slot[slots];
     if constexpr (Kind::is_gru) {
-      slot[0] = from_input[0] + sum[0];
-      slot[1] = from_input[H] + sum[1];
-      slot[2] = from_input[2 * H];
-      slot[3] = sum[2] + load_or_zero(recurrent_bias[d], unit);
+      slot[0] = in.from_input[0] + sum[0];
+      slot[1] = in.from_input[1] + sum[1];
+      slot[2] = in.from_input[2];
+      slot[3] = sum[2] + load_or_zero(d ? recurrent_bias[1] : recurrent_bias[0], unit);
     } else {
 #pragma unroll
-      for (int g = 0; g < gates; g++) slot[g] = from_input[g * H] + sum[g];
+      for (int g = 0; g < gates; g++) slot[g] = in.from_input[g] + sum[g];
     }
-    CellState<Acc> before = {0, 0};
-    if constexpr (Kind::is_gru) before.h = h_before[state * R + unit];
-    if constexpr (Cell::has_cell) before.c = c[state * H + unit];
     CellState<Acc> after;
     if constexpr (Kind::is_rnn)
-      after = relu ? ReluCell<Math>::forward(slot, before) : Cell::forward(slot, before);
+      after = relu ? ReluCell<Math>::forward(slot, in.before) : Cell::forward(slot, in.before);
     else
-      after = Cell::forward(slot, before);
+      after = Cell::forward(slot, in.before);
 
     if (!Kind::is_rnn && saved) {
-      Acc* to = saved + (d * sequences.N + row) * slots * H + unit;
+      Acc* to = saved + (d * sequences.N + in.row) * slots * H + unit;
 #pragma unroll
       for (int s = 0; s < slots; s++) to[s * H] = slot[s];
     }
-    const bool last = sequences.ends(t, b, d);
     if constexpr (Cell::has_cell) {
       c[state * H + unit] = after.c;
-      if (cells) cells[(d * sequences.N + row) * H + unit] = after.c;
-      if (last && c_n) store(c_n + state * H + unit, after.c);
+      if (cells) cells[(d * sequences.N + in.row) * H + unit] = after.c;
+      if (in.last && c_n) store(c_n + state * H + unit, after.c);
       if (!h_after) {
         unprojected[state * H + unit] = after.h;
         return;
       }
     }
     h_after[state * R + unit] = after.h;
-    store(y + sequences.at(t, b, y_t, y_b) + d * R + unit, after.h);
-    if (last && h_n) store(h_n + state * R + unit, after.h);
+    store(y + sequences.at(step(d), b, y_t, y_b) + d * R + unit, after.h);
+    if (in.last && h_n) store(h_n + state * R + unit, after.h);
   }
 };
 
@@ -114,17 +132,19 @@ struct ForwardProjection {
   StepWeights<T> product;
   Sequences sequences;
   int64_t H, R;
-  const Acc* unprojected;
+  const Acc* sources;  // o tanh(c) (D, B, H)
   Acc* h_after;
   T *y, *h_n;
   int64_t y_t, y_b;
 
-  PYSEQNET_DEVICE bool takes(int d, int64_t b) const { return product.t[d] < sequences.length(b); }
-  PYSEQNET_DEVICE const Acc* source(int d, int64_t b) const {
-    return unprojected + (d * sequences.B + b) * H;
-  }
-  PYSEQNET_DEVICE void finish(int d, int64_t b, int64_t j, const Acc (&sum)[1]) const {
-    const int64_t t = product.t[d], state = d * sequences.B + b;
+  struct Inputs {};
+
+  PYSEQNET_DEVICE int64_t step(int d) const { return d ? product.t[1] : product.t[0]; }
+  PYSEQNET_DEVICE bool takes(int d, int64_t b) const { return step(d) < sequences.length(b); }
+  PYSEQNET_DEVICE int64_t source_at(int d, int64_t b) const { return (d * sequences.B + b) * H; }
+  PYSEQNET_DEVICE Inputs read(int, int64_t, int64_t) const { return {}; }
+  PYSEQNET_DEVICE void finish(int d, int64_t b, int64_t j, const Inputs&, const Acc (&sum)[1]) const {
+    const int64_t t = step(d), state = d * sequences.B + b;
     h_after[state * R + j] = sum[0];
     store(y + sequences.at(t, b, y_t, y_b) + d * R + j, sum[0]);
     if (h_n && sequences.ends(t, b, d)) store(h_n + state * R + j, sum[0]);
@@ -132,13 +152,10 @@ struct ForwardProjection {
 };
 
 // ---------------------------------------------------------------- backward
-// The gradients of the slots' sums of the step after (t, b), which the recurrent weights carry back to t.
-// Null: the sequence ends at t.
-template <class Acc>
-PYSEQNET_DEVICE const Acc* slots_after(const Sequences& q, const Acc* slot_gradients, int64_t row_width,
-                                       int d, int64_t b, int64_t t) {
-  if (q.ends(t, b, d)) return nullptr;
-  return slot_gradients + (d * q.N + q.row(d ? t - 1 : t + 1, b)) * row_width;
+// Where the gradients of the slots' sums of the step after (t, b) lie, which the recurrent weights carry back
+// to t; -1: the sequence ends at t.
+PYSEQNET_DEVICE int64_t slots_after(const Sequences& q, int64_t row_width, int d, int64_t b, int64_t t) {
+  return q.ends(t, b, d) ? -1 : (d * q.N + q.row(d ? t - 1 : t + 1, b)) * row_width;
 }
 
 // The whole gradient of h at a step, units being the features of h: what comes from the step after, or from
@@ -153,31 +170,42 @@ struct BackwardState {
   StepWeights<T> product;
   Sequences sequences;
   int64_t R, row_width;
-  const Acc* slot_gradients;  // (D, N, slots, H)
-  const Acc* passed;          // (D, B, R), what reaches h past the product; null: nothing
+  const Acc* sources;  // gradients of the slots' sums (D, N, slots, H)
+  const Acc* passed;   // (D, B, R), what reaches h0 past the product; null: nothing
   const T *gy, *gh_n;
   int64_t gy_t, gy_b;
   Acc* h_gradients;  // (D, N, R)
   T* gh0;            // not null: the gradient of h0 is wanted
 
+  struct Inputs {
+    Acc gradient;  // what is added to the sum, or stands in its place
+    bool last;
+  };
+
+  PYSEQNET_DEVICE int64_t step(int d) const { return d ? product.t[1] : product.t[0]; }
   PYSEQNET_DEVICE bool takes(int d, int64_t b) const {
-    return gh0 ? sequences.length(b) > 0 : product.t[d] < sequences.length(b);
+    return gh0 ? sequences.length(b) > 0 : step(d) < sequences.length(b);
   }
-  PYSEQNET_DEVICE const Acc* source(int d, int64_t b) const {
-    if (!gh0) return slots_after(sequences, slot_gradients, row_width, d, b, product.t[d]);
+  PYSEQNET_DEVICE int64_t source_at(int d, int64_t b) const {
+    if (!gh0) return slots_after(sequences, row_width, d, b, step(d));
     const int64_t first = d ? sequences.length(b) - 1 : 0;
-    return slot_gradients + (d * sequences.N + sequences.row(first, b)) * row_width;
+    return (d * sequences.N + sequences.row(first, b)) * row_width;
   }
-  PYSEQNET_DEVICE void finish(int d, int64_t b, int64_t j, const Acc (&sum)[1]) const {
+  PYSEQNET_DEVICE Inputs read(int d, int64_t b, int64_t j) const {
     const int64_t state = (d * sequences.B + b) * R + j;
-    if (gh0) {
-      store(gh0 + state, passed ? sum[0] + passed[state] : sum[0]);
-      return;
-    }
-    const int64_t t = product.t[d];
-    Acc gradient = sequences.ends(t, b, d) ? load_or_zero(gh_n, state) : sum[0];
-    if (gy) gradient += load(gy + sequences.at(t, b, gy_t, gy_b) + d * R + j);
-    h_gradients[(d * sequences.N + sequences.row(t, b)) * R + j] = gradient;
+    if (gh0) return {passed ? passed[state] : Acc(0), false};
+    const int64_t t = step(d);
+    Inputs in = {0, sequences.ends(t, b, d)};
+    if (in.last) in.gradient = load_or_zero(gh_n, state);
+    if (gy) in.gradient += load(gy + sequences.at(t, b, gy_t, gy_b) + d * R + j);
+    return in;
+  }
+  PYSEQNET_DEVICE void finish(int d, int64_t b, int64_t j, const Inputs& in, const Acc (&sum)[1]) const {
+    const Acc gradient = in.last ? in.gradient : in.gradient + sum[0];
+    if (gh0)
+      store(gh0 + (d * sequences.B + b) * R + j, gradient);
+    else
+      h_gradients[(d * sequences.N + sequences.row(step(d), b)) * R + j] = gradient;
   }
 };
 
@@ -192,51 +220,64 @@ struct BackwardCell {
   StepWeights<T> product;
   Sequences sequences;
   int64_t H, R;
-  bool relu;
+  bool relu, projected;
+  const Acc* sources;  // gradients of the slots' sums (D, N, slots, H); projected: of h (D, N, P)
   const T *h0, *c0, *y, *gy, *gh_n, *gc_n;  // null: zeros
   int64_t y_t, y_b, gy_t, gy_b;
   const Acc *saved, *cells;  // the reserve
   Acc* slot_gradients;       // (D, N, slots, H)
-  const Acc* h_gradients;    // (D, N, P) with a projection, else null
   Acc* unprojected;          // (D, N, H) with a projection: o tanh(c), which the gradient of w_hr needs
   Acc* passed;               // (D, B, H): what reaches c of the step before, in a GRU h, past the product
   T* gc0;
 
-  PYSEQNET_DEVICE bool takes(int d, int64_t b) const { return product.t[d] < sequences.length(b); }
-  PYSEQNET_DEVICE const Acc* source(int d, int64_t b) const {
-    const int64_t t = product.t[d];
-    if (h_gradients) return h_gradients + (d * sequences.N + sequences.row(t, b)) * R;
-    return slots_after(sequences, slot_gradients, slots * H, d, b, t);
+  struct Inputs {
+    CellBackward<Acc, slots> at;  // but for the sum's part of the gradient of h
+    int64_t row;                  // d * N + row
+    bool first, adds_sum;
+  };
+
+  PYSEQNET_DEVICE int64_t step(int d) const { return d ? product.t[1] : product.t[0]; }
+  PYSEQNET_DEVICE bool takes(int d, int64_t b) const { return step(d) < sequences.length(b); }
+  PYSEQNET_DEVICE int64_t source_at(int d, int64_t b) const {
+    if (projected) return (d * sequences.N + sequences.row(step(d), b)) * R;
+    return slots_after(sequences, slots * H, d, b, step(d));
   }
 
-  PYSEQNET_DEVICE void finish(int d, int64_t b, int64_t unit, const Acc (&sum)[1]) const {
-    const int64_t t = product.t[d], state = (d * sequences.B + b) * H + unit;
-    const int64_t in_direction = d * sequences.N + sequences.row(t, b);
-    const bool first = sequences.begins(t, b, d), last = sequences.ends(t, b, d);
-    const int64_t before = d ? t + 1 : t - 1;
-    CellBackward<Acc, slots> at = {};
-    at.gradient.h = sum[0];
-    if (!h_gradients) {
+  PYSEQNET_DEVICE Inputs read(int d, int64_t b, int64_t unit) const {
+    const int64_t t = step(d), before = d ? t + 1 : t - 1, state = (d * sequences.B + b) * H + unit;
+    const bool last = sequences.ends(t, b, d);
+    Inputs in = {};
+    in.row = d * sequences.N + sequences.row(t, b);
+    in.first = sequences.begins(t, b, d);
+    in.adds_sum = projected || !last;
+    CellBackward<Acc, slots>& at = in.at;
+    if (!projected) {
       if (last) at.gradient.h = load_or_zero(gh_n, state);
-      if (Kind::is_gru && !last) at.gradient.h += passed[state];
+      if (Kind::is_gru && !last) at.gradient.h = passed[state];
       if (gy) at.gradient.h += load(gy + sequences.at(t, b, gy_t, gy_b) + d * R + unit);
     }
     if constexpr (!Kind::is_rnn) {
 #pragma unroll
-      for (int s = 0; s < slots; s++) at.saved[s] = saved[(in_direction * slots + s) * H + unit];
+      for (int s = 0; s < slots; s++) at.saved[s] = saved[(in.row * slots + s) * H + unit];
     }
     if constexpr (Cell::has_cell) {
-      at.c = cells[in_direction * H + unit];
+      at.c = cells[in.row * H + unit];
       at.previous.c =
-          first ? load_or_zero(c0, state) : cells[(d * sequences.N + sequences.row(before, b)) * H + unit];
+          in.first ? load_or_zero(c0, state) : cells[(d * sequences.N + sequences.row(before, b)) * H + unit];
       at.gradient.c = last ? load_or_zero(gc_n, state) : passed[state];
-      if (unprojected) unprojected[in_direction * H + unit] = at.saved[3] * Math::tanh(at.c);
     } else if constexpr (Kind::is_gru) {
       at.previous.h =
-          first ? load_or_zero(h0, state) : load(y + sequences.at(before, b, y_t, y_b) + d * R + unit);
+          in.first ? load_or_zero(h0, state) : load(y + sequences.at(before, b, y_t, y_b) + d * R + unit);
     } else {
       at.h = load(y + sequences.at(t, b, y_t, y_b) + d * R + unit);
     }
+    return in;
+  }
+
+  PYSEQNET_DEVICE void finish(int d, int64_t b, int64_t unit, const Inputs& in, const Acc (&sum)[1]) const {
+    const int64_t state = (d * sequences.B + b) * H + unit;
+    CellBackward<Acc, slots> at = in.at;
+    if (in.adds_sum) at.gradient.h += sum[0];
     Acc gradient[slots];
     CellState<Acc> to_before;
     if constexpr (Kind::is_rnn)
@@ -244,11 +285,12 @@ struct BackwardCell {
     else
       to_before = Cell::backward(at, gradient);
 #pragma unroll
-    for (int s = 0; s < slots; s++) slot_gradients[(in_direction * slots + s) * H + unit] = gradient[s];
+    for (int s = 0; s < slots; s++) slot_gradients[(in.row * slots + s) * H + unit] = gradient[s];
     if constexpr (Kind::is_gru) passed[state] = to_before.h;
     if constexpr (Cell::has_cell) {
       passed[state] = to_before.c;
-      if (first && gc0) store(gc0 + state, to_before.c);
+      if (in.first && gc0) store(gc0 + state, to_before.c);
+      if (unprojected) unprojected[in.row * H + unit] = at.saved[3] * Math::tanh(at.c);
     }
   }
 };

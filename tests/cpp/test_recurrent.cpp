@@ -218,16 +218,17 @@ struct Report {
 
 // Largest error allowed, in units of the largest magnitude of a tensor: float sums over the whole sequence,
 // and what one rounding to the dtype costs. Where 16-bit outputs feed back (backward of Elman reads y, and so
-// does dW_hh) both sides read the same y.
+// does dW_hh) both sides read the same y. Kernels that multiply bfloat16 round h and the gradients of sums on
+// the way, so that their float reserve is as far off as a bfloat16.
 double tolerance(DType dtype) {
-  return dtype == DType::f64 ? 1e-13 : dtype == DType::bf16 ? 8e-3 : dtype == DType::f16 ? 1e-3 : 1e-5;
+  return dtype == DType::f64 ? 1e-13 : dtype == DType::bf16 ? 1.6e-2 : dtype == DType::f16 ? 1e-3 : 1e-5;
 }
 
-std::string difference(const std::vector<Output>& expected, const std::vector<Output>& got) {
+std::string difference(const std::vector<Output>& expected, const std::vector<Output>& got, bool rounds) {
   for (size_t k = 0; k < got.size(); k++) {
     const Output &e = expected[k], &g = got[k];
     if (!g.guards_hold()) return "wrote outside output " + std::to_string(k);
-    double largest = 0.3;  // sums of numbers about as large as 1 may all but cancel
+    double largest = rounds ? 1 : 0.3;  // sums of numbers about as large as 1 may all but cancel
     for (int64_t i = 0; i < e.count; i++) {
       const double v = read(e.data(), e.dtype, i);
       if (v == v) largest = std::max(largest, std::fabs(v));
@@ -235,7 +236,7 @@ std::string difference(const std::vector<Output>& expected, const std::vector<Ou
     for (int64_t i = 0; i < e.count; i++) {
       const double v = read(e.data(), e.dtype, i), w = read(g.data(), g.dtype, i);
       if (v != v && w != w) continue;  // the reserve of padded positions
-      if (!(std::fabs(v - w) <= tolerance(e.dtype) * largest))
+      if (!(std::fabs(v - w) <= tolerance(rounds ? DType::bf16 : e.dtype) * largest))
         return "output " + std::to_string(k) + " [" + std::to_string(i) + "] is " + std::to_string(w) +
                ", not " + std::to_string(v);
     }
@@ -255,7 +256,7 @@ void compare(Report& report, RecurrentPass pass, const Layer& layer, const Recur
     RecurrentTensors t = inputs;
     bind(t, whole);
     execute(kernel, layer.p, t, nullptr);
-    std::string fault = difference(expected, whole);
+    std::string fault = difference(expected, whole, kernel.isa == Isa::avx512bf16);
     t = inputs;
     bind(t, cut);
     execute(kernel, layer.p, t, &random);
