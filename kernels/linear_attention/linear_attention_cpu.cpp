@@ -211,32 +211,43 @@ struct Head {
       sum += load(m.a + x) * z;
     }
     m.weights[0] = hsum(sum);
-    constexpr int64_t panel = 4 * VL;
-    for (int64_t e = 0; e < p.E; e += panel) {
-      if (e + panel <= p.E)
-        single_position_panel<4>(s0, s1, e, VL);
-      else
-        for (int64_t x = e; x < p.E; x += VL)
-          single_position_panel<1>(s0, s1, x, int(smaller(VL, p.E - x)));
-    }
+    if (s0 && s1)
+      single_position_state<true, true>(s0, s1);
+    else if (s0)
+      single_position_state<true, false>(s0, s1);
+    else if (s1)
+      single_position_state<false, true>(s0, s1);
+    else
+      single_position_state<false, false>(s0, s1);
     store_outputs(0, 1);
   }
-  template <int NV>
+  template <bool reads, bool writes>
+  void single_position_state(const float* s0, float* s1) const {
+    constexpr int64_t panel = 4 * VL;
+    int64_t e = 0;
+    for (; e + panel <= p.E; e += panel) single_position_panel<4, reads, writes>(s0 + e, s1 + e, e, VL);
+    for (; e < p.E; e += VL)
+      single_position_panel<1, reads, writes>(s0 + e, s1 + e, e, int(smaller(VL, p.E - e)));
+  }
+  template <int NV, bool reads, bool writes>
   PYSEQNET_INLINE void single_position_panel(const float* s0, float* s1, int64_t e, int left) const {
-    vf out[NV] = {};
-    for (int64_t d = 0; d < p.D; d++) {
-      const float f = m.f[d], a = m.a[d];
+    const int64_t rows = p.D, width = p.E;
+    const float *f = m.f, *a = m.a;
+    vf v[NV], out[NV] = {};
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; v++) {
-        const int64_t x = e + v * VL, at = d * p.E + x;
-        vf s = load(m.v + x) * f;
-        if (s0) s += load_n(s0 + at, left);
-        if (s1) store_n(s1 + at, s, left);
-        out[v] += s * a;
+    for (int x = 0; x < NV; x++) v[x] = load(m.v + e + x * VL);
+    for (int64_t d = 0; d < rows; d++, s0 += reads ? width : 0, s1 += writes ? width : 0) {
+      const vf fd = set1(f[d]), ad = set1(a[d]);
+#pragma GCC unroll 4
+      for (int x = 0; x < NV; x++) {
+        vf s = v[x] * fd;
+        if (reads) s += NV > 1 ? load(s0 + x * VL) : load_n(s0, left);
+        if (writes) NV > 1 ? store(s1 + x * VL, s) : store_n(s1, s, left);
+        out[x] += s * ad;
       }
     }
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; v++) store(m.wide + e + v * VL, out[v]);
+    for (int x = 0; x < NV; x++) store(m.wide + e + x * VL, out[x]);
   }
 
   // ---------------------------------------------------------------- backward

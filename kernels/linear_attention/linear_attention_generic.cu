@@ -1,0 +1,564 @@
+// Linear attention on any CUDA device: every dtype, head size, length, stride and option.
+//
+// Forward:  sum_parts      a block: 64 x 64 numbers of one part's sum of f v^T (and z)
+//           scan_states    a thread: one number of the state, over the parts in order
+//           write_outputs  a block: 64 rows x 64 columns of out = lower(a f^T) v + a S, divided by the sums
+// Backward: weigh_rows     a warp: one row's dd and 1/sum, or 0 where its gradient is all zero
+//           sum_parts, scan_states  the same over queries: sums of a dn^T, from the other end
+//           write_query_gradients, write_key_gradients, write_value_gradients
+// A part is a chunk of 64 rows where attention is causal; the scan leaves the state before (backward: behind)
+// each. Otherwise parts are up to 16 pieces of the sequence and the scan leaves their total. The triangular
+// matrix of a chunk is formed again by every block that needs it: cheaper than storing it.
+//
+// All products are one function: 64 x 64 results in 256 threads, 4 x 4 in each thread's registers, both
+// operands staged in shared memory 16 (double: 8) deep. Operands are functions of (row, depth) that convert,
+// apply the feature map and mask as they load, so no tensor is rewritten. No atomics: sums have one order.
+//
+// Bound, f32: multiply-adds. A step of depth reads 8 numbers from shared memory for 16 multiply-adds a thread,
+// 3 cycles of the shared-memory pipe beside 4 of arithmetic. Predicted before any measurement, for an H200
+// (60 Tflop/s of f32, 4.3 TB/s), causal B4 H16 N4096 D64 E64 f32: forward 4 products of 64 x 64 x 64 a chunk,
+// 17 Gflop, 0.29 ms at the peak, 0.6 ms expected at half of it; 0.34 GB with the states, 0.08 ms. Backward 12
+// products, 52 Gflop, 1.7 ms. Tensor cores would make forward memory-bound; these kernels do without.
+#include <cmath>
+
+#include "common/cuda_numerics.cuh"
+#include "linear_attention/linear_attention.h"
+#include "linear_attention/linear_attention_features.h"
+
+namespace pyseqnet {
+namespace {
+
+constexpr int tile = 64;     // rows and columns of a block's results
+constexpr int threads = 256;
+constexpr int lanes = 16;    // threads across and down a tile
+constexpr int each = tile / lanes;
+constexpr int padding = 4;   // of a staged row: keeps it aligned to 16 bytes and spreads the banks
+static_assert(tile == LinearAttentionProblem::chunk_rows, "a causal block's rows are one chunk");
+constexpr int64_t most_parts = 16;
+constexpr int64_t most_blocks = (int64_t{1} << 31) - 1;
+
+template <class Acc>
+constexpr int depth = sizeof(Acc) == 8 ? 8 : 16;
+
+PYSEQNET_HOST_DEVICE int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct Exponential {
+  PYSEQNET_HOST_DEVICE float operator()(float x) const { return expf(x); }
+  PYSEQNET_HOST_DEVICE double operator()(double x) const { return exp(x); }
+};
+template <class Acc>
+PYSEQNET_DEVICE Acc feature_of(FeatureMap map, Acc x) {
+  if (map == FeatureMap::elu) return feature<FeatureMap::elu>(x, Exponential{});
+  if (map == FeatureMap::relu) return feature<FeatureMap::relu>(x, Exponential{});
+  return x;
+}
+template <class Acc>
+PYSEQNET_DEVICE Acc feature_gradient_of(FeatureMap map, Acc f) {
+  if (map == FeatureMap::elu) return feature_gradient<FeatureMap::elu>(f);
+  if (map == FeatureMap::relu) return feature_gradient<FeatureMap::relu>(f);
+  return Acc(1);
+}
+
+// What every kernel is given.
+template <class T>
+struct Call {
+  using Acc = accumulator_t<T>;
+  LinearAttentionProblem p;
+  LinearAttentionTensors t;
+  int64_t heads = 0, saved_states = 0, state_size = 0;
+  int64_t parts = 0, part_rows = 0;  // of the sums: keys in forward, queries in backward
+  Acc* sums = nullptr;               // [heads][parts][D*E + D]; causal: after the scan, states
+  Acc* total = nullptr;              // [heads][D*E + D], not causal
+  Acc *factor = nullptr, *dd = nullptr;  // backward: [heads][L]
+};
+
+// One head of a call: operands as functions of row and column, zero outside.
+template <class T>
+struct Head {
+  using Acc = accumulator_t<T>;
+  const Call<T>& c;
+  const LinearAttentionProblem& p;
+  int64_t index, keys;
+  const T *q, *k, *v, *gout, *out_read;
+  const Acc *factor, *dd;
+
+  PYSEQNET_DEVICE Head(const Call<T>& call, int64_t head) : c(call), p(call.p), index(head) {
+    const int64_t b = head / p.H, h = head % p.H;
+    keys = call.t.key_lengths ? call.t.key_lengths[b] : p.S;
+    keys = keys < 0 ? 0 : keys > p.S ? p.S : keys;
+    q = at(call.t.q, p.q, b, h);
+    k = at(call.t.k, p.k, b, h);
+    v = at(call.t.v, p.v, b, h);
+    gout = at(call.t.gout, p.gout, b, h);
+    out_read = at(call.t.out, p.out, b, h);
+    factor = call.factor ? call.factor + head * p.L : nullptr;
+    dd = call.dd ? call.dd + head * p.L : nullptr;
+  }
+  PYSEQNET_DEVICE static const T* at(const void* base, const HeadStrides& s, int64_t b, int64_t h) {
+    return base ? static_cast<const T*>(base) + b * s.b + h * s.h : nullptr;
+  }
+  PYSEQNET_DEVICE T* result(void* base, const HeadStrides& s, int64_t row) const {
+    return static_cast<T*>(base) + index / p.H * s.b + index % p.H * s.h + row * s.row;
+  }
+
+  PYSEQNET_DEVICE Acc query(int64_t i, int64_t d) const {
+    if (i >= p.L || d >= p.D || (factor && factor[i] == Acc(0))) return Acc(0);
+    return feature_of(p.feature_map, load(q + i * p.q.row + d) * Acc(p.scale));
+  }
+  PYSEQNET_DEVICE Acc key(int64_t j, int64_t d) const {
+    return j < keys && d < p.D ? feature_of(p.feature_map, load(k + j * p.k.row + d)) : Acc(0);
+  }
+  PYSEQNET_DEVICE Acc value(int64_t j, int64_t e) const {
+    return j < keys && e < p.E ? load(v + j * p.v.row + e) : Acc(0);
+  }
+  PYSEQNET_DEVICE Acc output_gradient(int64_t i, int64_t e) const {
+    if (i >= p.L || e >= p.E || factor[i] == Acc(0)) return Acc(0);
+    return load(gout + i * p.gout.row + e) * factor[i];
+  }
+  PYSEQNET_DEVICE Acc row_weight(int64_t i) const { return i < p.L ? dd[i] : Acc(0); }
+  // The state that rows of a chunk read (or the one that all read), as [D*E] then [D].
+  PYSEQNET_DEVICE const Acc* saved(int64_t chunk) const {
+    return static_cast<const Acc*>(c.t.saved) +
+           (index * c.saved_states + (p.causal ? chunk : 0)) * c.state_size;
+  }
+  PYSEQNET_DEVICE const Acc* scanned(int64_t chunk) const {
+    return p.causal ? c.sums + (index * c.parts + chunk) * c.state_size : c.total + index * c.state_size;
+  }
+  PYSEQNET_DEVICE Acc entry(const Acc* state, int64_t d, int64_t e) const {
+    return d < p.D && e < p.E ? state[d * p.E + e] : Acc(0);
+  }
+};
+
+// ---------------------------------------------------------------- the product
+
+template <class Acc>
+struct alignas(16) Staged {
+  Acc a[depth<Acc>][tile + padding], b[depth<Acc>][tile + padding];
+};
+template <class Acc>
+struct Scores {
+  Acc at[tile][tile + 1];
+};
+
+// Which results are this thread's: rows row .. row + each, columns likewise.
+PYSEQNET_DEVICE int my_row() { return int(threadIdx.x) / lanes * each; }
+PYSEQNET_DEVICE int my_column() { return int(threadIdx.x) % lanes * each; }
+
+// Fills staged[k][x] = operand(x, k0 + k). Neighbouring threads take neighbouring depths where the operand is
+// contiguous along them, else neighbouring x.
+template <bool along_depth, class Acc, class Operand>
+PYSEQNET_DEVICE void stage(Acc (&staged)[depth<Acc>][tile + padding], int64_t k0, int64_t K, Operand operand) {
+  constexpr int steps = depth<Acc>;
+#pragma unroll
+  for (int n = 0; n < steps * tile / threads; n++) {
+    const int i = n * threads + int(threadIdx.x);
+    const int k = along_depth ? i % steps : i / tile, x = along_depth ? i / steps : i % tile;
+    staged[k][x] = k0 + k < K ? operand(x, k0 + k) : Acc(0);
+  }
+}
+
+// sum[i][j] += sum over k < K of a(my_row() + i, k) b(my_column() + j, k). Every thread of the block calls it.
+template <bool a_along_depth, bool b_along_depth, class Acc, class A, class B>
+PYSEQNET_DEVICE void add_product(Staged<Acc>& staged, int64_t K, A a, B b, Acc (&sum)[each][each]) {
+  const int row = my_row(), column = my_column();
+  for (int64_t k0 = 0; k0 < K; k0 += depth<Acc>) {
+    __syncthreads();  // the last step's operands have been read
+    stage<a_along_depth>(staged.a, k0, K, a);
+    stage<b_along_depth>(staged.b, k0, K, b);
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < depth<Acc>; k++) {
+      Acc x[each], y[each];
+#pragma unroll
+      for (int i = 0; i < each; i++) x[i] = staged.a[k][row + i], y[i] = staged.b[k][column + i];
+#pragma unroll
+      for (int i = 0; i < each; i++)
+#pragma unroll
+        for (int j = 0; j < each; j++) sum[i][j] += x[i] * y[j];
+    }
+  }
+}
+// scores[i][j] = a(i) . b(j) + weight(i) over K features, for j <= i and key row0 + j inside the length.
+template <class T, class Acc, class A, class B, class W>
+PYSEQNET_DEVICE void write_scores(const Head<T>& head, Staged<Acc>& staged, Scores<Acc>& scores, int64_t row0,
+                                  int64_t K, A a, B b, W weight) {
+  Acc sum[each][each] = {};
+  add_product<true, true>(staged, K, a, b, sum);
+#pragma unroll
+  for (int i = 0; i < each; i++)
+#pragma unroll
+    for (int j = 0; j < each; j++) {
+      const int r = my_row() + i, s = my_column() + j;
+      scores.at[r][s] = s <= r && row0 + s < head.keys ? sum[i][j] + weight(r) : Acc(0);
+    }
+  __syncthreads();
+}
+
+// ---------------------------------------------------------------- kernels
+
+// Blocks of a kernel: heads, then `second`, then `third`, the last fastest.
+struct BlockIndex {
+  int64_t head, second, third;
+  PYSEQNET_DEVICE BlockIndex(int64_t seconds, int64_t thirds) {
+    const int64_t b = blockIdx.x;
+    third = b % thirds, second = b / thirds % seconds, head = b / thirds / seconds;
+  }
+};
+
+// dd = -(gout . out) / sum and factor = 1 / sum of each row; 0 and 0 where gout is all zero. A warp a row.
+template <class T>
+__global__ void __launch_bounds__(threads) weigh_rows(const Call<T> c) {
+  using Acc = accumulator_t<T>;
+  const int64_t rows = c.heads * c.p.L;
+  const int64_t row = int64_t(blockIdx.x) * (threads / 32) + threadIdx.x / 32;
+  if (row >= rows) return;  // a whole warp
+  const int lane = int(threadIdx.x) % 32;
+  const Head<T> head(c, row / c.p.L);
+  const int64_t i = row % c.p.L;
+  Acc dot = 0;
+  int any = 0;
+  for (int64_t e = lane; e < c.p.E; e += 32) {
+    const Acc g = load(head.gout + i * c.p.gout.row + e);
+    any |= g != Acc(0);
+    if (c.p.normalize) dot += g * load(head.out_read + i * c.p.out.row + e);
+  }
+  for (int distance = 16; distance > 0; distance /= 2) {
+    dot += __shfl_xor_sync(0xffffffffu, dot, distance);
+    any |= __shfl_xor_sync(0xffffffffu, any, distance);
+  }
+  if (lane) return;
+  const Acc inverse = c.p.normalize ? static_cast<const Acc*>(c.t.inverse)[row] : Acc(1);
+  const bool counts = any && inverse != Acc(0);
+  c.factor[row] = counts ? inverse : Acc(0);
+  c.dd[row] = counts && c.p.normalize ? -dot * inverse : Acc(0);
+}
+
+// sums[part] = sum over the part's rows of f v^T and f (backward: a dn^T and a dd).
+template <class T, bool backward>
+__global__ void __launch_bounds__(threads) sum_parts(const Call<T> c) {
+  using Acc = accumulator_t<T>;
+  PYSEQNET_SHARED(Staged<Acc>, staged, [1]);
+  const int64_t tiles_d = ceil_divide(c.p.D, tile), tiles_e = ceil_divide(c.p.E, tile);
+  const BlockIndex block(c.parts, tiles_d * tiles_e);
+  const Head<T> head(c, block.head);
+  const int64_t d0 = block.third / tiles_e * tile, e0 = block.third % tiles_e * tile;
+  const int64_t row0 = block.second * c.part_rows, rows = (backward ? c.p.L : c.p.S) - row0;
+  const int64_t K = rows < c.part_rows ? rows : c.part_rows;
+  const auto left = [&](int x, int64_t k) {
+    return backward ? head.query(row0 + k, d0 + x) : head.key(row0 + k, d0 + x);
+  };
+  const auto right = [&](int x, int64_t k) {
+    return backward ? head.output_gradient(row0 + k, e0 + x) : head.value(row0 + k, e0 + x);
+  };
+  Acc sum[each][each] = {};
+  add_product<false, false>(staged[0], K, left, right, sum);
+  Acc* state = c.sums + (block.head * c.parts + block.second) * c.state_size;
+#pragma unroll
+  for (int i = 0; i < each; i++)
+#pragma unroll
+    for (int j = 0; j < each; j++) {
+      const int64_t d = d0 + my_row() + i, e = e0 + my_column() + j;
+      if (d < c.p.D && e < c.p.E) state[d * c.p.E + e] = sum[i][j];
+    }
+  const int64_t d = d0 + threadIdx.x;
+  if (e0 > 0 || threadIdx.x >= tile || d >= c.p.D) return;
+  Acc z = 0;
+  for (int64_t k = 0; k < K; k++)
+    z += backward ? left(int(threadIdx.x), k) * head.row_weight(row0 + k) : left(int(threadIdx.x), k);
+  state[c.p.D * c.p.E + d] = z;
+}
+
+// One number of each head's state. Causal: sums[part] becomes the sum before it (`reverse`: behind it), from
+// `start`; otherwise all go to `total`. The whole sum goes to `last` where there is such a tensor.
+template <class Acc>
+__global__ void __launch_bounds__(threads)
+    scan_states(LinearAttentionProblem p, Acc* __restrict__ sums, Acc* __restrict__ total, int64_t parts,
+                bool reverse, const Acc* __restrict__ start, const Acc* __restrict__ start_z,
+                Acc* __restrict__ last, Acc* __restrict__ last_z) {
+  const int64_t matrix = p.D * p.E, size = matrix + p.D;
+  const int64_t n = int64_t(blockIdx.x) * threads + threadIdx.x;
+  if (n >= p.B * p.H * size) return;
+  const int64_t head = n / size, x = n % size;
+  const bool in_matrix = x < matrix;
+  const int64_t dense = in_matrix ? head * matrix + x : head * p.D + x - matrix;
+  const Acc* from = in_matrix ? start : start_z;
+  Acc* to = in_matrix ? last : last_z;
+  Acc sum = from ? from[dense] : Acc(0);
+  Acc* one = sums + head * parts * size + x;
+  for (int64_t k = 0; k < parts; k++) {
+    Acc* part = one + (reverse ? parts - 1 - k : k) * size;
+    const Acc before = sum;
+    sum += *part;
+    if (p.causal) *part = before;
+  }
+  if (!p.causal) total[n] = sum;
+  if (to) to[dense] = sum;
+}
+
+template <class T>
+__global__ void __launch_bounds__(threads) write_outputs(const Call<T> c) {
+  using Acc = accumulator_t<T>;
+  PYSEQNET_SHARED(Staged<Acc>, staged, [1]);
+  PYSEQNET_SHARED(Scores<Acc>, scores, [1]);
+  PYSEQNET_SHARED(Acc, inverse, [tile]);
+  const BlockIndex block(ceil_divide(c.p.L, tile), ceil_divide(c.p.E, tile));
+  const Head<T> head(c, block.head);
+  const int64_t row0 = block.second * tile, e0 = block.third * tile;
+  const Acc* state = head.scanned(block.second);
+  const auto query = [&](int x, int64_t k) { return head.query(row0 + x, k); };
+  if (c.p.causal)
+    write_scores(head, staged[0], scores[0], row0, c.p.D, query,
+                 [&](int x, int64_t k) { return head.key(row0 + x, k); }, [](int) { return Acc(0); });
+  {  // four threads a row
+    const int row = int(threadIdx.x) / 4, lane = int(threadIdx.x) % 4;
+    Acc sum = 0;
+    if (c.p.normalize) {
+      for (int64_t d = lane; d < c.p.D; d += 4) sum += query(row, d) * state[c.p.D * c.p.E + d];
+      for (int j = lane; c.p.causal && j < tile; j += 4) sum += scores[0].at[row][j];
+    }
+    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+    sum += Acc(c.p.eps);
+    const Acc factor = !c.p.normalize ? Acc(1) : sum == Acc(0) ? Acc(0) : Acc(1) / sum;
+    if (lane == 0) {
+      inverse[row] = factor;
+      if (c.t.inverse && e0 == 0 && row0 + row < c.p.L)
+        static_cast<Acc*>(c.t.inverse)[block.head * c.p.L + row0 + row] = factor;
+    }
+  }
+  __syncthreads();
+  Acc sum[each][each] = {};
+  add_product<true, false>(staged[0], c.p.D, query,
+                           [&](int x, int64_t k) { return head.entry(state, k, e0 + x); }, sum);
+  if (c.p.causal)
+    add_product<true, false>(staged[0], tile, [&](int x, int64_t k) { return scores[0].at[x][k]; },
+                             [&](int x, int64_t k) { return head.value(row0 + k, e0 + x); }, sum);
+#pragma unroll
+  for (int i = 0; i < each; i++)
+#pragma unroll
+    for (int j = 0; j < each; j++) {
+      const int64_t row = row0 + my_row() + i, e = e0 + my_column() + j;
+      const Acc factor = inverse[my_row() + i];
+      if (row < c.p.L && e < c.p.E)
+        store(head.result(c.t.out, c.p.out, row) + e, factor == Acc(0) ? Acc(0) : sum[i][j] * factor);
+    }
+}
+
+template <class T>
+__global__ void __launch_bounds__(threads) write_query_gradients(const Call<T> c) {
+  using Acc = accumulator_t<T>;
+  PYSEQNET_SHARED(Staged<Acc>, staged, [1]);
+  PYSEQNET_SHARED(Scores<Acc>, scores, [1]);
+  const BlockIndex block(ceil_divide(c.p.L, tile), ceil_divide(c.p.D, tile));
+  const Head<T> head(c, block.head);
+  const int64_t row0 = block.second * tile, d0 = block.third * tile;
+  const Acc *state = head.saved(block.second), *z = state + c.p.D * c.p.E;
+  const auto gradient = [&](int x, int64_t k) { return head.output_gradient(row0 + x, k); };
+  Acc sum[each][each] = {};
+  add_product<true, true>(staged[0], c.p.E, gradient,
+                          [&](int x, int64_t k) { return head.entry(state, d0 + x, k); }, sum);
+  if (c.p.causal) {
+    write_scores(head, staged[0], scores[0], row0, c.p.E, gradient,
+                 [&](int x, int64_t k) { return head.value(row0 + x, k); },
+                 [&](int x) { return head.row_weight(row0 + x); });
+    add_product<true, false>(staged[0], tile, [&](int x, int64_t k) { return scores[0].at[x][k]; },
+                             [&](int x, int64_t k) { return head.key(row0 + k, d0 + x); }, sum);
+  }
+#pragma unroll
+  for (int i = 0; i < each; i++)
+#pragma unroll
+    for (int j = 0; j < each; j++) {
+      const int64_t row = row0 + my_row() + i, d = d0 + my_column() + j;
+      if (row >= c.p.L || d >= c.p.D) continue;
+      Acc g = 0;
+      if (head.factor[row] != Acc(0))
+        g = (sum[i][j] + z[d] * head.dd[row]) * feature_gradient_of(c.p.feature_map, head.query(row, d)) *
+            Acc(c.p.scale);
+      store(head.result(c.t.dq, c.p.dq, row) + d, g);
+    }
+}
+
+template <class T>
+__global__ void __launch_bounds__(threads) write_key_gradients(const Call<T> c) {
+  using Acc = accumulator_t<T>;
+  PYSEQNET_SHARED(Staged<Acc>, staged, [1]);
+  PYSEQNET_SHARED(Scores<Acc>, scores, [1]);
+  const BlockIndex block(ceil_divide(c.p.S, tile), ceil_divide(c.p.D, tile));
+  const Head<T> head(c, block.head);
+  const int64_t row0 = block.second * tile, d0 = block.third * tile;
+  const Acc *state = head.scanned(block.second), *r = state + c.p.D * c.p.E;
+  const auto value = [&](int x, int64_t k) { return head.value(row0 + x, k); };
+  Acc sum[each][each] = {};
+  add_product<true, true>(staged[0], c.p.E, value,
+                          [&](int x, int64_t k) { return head.entry(state, d0 + x, k); }, sum);
+  if (c.p.causal) {
+    write_scores(head, staged[0], scores[0], row0, c.p.E,
+                 [&](int x, int64_t k) { return head.output_gradient(row0 + x, k); }, value,
+                 [&](int x) { return head.row_weight(row0 + x); });
+    add_product<false, false>(staged[0], tile, [&](int x, int64_t k) { return scores[0].at[k][x]; },
+                              [&](int x, int64_t k) { return head.query(row0 + k, d0 + x); }, sum);
+  }
+#pragma unroll
+  for (int i = 0; i < each; i++)
+#pragma unroll
+    for (int j = 0; j < each; j++) {
+      const int64_t row = row0 + my_row() + i, d = d0 + my_column() + j;
+      if (row >= c.p.S || d >= c.p.D) continue;
+      Acc g = 0;
+      if (row < head.keys) g = (sum[i][j] + r[d]) * feature_gradient_of(c.p.feature_map, head.key(row, d));
+      store(head.result(c.t.dk, c.p.dk, row) + d, g);
+    }
+}
+
+template <class T>
+__global__ void __launch_bounds__(threads) write_value_gradients(const Call<T> c) {
+  using Acc = accumulator_t<T>;
+  PYSEQNET_SHARED(Staged<Acc>, staged, [1]);
+  PYSEQNET_SHARED(Scores<Acc>, scores, [1]);
+  const BlockIndex block(ceil_divide(c.p.S, tile), ceil_divide(c.p.E, tile));
+  const Head<T> head(c, block.head);
+  const int64_t row0 = block.second * tile, e0 = block.third * tile;
+  const Acc* state = head.scanned(block.second);
+  const auto key = [&](int x, int64_t k) { return head.key(row0 + x, k); };
+  Acc sum[each][each] = {};
+  add_product<true, false>(staged[0], c.p.D, key,
+                           [&](int x, int64_t k) { return head.entry(state, k, e0 + x); }, sum);
+  if (c.p.causal) {
+    write_scores(head, staged[0], scores[0], row0, c.p.D,
+                 [&](int x, int64_t k) { return head.query(row0 + x, k); }, key, [](int) { return Acc(0); });
+    add_product<false, false>(staged[0], tile, [&](int x, int64_t k) { return scores[0].at[k][x]; },
+                              [&](int x, int64_t k) { return head.output_gradient(row0 + k, e0 + x); }, sum);
+  }
+#pragma unroll
+  for (int i = 0; i < each; i++)
+#pragma unroll
+    for (int j = 0; j < each; j++) {
+      const int64_t row = row0 + my_row() + i, e = e0 + my_column() + j;
+      if (row < c.p.S && e < c.p.E)
+        store(head.result(c.t.dv, c.p.dv, row) + e, row < head.keys ? sum[i][j] : Acc(0));
+    }
+}
+
+// ---------------------------------------------------------------- launches
+
+// How the rows that are summed are cut.
+struct Parts {
+  int64_t count, rows;
+};
+Parts parts_of(const LinearAttentionProblem& p, int64_t rows) {
+  const int64_t chunks = ceil_divide(rows, tile);
+  if (p.causal) return {chunks, tile};
+  const int64_t chunks_each = ceil_divide(chunks, most_parts);
+  return {chunks ? ceil_divide(chunks, chunks_each) : 0, chunks_each * tile};
+}
+
+// The workspace, in numbers of the accumulation type; forward keeps states in `saved` where it is asked for
+// them.
+struct Workspace {
+  int64_t sums = 0, total = 0, factor = 0, dd = 0, numbers = 0;
+  Workspace(const LinearAttentionProblem& p, bool backward) {
+    const auto take = [&](int64_t count) {
+      const int64_t at = numbers;
+      numbers += count;
+      return at;
+    };
+    sums = take(p.heads() * parts_of(p, backward ? p.L : p.S).count * p.state_size());
+    if (!p.causal) total = take(p.heads() * p.state_size());
+    if (!backward) return;
+    factor = take(p.heads() * p.L);
+    dd = take(p.heads() * p.L);
+  }
+};
+template <bool backward>
+int64_t workspace_bytes(const LinearAttentionProblem& p) {
+  return Workspace(p, backward).numbers * (p.dtype == DType::f64 ? 8 : 4);
+}
+
+Refusal refuses(const LinearAttentionProblem& p) {
+  const int64_t tiles = ceil_divide(p.D, tile) * ceil_divide(p.E, tile);
+  const int64_t rows = ceil_divide(p.L > p.S ? p.L : p.S, tile) + 1;
+  if (p.heads() > most_blocks / (rows * tiles) || p.heads() * p.state_size() / threads >= most_blocks ||
+      p.heads() * p.L / (threads / 32) >= most_blocks)
+    return "more tiles than a grid has blocks";
+  return accepted;
+}
+
+template <class T, class... Parameters, class... Arguments>
+int launch_blocks(int64_t blocks, void* stream, void (*kernel)(Parameters...), const Arguments&... arguments) {
+  if (blocks == 0) return launch_ok;
+  return launch({.grid = dim3(unsigned(blocks)), .block = dim3(threads), .stream = stream}, kernel,
+                arguments...);
+}
+
+template <class T>
+int sum_and_scan(const Call<T>& c, bool backward, const void* start, const void* start_z, void* last,
+                 void* last_z, void* stream) {
+  using Acc = accumulator_t<T>;
+  const int64_t tiles = ceil_divide(c.p.D, tile) * ceil_divide(c.p.E, tile);
+  int error = launch_blocks<T>(c.p.heads() * c.parts * tiles, stream,
+                               backward ? sum_parts<T, true> : sum_parts<T, false>, c);
+  if (error != launch_ok) return error;
+  return launch_blocks<T>(ceil_divide(c.p.heads() * c.p.state_size(), threads), stream, scan_states<Acc>, c.p,
+                          c.sums, c.total, c.parts, backward, static_cast<const Acc*>(start),
+                          static_cast<const Acc*>(start_z), static_cast<Acc*>(last),
+                          static_cast<Acc*>(last_z));
+}
+
+template <class T>
+Call<T> call_of(const LinearAttentionProblem& p, const LinearAttentionTensors& t, void* workspace,
+                bool backward) {
+  const Parts parts = parts_of(p, backward ? p.L : p.S);
+  const Workspace w(p, backward);
+  auto* memory = static_cast<accumulator_t<T>*>(workspace);
+  Call<T> c;
+  c.p = p, c.t = t;
+  c.heads = p.heads(), c.saved_states = p.saved_states(), c.state_size = p.state_size();
+  c.parts = parts.count, c.part_rows = parts.rows;
+  c.sums = memory + w.sums, c.total = memory + w.total;
+  if (backward) c.factor = memory + w.factor, c.dd = memory + w.dd;
+  return c;
+}
+
+int launch_forward(const LinearAttentionProblem& p, const LinearAttentionTensors& t, void* workspace,
+                   void* stream) {
+  return dispatch_dtype(p.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using Acc = accumulator_t<T>;
+    Call<T> c = call_of<T>(p, t, workspace, false);
+    if (t.saved) (p.causal ? c.sums : c.total) = static_cast<Acc*>(t.saved);
+    const int error =
+        sum_and_scan<T>(c, false, t.state0, t.normalizer0, t.state, t.normalizer, stream);
+    if (error != launch_ok) return error;
+    return launch_blocks<T>(p.heads() * ceil_divide(p.L, tile) * ceil_divide(p.E, tile), stream,
+                            write_outputs<T>, c);
+  });
+}
+
+int launch_backward(const LinearAttentionProblem& p, const LinearAttentionTensors& t, void* workspace,
+                    void* stream) {
+  return dispatch_dtype(p.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const Call<T> c = call_of<T>(p, t, workspace, true);
+    const int64_t query_tiles = p.heads() * ceil_divide(p.L, tile), key_tiles = p.heads() * ceil_divide(p.S, tile);
+    int error = launch_blocks<T>(ceil_divide(p.heads() * p.L, threads / 32), stream, weigh_rows<T>, c);
+    if (error == launch_ok)
+      error = sum_and_scan<T>(c, true, t.gstate, t.gnormalizer, t.dstate0, t.dnormalizer0, stream);
+    if (error == launch_ok)
+      error = launch_blocks<T>(query_tiles * ceil_divide(p.D, tile), stream, write_query_gradients<T>, c);
+    if (error == launch_ok)
+      error = launch_blocks<T>(key_tiles * ceil_divide(p.D, tile), stream, write_key_gradients<T>, c);
+    if (error == launch_ok)
+      error = launch_blocks<T>(key_tiles * ceil_divide(p.E, tile), stream, write_value_gradients<T>, c);
+    return error;
+  });
+}
+
+}  // namespace
+
+extern const LinearAttentionCudaKernel linear_attention_forward_cuda, linear_attention_backward_cuda;
+const LinearAttentionCudaKernel linear_attention_forward_cuda = {
+    "cuda_generic", 80, 0, refuses, workspace_bytes<false>, launch_forward};
+const LinearAttentionCudaKernel linear_attention_backward_cuda = {
+    "cuda_generic", 80, 0, refuses, workspace_bytes<true>, launch_backward};
+
+}  // namespace pyseqnet
