@@ -145,9 +145,10 @@ Five forward(const Tensor& query, const Tensor& key, const Tensor& value, const 
   t.out = out.mutable_data_ptr();
   Tensor inverse = empty(q, type), saved = empty(q, type), last = empty(q, type), last_z = empty(q, type);
   if (with_saved) {
-    const int64_t sizes[] = {p.B, p.H, p.saved_states(), p.state_size()};
-    const int64_t steps[] = {p.H * sizes[2] * sizes[3], sizes[2] * sizes[3], sizes[3], 1};
-    saved = new_tensor(q, sizes, steps, 4, type);
+    // One dimension for chunks and their numbers: a compiler that knows no length need not ask for one chunk.
+    const int64_t numbers = p.saved_states() * p.state_size();
+    const int64_t sizes[] = {p.B, p.H, numbers}, steps[] = {p.H * numbers, numbers, 1};
+    saved = new_tensor(q, sizes, steps, 3, type);
     t.saved = saved.mutable_data_ptr();
     if (normalize) {
       const int64_t rows[] = {p.B, p.H, p.L}, row_steps[] = {p.H * p.L, p.L, 1};
@@ -178,7 +179,7 @@ Five backward(const Tensor& grad_output, const std::optional<Tensor>& grad_state
   require(grad_output.device() == query.device() && output.device() == query.device() &&
               saved.device() == query.device() && inverse.device() == query.device(),
           "linear_attention: all tensors must be on the same device");
-  require(is_shape(saved, {p.B, p.H, p.saved_states(), p.state_size()}) && saved.scalar_type() == type &&
+  require(is_shape(saved, {p.B, p.H, p.saved_states() * p.state_size()}) && saved.scalar_type() == type &&
               saved.is_contiguous(),
           "linear_attention: saved is not what forward made");
   require(!normalize || (is_shape(inverse, {p.B, p.H, p.L}) && inverse.scalar_type() == type &&

@@ -26,7 +26,7 @@
 //   q, dq (B,H,L,D)   k, dk (B,H,S,D)   v, dv (B,H,S,E)   out, gout (B,H,L,E)    in the problem's dtype
 //   key_lengths (B) int64; values outside 0 .. S count as the nearest of them
 //   state0, state, gstate, dstate0 (B,H,D,E)   normalizer0 ... (B,H,D)           float32, float64 for float64
-//   inverse (B,H,L)   saved (B,H,saved_states(),D*E + D)                         likewise
+//   inverse (B,H,L)   saved (B,H,saved_states()*(D*E + D))                       likewise
 #pragma once
 #include <string>
 

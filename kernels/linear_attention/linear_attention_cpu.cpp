@@ -225,14 +225,16 @@ struct Head {
   void single_position_state(const float* s0, float* s1) const {
     constexpr int64_t panel = 4 * VL;
     int64_t e = 0;
-    for (; e + panel <= p.E; e += panel) single_position_panel<4, reads, writes>(s0 + e, s1 + e, e, VL);
+    for (; e + panel <= p.E; e += panel) single_position_panel<4, reads, writes>(s0, s1, e, VL);
     for (; e < p.E; e += VL)
-      single_position_panel<1, reads, writes>(s0 + e, s1 + e, e, int(smaller(VL, p.E - e)));
+      single_position_panel<1, reads, writes>(s0, s1, e, int(smaller(VL, p.E - e)));
   }
   template <int NV, bool reads, bool writes>
   PYSEQNET_INLINE void single_position_panel(const float* s0, float* s1, int64_t e, int left) const {
     const int64_t rows = p.D, width = p.E;
     const float *f = m.f, *a = m.a;
+    if (reads) s0 += e;
+    if (writes) s1 += e;
     vf v[NV], out[NV] = {};
 #pragma GCC unroll 4
     for (int x = 0; x < NV; x++) v[x] = load(m.v + e + x * VL);

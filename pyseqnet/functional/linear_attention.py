@@ -1,6 +1,7 @@
 """Linear attention: attention whose scores are products of features, in time and memory linear in the length.
 
-Katharopoulos, Vyas, Pappas, Fleuret: Transformers are RNNs: fast autoregressive transformers with linear attention, 2020.
+Katharopoulos, Vyas, Pappas, Fleuret: Transformers are RNNs: Fast autoregressive transformers with linear attention,
+2020.
 Shen, Zhang, Zhao, Yi, Li: Efficient attention: attention with linear complexities, 2021.
 """
 
@@ -118,20 +119,18 @@ class _LinearAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         query, key, value, key_lengths, state, normalizer, out, inverse, saved = ctx.saved_tensors
-        feature_map, causal, normalize, scale, eps = ctx.options
+        feature_map, causal, normalize, scale, _ = ctx.options
         grad_out, grad_state, grad_normalizer = grads if len(grads) == 3 else (grads[0], None, None)
         if creates_graph():
             inputs = (query, key, value, key_lengths, state, normalizer)
             wanted = [t for t, need in zip(inputs, ctx.needs_input_grad, strict=False) if need]
             results = _plain(*inputs, *ctx.options)
-            pairs = [(r, g) for r, g in zip(results, (grad_out, grad_state, grad_normalizer), strict=True) if g is not None]
-            found = list(
-                torch.autograd.grad(
-                    [r for r, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, allow_unused=True
-                )
-                if pairs
-                else [None] * len(wanted)
-            )
+            grads_of = (grad_out, grad_state, grad_normalizer)
+            pairs = [(r, g) for r, g in zip(results, grads_of, strict=True) if g is not None]
+            found: list[Tensor | None] = [None] * len(wanted)
+            if pairs:
+                outputs, arrived = [r for r, _ in pairs], [g for _, g in pairs]
+                found = list(torch.autograd.grad(outputs, wanted, arrived, create_graph=True, allow_unused=True))
             return (*(found.pop(0) if need else None for need in ctx.needs_input_grad[:6]), *(None,) * 6)
         if grad_out is None:
             grad_out = torch.zeros_like(out)
@@ -140,8 +139,8 @@ class _LinearAttention(torch.autograd.Function):
             grad_out, grad_state, grad_normalizer, query, key, value, key_lengths, out, inverse, saved,
             feature_map, causal, normalize, scale, need_state,
         )  # fmt: skip
-        found = [gq, gk, gv, None, gs, gz]
-        return (*(g if need else None for g, need in zip(found, ctx.needs_input_grad, strict=False)), *(None,) * 6)
+        made = (gq, gk, gv, None, gs, gz)
+        return (*(g if need else None for g, need in zip(made, ctx.needs_input_grad, strict=False)), *(None,) * 6)
 
 
 def _kernel(
@@ -249,28 +248,33 @@ def _refuse(error: Exception, query: Any, key: Any, value: Any, causal: bool, ke
         if t.dtype not in SUPPORTED_DTYPES:
             explain(error, name, (query, key, value), lambda: None)
     shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
-    if any(t.dim() != 4 for t in (query, key, value)):
-        raise ValueError(f"{name}: expected query (B, H, L, D), key (B, H, S, D), value (B, H, S, E); got {shapes}") from None
-    if key.shape[:2] != query.shape[:2] or value.shape[:3] != key.shape[:3]:
-        raise ValueError(f"{name}: expected query (B, H, L, D), key (B, H, S, D), value (B, H, S, E); got {shapes}") from None
+    wanted = "query (B, H, L, D), key (B, H, S, D), value (B, H, S, E)"
+    if (
+        any(t.dim() != 4 for t in (query, key, value))
+        or key.shape[:2] != query.shape[:2]
+        or value.shape[:3] != key.shape[:3]
+    ):
+        raise ValueError(f"{name}: expected {wanted}; got {shapes}") from None
     if not query.dtype == key.dtype == value.dtype:
-        raise TypeError(f"{name}: query, key and value must share a dtype; got {query.dtype}, {key.dtype}, {value.dtype}") from None
-    if causal and query.shape[2] != key.shape[2]:
+        got = f"{query.dtype}, {key.dtype}, {value.dtype}"
+        raise TypeError(f"{name}: query, key and value must share a dtype; got {got}") from None
+    lengths = query.shape[2], key.shape[2]
+    if causal and lengths[0] != lengths[1]:
         raise ValueError(
-            f"{name}: causal=True needs as many queries as keys (L == S); got L={query.shape[2]}, S={key.shape[2]}"
+            f"{name}: causal=True needs as many queries as keys (L == S); got L={lengths[0]}, S={lengths[1]}"
         ) from None
-    if isinstance(key_lengths, Tensor):
-        if key_lengths.shape != query.shape[:1]:
-            raise ValueError(
-                f"{name}: key_lengths must have shape ({query.shape[0]},), got {tuple(key_lengths.shape)}"
-            ) from None
-    elif key_lengths is not None:
+    if key_lengths is not None and not isinstance(key_lengths, Tensor):
         raise TypeError(f"{name}: key_lengths must be a Tensor or None, got {type(key_lengths).__name__}") from None
-    if isinstance(error, ValueError) and str(error).startswith("linear_attention: key must be"):
+    if key_lengths is not None and key_lengths.shape != query.shape[:1]:
+        raise ValueError(
+            f"{name}: key_lengths must have shape ({query.shape[0]},), got {tuple(key_lengths.shape)}"
+        ) from None
+    words = str(error)
+    if isinstance(error, ValueError) and words.startswith("linear_attention: key must be"):
         raise ValueError(f"{name}: query and key must have equally many features; got {shapes}") from None
-    if state is not None and isinstance(error, ValueError) and "state" in str(error) and all(isinstance(t, Tensor) for t in state):
+    if isinstance(error, ValueError) and "state" in words and state and all(isinstance(t, Tensor) for t in state):
         got = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in state)
-        raise ValueError(f"{error}; got {got}") from None
+        raise ValueError(f"{words}; got {got}") from None
     explain(error, name, (query, key, value), lambda: None)
 
 
@@ -303,15 +307,15 @@ def linear_attention(
     ``S = sum of f[j] v[j]^T`` and ``z = sum of f[j]``, of one size whatever the length.
 
     Args:
-        query: ``(B, H, L, D)``; float32, bfloat16, float16 or float64; CPU or CUDA. Any strides: a ``(B, L, H, D)`` tensor
-            viewed by ``transpose(1, 2)`` is read in place, and the output comes in the same order.
+        query: ``(B, H, L, D)``; float32, bfloat16, float16 or float64; CPU or CUDA. Any strides: a ``(B, L, H, D)``
+            tensor viewed by ``transpose(1, 2)`` is read in place, and the output comes in the same order.
         key: ``(B, H, S, D)``.
         value: ``(B, H, S, E)``.
-        feature_map: ``"elu"`` (``elu(x) + 1``), ``"relu"``, ``"identity"``; ``"softmax"``: efficient attention, the softmax
-            of a query over its features and of each key feature over the positions; or a callable on tensors
+        feature_map: ``"elu"`` (``elu(x) + 1``), ``"relu"``, ``"identity"``; ``"softmax"``: efficient attention, the
+            softmax of a query over its features and of each key feature over the positions; or a callable on tensors
             ``(B, H, length, D)``, which may change ``D``.
         causal: query i sees keys j <= i; needs L == S.
-        normalize: divide by ``sum of scores + eps``. None: yes, but not for ``"softmax"``, whose rows already sum to one.
+        normalize: divide by ``sum of scores + eps``. None: yes, but not for ``"softmax"``, whose rows sum to one.
         decay: reserved; only None.
         key_lengths: ``(B,)`` integers between 0 and S, on the query's device. Keys beyond the length count nowhere,
             whatever they hold; their gradients are zero. (On CUDA values outside the range count as the nearest.)
@@ -328,9 +332,9 @@ def linear_attention(
         ValueError, TypeError: naming the argument, what came and what was wanted.
         NotImplementedError: for ``decay``.
 
-    Differentiable twice; torch.compile sees one node. Accumulates in float32 (float64 for float64), is deterministic, and on
-    the CPU bitwise equal for any number of threads. A query whose output gradient is all zero adds nothing to the
-    gradients of the others, even if it holds NaN.
+    Differentiable twice; torch.compile sees one node. Accumulates in float32 (float64 for float64), is deterministic,
+    and on the CPU bitwise equal for any number of threads. A query whose output gradient is all zero adds nothing to
+    the gradients of the others, even if it holds NaN.
 
     A sequence in pieces gives what it gives at once::
 
@@ -342,9 +346,20 @@ def linear_attention(
 
     def run() -> Any:
         arguments = _prepare(
-            query, key, value, feature_map, causal, normalize, decay, key_lengths, initial_state, return_state, scale, eps
+            query,
+            key,
+            value,
+            feature_map,
+            causal,
+            normalize,
+            decay,
+            key_lengths,
+            initial_state,
+            return_state,
+            scale,
+            eps,
         )
-        out, last, last_z = _kernel(*arguments, return_state)
+        out, last, last_z = _kernel(*(*arguments, return_state))
         return (out, (last, last_z)) if return_state else out
 
     if torch.compiler.is_compiling():
@@ -382,7 +397,8 @@ def linear_attention_step(
     for name, t in (("query", query), ("key", key), ("value", value)):
         if not isinstance(t, Tensor) or t.dim() != 3:
             came = tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__
-            raise ValueError(f"linear_attention_step: {name} must be (B, H, {'E' if name == 'value' else 'D'}), got {came}")
+            wanted = "(B, H, E)" if name == "value" else "(B, H, D)"
+            raise ValueError(f"linear_attention_step: {name} must be {wanted}, got {came}")
     out, new = linear_attention(
         query.unsqueeze(2),
         key.unsqueeze(2),
@@ -468,7 +484,7 @@ def _forward_fake(
     width = value.shape[3]
     dtype = _state_dtype(query.dtype)
     count = (length + _CHUNK_ROWS - 1) // _CHUNK_ROWS if causal else 1
-    saved = query.new_empty((b, h, count, d * width + d) if with_saved else 0, dtype=dtype)
+    saved = query.new_empty((b, h, count * (d * width + d)) if with_saved else 0, dtype=dtype)
     inverse = query.new_empty((b, h, length) if with_saved and normalize else 0, dtype=dtype)
     return _empty_heads(query, length, width), inverse, saved, *_new_states(query, value, with_state)
 

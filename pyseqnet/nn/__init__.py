@@ -3,6 +3,7 @@
 from pyseqnet.nn.attention import MultiheadAttention
 from pyseqnet.nn.conv import Conv1d, Conv2d
 from pyseqnet.nn.norm import LayerNorm
+from pyseqnet.nn.linear_attention import LinearAttention
 from pyseqnet.nn.pool import MaxPool1d, MaxPool2d
 from pyseqnet.nn.position import LearnedPositions, SinusoidalPositions
 from pyseqnet.nn.recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
@@ -35,3 +36,4 @@ __all__ = [
     "TransformerEncoder",
     "TransformerEncoderLayer",
 ]
+__all__ = ["Conv1d", "Conv2d", "LinearAttention", "MaxPool1d", "MaxPool2d"]
