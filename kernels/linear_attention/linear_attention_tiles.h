@@ -52,17 +52,17 @@ PYSEQNET_INLINE void each_row_block(int64_t m, F&& f) {
     i += rows;
   }
 }
+// Adds a finished tile to c, or stores it there. Added at the end and not summed on from the start: a state is
+// then a sum of chunks' sums, whose error grows with the number of chunks rather than that of positions.
 template <int R, int NV>
-PYSEQNET_INLINE void start_tile(const float* c, int64_t ldc, bool accumulate, vf (&acc)[R][NV]) {
-  zero(acc);
-  if (!accumulate) return;
+PYSEQNET_INLINE void finish_tile(float* c, int64_t ldc, bool accumulate, const vf (&acc)[R][NV]) {
+  if (accumulate) {
 #pragma GCC unroll 32
-  for (int r = 0; r < R; ++r)
+    for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) acc[r][v] = load(c + r * ldc + v * VL);
-}
-template <int R, int NV>
-PYSEQNET_INLINE void finish_tile(float* c, int64_t ldc, const vf (&acc)[R][NV]) {
+      for (int v = 0; v < NV; ++v) store(c + r * ldc + v * VL, load(c + r * ldc + v * VL) + acc[r][v]);
+    return;
+  }
 #pragma GCC unroll 32
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
@@ -80,9 +80,9 @@ PYSEQNET_SHARED_CODE void rows_product(int64_t M, int64_t N, int64_t K, const fl
       const float* row[R];
       for (int r = 0; r < R; ++r) row[r] = a + (i + r) * lda;
       vf acc[R][NV];
-      start_tile<R, NV>(c + i * ldc + j, ldc, accumulate, acc);
+      zero(acc);
       mk_rows<R, NV>(lower ? smaller(K, i + R) : K, row, b + j, ldb, acc);
-      finish_tile<R, NV>(c + i * ldc + j, ldc, acc);
+      finish_tile<R, NV>(c + i * ldc + j, ldc, accumulate, acc);
     });
   });
 }
@@ -96,9 +96,9 @@ PYSEQNET_SHARED_CODE void columns_product(int64_t M, int64_t N, int64_t K, const
       constexpr int R = decltype(rows)::value;
       const int64_t first = lower ? smaller(i, K) : 0;
       vf acc[R][NV];
-      start_tile<R, NV>(c + i * ldc + j, ldc, accumulate, acc);
+      zero(acc);
       mk_cols<R, NV>(K - first, a + first * lda + i, lda, b + first * ldb + j, ldb, acc);
-      finish_tile<R, NV>(c + i * ldc + j, ldc, acc);
+      finish_tile<R, NV>(c + i * ldc + j, ldc, accumulate, acc);
     });
   });
 }
@@ -251,12 +251,12 @@ PYSEQNET_SHARED_CODE void add_vectors(int64_t n, const float* from, float* to) {
 // z += sum of weight[i] f[i], or of f[i]
 PYSEQNET_SHARED_CODE void add_rows(int64_t rows, int64_t width, const float* weight, const float* f, float* z) {
   for (int64_t x = 0; x < width; x += VL) {
-    vf sum = load(z + x);
+    vf sum = {};
     for (int64_t i = 0; i < rows; i++) {
       const vf row = load(f + i * width + x);
       sum += weight ? row * weight[i] : row;
     }
-    store(z + x, sum);
+    store(z + x, load(z + x) + sum);
   }
 }
 PYSEQNET_INLINE float dot(int64_t width, const float* a, const float* b) {

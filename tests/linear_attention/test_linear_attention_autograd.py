@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+import torch._dynamo.testing
 from support import normal, run_python, threads
 from torch import Tensor
 
