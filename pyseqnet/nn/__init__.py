@@ -7,6 +7,8 @@ from pyseqnet.nn.linear_attention import LinearAttention
 from pyseqnet.nn.pool import MaxPool1d, MaxPool2d
 from pyseqnet.nn.position import LearnedPositions, SinusoidalPositions
 from pyseqnet.nn.recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from pyseqnet.nn.pool import MaxPool1d, MaxPool2d
+from pyseqnet.nn.position import LearnedPositions, SinusoidalPositions
 from pyseqnet.nn.transformer import (
     Transformer,
     TransformerDecoder,
@@ -23,6 +25,8 @@ __all__ = [
     "Conv2d",
     "GRUCell",
     "LSTMCell",
+    "Conv1d",
+    "Conv2d",
     "LayerNorm",
     "LearnedPositions",
     "MaxPool1d",
