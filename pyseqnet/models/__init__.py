@@ -1,5 +1,7 @@
 """Whole models, composed of `pyseqnet.nn` layers; they call no operation directly."""
 
 from pyseqnet.models.image_classifier import ImageClassifier
+from pyseqnet.models.sequence_tagger import SequenceTagger
+from pyseqnet.models.sequence_translator import SequenceTranslator
 
-__all__ = ["ImageClassifier"]
+__all__ = ["ImageClassifier", "SequenceTagger", "SequenceTranslator"]
