@@ -1,4 +1,4 @@
-# make demo      trains and tests a network on handwritten digits, writes demo_report/index.html
+# make demo      trains and tests three models on real data, writes demo_report/index.html
 # make test      lint, C++ tests, Python tests
 # make lint      ruff, mypy, clang-format
 # make sanitize  C++ tests and a Python smoke run with the address and undefined-behaviour sanitizers

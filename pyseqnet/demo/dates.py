@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import random
 from dataclasses import dataclass
 
@@ -75,14 +76,14 @@ def _dates(drawn: list[tuple[str, str, str]], characters: str) -> Dates:
     return Dates(texts, locales, iso, _symbols(texts, characters), target)
 
 
-def load(seed: int, training: int = TRAINING_DATES, test: int = TEST_DATES) -> Corpus:
-    """Training and test texts. No day of the test is in the training, in whatever locale."""
+def load(seed: int, share: float = 1.0) -> Corpus:
+    """TRAINING_DATES and TEST_DATES texts, times `share`. No day of the test is in the training, in whatever locale."""
     chance = random.Random(seed)
     days = [FIRST_DAY + datetime.timedelta(i) for i in range((LAST_DAY - FIRST_DAY).days + 1)]
     chance.shuffle(days)
     held_out = len(days) // 10
-    for_test = _drawn(days[:held_out], test, chance)
-    for_training = _drawn(days[held_out:], training, chance)
+    for_test = _drawn(days[:held_out], math.ceil(share * TEST_DATES), chance)
+    for_training = _drawn(days[held_out:], math.ceil(share * TRAINING_DATES), chance)
     characters = "".join(sorted(set().union(*(text for text, _, _ in for_training))))
     return Corpus(characters, _dates(for_training, characters), _dates(for_test, characters))
 

@@ -1,4 +1,4 @@
-"""The four pictures of the report."""
+"""The pictures of the report."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from sklearn.metrics import ConfusionMatrixDisplay
 
 from pyseqnet.demo.speed import Row
 from pyseqnet.demo.training import History
@@ -37,29 +36,49 @@ def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
     plt.close(figure)
 
 
-def learning_curve(history: History, goal: float, path: Path) -> None:
-    epochs = range(1, len(history.loss) + 1)
+def learning_curve(
+    history: History, goal: float, path: Path, unit: str, training_label: str, test_label: str = "test"
+) -> None:
     with plt.rc_context(STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-        left.plot(epochs, history.loss, color=BLUE)
-        left.set(title="Training loss", xlabel="epoch", yscale="log")
-        right.plot(epochs, [100 * a for a in history.train_accuracy], color=GREY, label="training, shifted images")
-        right.plot(epochs, [100 * a for a in history.test_accuracy], color=BLUE, label="test")
+        left.plot(history.at, history.loss, color=BLUE)
+        left.set(title="Training loss", xlabel=unit, yscale="log")
+        right.plot(history.at, [100 * a for a in history.train_accuracy], color=GREY, label=training_label)
+        right.plot(history.at, [100 * a for a in history.test_accuracy], color=BLUE, label=test_label)
         right.axhline(100 * goal, color=ORANGE, linewidth=1, linestyle="--", label=f"goal {goal:.0%}")
-        right.set(title="Accuracy, %", xlabel="epoch", ylim=(LOWEST_ACCURACY, 100.3))
+        right.set(title="Accuracy, %", xlabel=unit, ylim=(LOWEST_ACCURACY, 100.3))
         right.legend(frameon=False, loc="lower right")
         _save(figure, path)
 
 
-def confusion_matrix(labels: torch.Tensor, predicted: torch.Tensor, path: Path) -> None:
+def confusion_matrix(labels: torch.Tensor, predicted: torch.Tensor, names: list[str], title: str, path: Path) -> None:
+    """Rows are the truth; counts, and a colour for the share of the row."""
+    size = len(names)
+    counts = torch.bincount(labels * size + predicted, minlength=size * size).view(size, size).numpy()
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     with plt.rc_context({**STYLE, "axes.spines.top": True, "axes.spines.right": True}):
         figure, axes = plt.subplots(figsize=(5.2, 5), layout="constrained")
-        shown = ConfusionMatrixDisplay.from_predictions(
-            labels.numpy(), predicted.numpy(), ax=axes, cmap="Blues", colorbar=False
-        )
-        for text in shown.text_.flat:  # empty cells make the mistakes stand out
-            text.set_visible(text.get_text() != "0")
-        axes.set(title="Test images: digit against prediction", xlabel="predicted", ylabel="digit")
+        axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        for (row, column), count in np.ndenumerate(counts):
+            if count:  # empty cells make the mistakes stand out
+                colour = "white" if shares[row, column] > 0.5 else "black"
+                axes.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=8)
+        slanted: dict[str, Any] = {"rotation": 45, "ha": "right"} if max(map(len, names)) > 2 else {}
+        axes.set_xticks(range(size), names, **slanted)
+        axes.set_yticks(range(size), names)
+        axes.set(title=title, xlabel="predicted", ylabel="truth")
+        _save(figure, path)
+
+
+def cross_attention(weights: torch.Tensor, source: str, target: list[str], path: Path) -> None:
+    """weights (T, S): a row for each written symbol, what it looked at."""
+    with plt.rc_context({**STYLE, "axes.spines.top": True, "axes.spines.right": True}):
+        figure, axes = plt.subplots(figsize=(9, 4.2), layout="constrained")
+        shown = axes.imshow(weights.numpy(), cmap="Blues", vmin=0, aspect="auto")
+        axes.set_xticks(range(len(source)), ["\u2423" if c.isspace() else c for c in source])
+        axes.set_yticks(range(len(target)), target)
+        axes.set(title="Where the decoder looks while it writes, mean of the heads", xlabel="read", ylabel="written")
+        figure.colorbar(shown, ax=axes, pad=0.01)
         _save(figure, path)
 
 
@@ -86,7 +105,7 @@ def kernel_speed(rows: list[Row], threads: int, path: Path) -> None:
     rows = rows[::-1]  # bars are drawn from the bottom up
     positions = np.arange(len(rows))
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(9, 0.62 * len(rows) + 1.3), layout="constrained")
+        figure, axes = plt.subplots(figsize=(9, 0.55 * len(rows) + 1.3), layout="constrained")
         theirs = axes.barh(positions + 0.2, np.ones(len(rows)), 0.38, color=GREY, label=f"torch {torch.__version__}")
         ours = axes.barh(positions - 0.2, [r.ours / r.torch for r in rows], 0.38, color=BLUE, label="pyseqnet")
         axes.bar_label(

@@ -65,17 +65,15 @@ def _files(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def load(
-    seed: int, training: int = TRAINING_CHARACTERS, test: int = TEST_CHARACTERS
-) -> tuple[list[Source], list[Source]]:
-    """Training and test files: each at least so many characters, and no file in both."""
+def load(seed: int, share: float = 1.0) -> tuple[list[Source], list[Source]]:
+    """Training and test files, TRAINING_CHARACTERS and TEST_CHARACTERS times `share` long; no file is in both."""
     folder = Path(sysconfig.get_paths()["stdlib"])
     paths = _files(folder)
     random.Random(seed).shuffle(paths)
     parts: tuple[list[Source], list[Source]] = ([], [])
-    wanted = [test, training]
+    wanted = [share * TRAINING_CHARACTERS, share * TEST_CHARACTERS]
     for path in paths:
-        part = 1 if wanted[0] <= 0 else 0  # the test files are drawn first: how much is trained on does not change them
+        part = 0 if wanted[1] <= 0 else 1  # the test's come first: they are the same whatever is trained on
         if wanted[part] <= 0:
             break
         try:
@@ -85,15 +83,13 @@ def load(
                 wanted[part] -= len(text)
         except (SyntaxError, UnicodeDecodeError, tokenize.TokenError):  # kept by the library as bad examples
             continue
-    if not parts[1]:
+    if not parts[0]:
         raise RuntimeError(f"the standard library in {folder} holds too little source code to learn from")
-    return parts[1], parts[0]
+    return parts
 
 
-def windows(sources: list[Source], count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """`count` windows at random places: symbols and kinds, each (count, WINDOW)."""
+def windows(sources: list[Source]) -> tuple[Tensor, Tensor]:
+    """Every window of the sources, one after the other, as views: symbols and kinds, each (N, WINDOW)."""
     symbols = torch.cat([source.symbols for source in sources])
     kinds = torch.cat([source.kinds for source in sources])
-    first = torch.randint(0, len(symbols) - WINDOW + 1, (count, 1), generator=generator)
-    chosen = first + torch.arange(WINDOW)
-    return symbols[chosen], kinds[chosen]
+    return symbols.unfold(0, WINDOW, 1), kinds.unfold(0, WINDOW, 1)

@@ -9,16 +9,22 @@ from typing import Any
 
 import jinja2
 
+from pyseqnet.demo.jobs import Result
+
 
 def _data_uri(path: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
 
 
-def write(folder: Path, pictures: dict[str, Path], **facts: Any) -> Path:
-    """Renders report.html with `facts` and the pictures by name; returns the page's path."""
+def write(folder: Path, results: list[Result], speed_picture: Path, **facts: Any) -> Path:
+    """Renders report.html with the results and `facts`; returns the page's path."""
     template = resources.files("pyseqnet.demo").joinpath("report.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    embedded = {name: _data_uri(path) for name, path in pictures.items()}
+    jobs = [
+        {"result": result, **result.facts, "pictures": {n: _data_uri(p) for n, p in result.pictures.items()}}
+        for result in results
+    ]
     page = folder / "index.html"
-    page.write_text(environment.from_string(template).render(pictures=embedded, **facts), encoding="utf-8")
+    rendered = environment.from_string(template).render(jobs=jobs, speed_picture=_data_uri(speed_picture), **facts)
+    page.write_text(rendered, encoding="utf-8")
     return page

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import statistics
 import time
@@ -17,11 +18,13 @@ import torch.nn.functional as torch_F
 from torch import Tensor
 
 import pyseqnet.functional as F
-from pyseqnet.models import ImageClassifier
+from pyseqnet import nn
+from pyseqnet.models import ImageClassifier, SequenceTagger, SequenceTranslator
 
-SECONDS_A_ROW = 0.6
+SECONDS_A_ROW = 0.5
 FEWEST_ROUNDS, MOST_ROUNDS = 7, 200
 WARM_UP_ROUNDS = 3
+LINEAR_EPS = 1e-6  # added to the divisor of linear attention
 
 
 @dataclass(frozen=True)
@@ -69,11 +72,13 @@ def _medians(first: Callable[[], object], second: Callable[[], object]) -> tuple
     return statistics.median(samples[0]), statistics.median(samples[1])
 
 
-def _operation_row(name: str, ours: Operation, theirs: Operation, shapes: list[tuple[int, ...]]) -> Row:
+def _operation_row(
+    name: str, ours: Operation, theirs: Operation, shapes: list[tuple[int, ...]], *, filters: bool = True
+) -> Row:
+    """`filters`: all but the first tensor are scaled as torch's layers start, so that outputs stay near 1."""
     generator = torch.Generator().manual_seed(0)
     leaves = [
-        # filters (all but the first tensor) are scaled as torch's layers start, so that outputs stay near 1
-        torch.randn(shape, generator=generator) / (math.sqrt(math.prod(shape[1:])) if i else 1.0)
+        torch.randn(shape, generator=generator) / (math.sqrt(math.prod(shape[1:])) if i and filters else 1.0)
         for i, shape in enumerate(shapes)
     ]
     with torch.no_grad():
@@ -92,41 +97,89 @@ def _operation_row(name: str, ours: Operation, theirs: Operation, shapes: list[t
     )
 
 
-def _torch_twin(model: ImageClassifier) -> torch.nn.Sequential:
-    """The same classifier of torch's own layers, with the same parameters."""
-    layers: list[torch.nn.Module] = []
-    for layer in model.features:
-        if isinstance(layer, torch.nn.Conv2d):
-            twin = torch.nn.Conv2d(
-                layer.in_channels, layer.out_channels, layer.kernel_size[0], padding=layer.kernel_size[0] // 2
-            )
-            twin.load_state_dict(layer.state_dict())
-            layers.append(twin)
-        elif isinstance(layer, torch.nn.MaxPool2d):
-            layers.append(torch.nn.MaxPool2d(layer.kernel_size))
+def _torch_twin(layer: torch.nn.Module) -> torch.nn.Module:
+    """torch's layer with the same parameters."""
+    twin: torch.nn.Module
+    if isinstance(layer, nn.Conv2d):
+        twin = torch.nn.Conv2d(
+            layer.in_channels, layer.out_channels, layer.kernel_size[0], padding=layer.kernel_size[0] // 2
+        )
+    elif isinstance(layer, nn.MaxPool2d):
+        twin = torch.nn.MaxPool2d(layer.kernel_size)
+    elif isinstance(layer, nn.LSTM):
+        twin = torch.nn.LSTM(
+            layer.input_size, layer.hidden_size, layer.num_layers, batch_first=True, bidirectional=layer.bidirectional
+        )
+    elif isinstance(layer, nn.MultiheadAttention):
+        twin = torch.nn.MultiheadAttention(layer.embed_dim, layer.num_heads, batch_first=True)
+    else:
+        return layer
+    twin.load_state_dict(layer.state_dict())
+    return twin
+
+
+def _on_torch(model: torch.nn.Module) -> torch.nn.Module:
+    """A copy in which torch's own layers compute what our kernels do in `model`."""
+    copied = _torch_twin(copy.deepcopy(model))
+    for name, child in copied.named_children():
+        setattr(copied, name, _on_torch(child))
+    return copied
+
+
+def _first(result: Any) -> Tensor:
+    output: Tensor = result[0] if isinstance(result, tuple) else result
+    return output
+
+
+def _model_row(name: str, ours: torch.nn.Module, inputs: tuple[Tensor, ...], classes: int = 0) -> Row:
+    """Of the cross entropy of random classes, or (0) of the mean square."""
+    theirs = _on_torch(ours)
+    with torch.no_grad():
+        labels = torch.randint(0, max(1, classes), ours(*inputs)[..., 0].shape) if classes else None
+
+    def step(model: torch.nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+        output = _first(model(*inputs))
+        if labels is None:
+            loss = output.square().mean()
         else:
-            layers.append(torch.nn.ReLU())
-    head = torch.nn.Linear(model.head.in_features, model.head.out_features)
-    head.load_state_dict(model.head.state_dict())
-    return torch.nn.Sequential(*layers, torch.nn.Flatten(), head)
-
-
-def _model_row(name: str, batch: int, image_size: int, channels: tuple[int, ...]) -> Row:
-    torch.manual_seed(0)
-    ours = ImageClassifier(1, image_size, channels)
-    theirs = _torch_twin(ours)
-    images = torch.randn(batch, 1, image_size, image_size)
-    labels = torch.randint(0, 10, (batch,))
-    criterion = torch.nn.CrossEntropyLoss()
-
-    def step(model: torch.nn.Module, input: Tensor) -> list[Tensor]:
-        loss = criterion(model(input), labels)
+            loss = torch_F.cross_entropy(output.flatten(0, -2), labels.flatten())
         return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
 
-    our_time, their_time = _medians(lambda: step(ours, images), lambda: step(theirs, images))
-    found, reference = step(ours, images), step(theirs, images)
-    exact = step(theirs.double(), images.double())
+    our_time, their_time = _medians(lambda: step(ours, inputs), lambda: step(theirs, inputs))
+    found, reference = step(ours, inputs), step(theirs, inputs)
+    doubled = tuple(t.double() if t.is_floating_point() else t for t in inputs)
+    exact = step(theirs.double(), doubled)
     return Row(name, our_time, their_time, _error(found, exact), _error(reference, exact))
+
+
+def _model_rows() -> list[Row]:
+    torch.manual_seed(0)
+    symbols = torch.randint(3, 60, (64, 30))
+    return [
+        _model_row(
+            "digits model, 64 images 8x8", ImageClassifier(1, 8, (32, 64)), (torch.randn(64, 1, 8, 8),), classes=10
+        ),
+        _model_row(
+            "the same for 28x28, 64 images", ImageClassifier(1, 28, (32, 64)), (torch.randn(64, 1, 28, 28),), classes=10
+        ),
+        _model_row("source model, 32 x 200 characters", SequenceTagger(129, 7), (torch.randint(0, 129, (32, 200)),), 7),
+        _model_row(
+            "dates model, 64 dates", SequenceTranslator(60, 14), (symbols, torch.randint(3, 14, (64, 11))), classes=14
+        ),
+        _model_row("LSTM 64 to 128, 32 x 100", nn.LSTM(64, 128, batch_first=True), (torch.randn(32, 100, 64),)),
+    ]
+
+
+def _linear_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """What one writes in torch: elu(x) + 1 as the map, keys and values first."""
+    q, k = torch_F.elu(query) + 1, torch_F.elu(key) + 1
+    return (q @ (k.transpose(-1, -2) @ value)) / (q @ k.sum(-2).unsqueeze(-1) + LINEAR_EPS)
+
+
+def _causal_linear_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """What one writes in torch: the lower triangle of the whole product."""
+    weights = ((torch_F.elu(query) + 1) @ (torch_F.elu(key) + 1).transpose(-1, -2)).tril()
+    return (weights @ value) / (weights.sum(-1, keepdim=True) + LINEAR_EPS)
 
 
 def measure() -> list[Row]:
@@ -145,13 +198,35 @@ def measure() -> list[Row]:
             [x],
         )
 
+    def attention(name: str, shape: tuple[int, ...], ours: Operation, theirs: Operation) -> Row:
+        return _operation_row(name, ours, theirs, [shape] * 3, filters=False)
+
+    ours, theirs = F.scaled_dot_product_attention, torch_F.scaled_dot_product_attention
     return [
-        _model_row("this classifier, 64 images 8x8", 64, 8, (32, 64)),
-        _model_row("the same for 28x28, 64 images", 64, 28, (32, 64)),
+        *_model_rows(),
         conv("conv 1 to 32, k5, 28x28", (64, 1, 28, 28), (32, 1, 5, 5), padding=2),
         conv("conv 64 to 64, k3, 56x56", (4, 64, 56, 56), (64, 64, 3, 3), padding=1),
         conv("depthwise conv 96, k7, 56x56", (2, 96, 56, 56), (96, 1, 7, 7), padding=3, groups=96),
         conv("depthwise conv1d 256, k31", (8, 256, 400), (256, 1, 31), padding=15, groups=256),
         pool("max-pool 2x2, 64 of 32x32", (32, 64, 32, 32), 2, 2, 0),
         pool("max-pool 3x3 stride 2, 112x112", (8, 64, 112, 112), 3, 2, 1),
+        attention("attention, 4 x 8 heads, 256 x 64", (4, 8, 256, 64), ours, theirs),
+        attention(
+            "causal attention, 8 heads, 1024 x 64",
+            (1, 8, 1024, 64),
+            lambda q, k, v: ours(q, k, v, is_causal=True),
+            lambda q, k, v: theirs(q, k, v, is_causal=True),
+        ),
+        attention(
+            "linear attention, 8 heads, 1024 x 64",
+            (1, 8, 1024, 64),
+            lambda q, k, v: F.linear_attention(q, k, v, eps=LINEAR_EPS),
+            _linear_attention,
+        ),
+        attention(
+            "causal linear attention, the same",
+            (1, 8, 1024, 64),
+            lambda q, k, v: F.linear_attention(q, k, v, causal=True, eps=LINEAR_EPS),
+            _causal_linear_attention,
+        ),
     ]

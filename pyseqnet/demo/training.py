@@ -16,7 +16,7 @@ from pyseqnet.demo.digits import Digits, shifted
 BATCH = 64
 PEAK_LEARNING_RATE = 2e-3
 WEIGHT_DECAY = 5e-2
-MEASUREMENTS = 20  # of a sequence model during its training
+MEASUREMENTS = 15  # of a sequence model during its training
 LARGEST_NORM = 1.0  # of the gradient: steps that would be longer are shortened
 
 

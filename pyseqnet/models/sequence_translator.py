@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,15 +55,21 @@ class SequenceTranslator(torch.nn.Module):
         for embedding in (self.source_embedding, self.target_embedding):
             torch.nn.init.normal_(embedding.weight, std=1 / self.scale)
         self.positions = nn.SinusoidalPositions(d_model, dropout=dropout, batch_first=True)
-        self.transformer = nn.Transformer(
-            d_model,
-            nhead,
+        options: dict[str, Any] = {
+            "dim_feedforward": dim_feedforward,
+            "dropout": dropout,
+            "batch_first": True,
+            "norm_first": True,
+        }
+        # The encoder that Transformer would build, without torch's remark on its path for nested tensors.
+        encoder = nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(d_model, nhead, **options),
             num_encoder_layers,
-            num_decoder_layers,
-            dim_feedforward,
-            dropout,
-            batch_first=True,
-            norm_first=True,
+            nn.LayerNorm(d_model),
+            enable_nested_tensor=False,
+        )
+        self.transformer = nn.Transformer(
+            d_model, nhead, num_decoder_layers=num_decoder_layers, custom_encoder=encoder, **options
         )
         self.head = torch.nn.Linear(d_model, target_symbols)
 
