@@ -11,6 +11,7 @@
 #include "common/probe.h"
 #include "conv/conv.h"
 #include "linear_attention/linear_attention.h"
+#include "conv/conv_relu_pool.h"
 #include "pool/max_pool.h"
 #include "recurrent/recurrent.h"
 
@@ -39,6 +40,9 @@ py::dict dispatch_tables() {
   for (ConvPass pass :
        {ConvPass::forward, ConvPass::input_gradient, ConvPass::weight_gradient, ConvPass::bias_gradient})
     add(operation_of(pass), conv_cpu_table(pass), conv_cuda_table(pass));
+  for (ConvPass pass :
+       {ConvPass::forward, ConvPass::input_gradient, ConvPass::weight_gradient, ConvPass::bias_gradient})
+    add(fused_operation_of(pass), conv_relu_pool_cpu_table(pass), conv_relu_pool_cuda_table(pass));
   for (MaxPoolPass pass : {MaxPoolPass::forward, MaxPoolPass::backward, MaxPoolPass::indices})
     add(operation_of(pass), max_pool_cpu_table(pass), max_pool_cuda_table(pass));
   for (AttentionPass pass : all_attention_passes)

@@ -15,6 +15,15 @@ STABLE_TORCH_LIBRARY(pyseqnet, m) {
       "need_input, "
       "bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
   m.def(
+      "conv_relu_pool_forward(Tensor input, Tensor weight, Tensor? bias, int stride_h, int stride_w, int "
+      "pad_top, int pad_left, int pad_bottom, int pad_right, int dilation_h, int dilation_w, int groups, int "
+      "pool_h, int pool_w, int pool_stride_h, int pool_stride_w, bool with_arg) -> (Tensor, Tensor)");
+  m.def(
+      "conv_relu_pool_backward(Tensor grad_output, Tensor saved, Tensor input, Tensor weight, int stride_h, "
+      "int stride_w, int pad_top, int pad_left, int pad_bottom, int pad_right, int dilation_h, int "
+      "dilation_w, int groups, int pool_h, int pool_w, int pool_stride_h, int pool_stride_w, bool "
+      "need_input, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
+  m.def(
       "max_pool_forward(Tensor input, int kernel_h, int kernel_w, int stride_h, int stride_w, int pad_h, int "
       "pad_w, "
       "int dilation_h, int dilation_w, bool ceil_mode, bool with_arg) -> (Tensor, Tensor)");

@@ -12,6 +12,13 @@ from pyseqnet.functional.linear_attention import (
     linear_attention,
     linear_attention_reference,
     linear_attention_step,
+from pyseqnet.functional.conv_relu_pool import (
+    conv1d_relu,
+    conv1d_relu_reference,
+    conv2d_relu,
+    conv2d_relu_max_pool2d,
+    conv2d_relu_max_pool2d_reference,
+    conv2d_relu_reference,
 )
 from pyseqnet.functional.pool import max_pool1d, max_pool1d_reference, max_pool2d, max_pool2d_reference
 from pyseqnet.functional.recurrent import (
@@ -32,6 +39,8 @@ from pyseqnet.functional.recurrent import (
 __all__ = [
     "conv1d",
     "conv1d_reference",
+    "conv1d_relu",
+    "conv1d_relu_reference",
     "conv2d",
     "conv2d_reference",
     "gru",
@@ -45,6 +54,10 @@ __all__ = [
     "lstm_cell",
     "lstm_cell_reference",
     "lstm_reference",
+    "conv2d_relu",
+    "conv2d_relu_max_pool2d",
+    "conv2d_relu_max_pool2d_reference",
+    "conv2d_relu_reference",
     "max_pool1d",
     "max_pool1d_reference",
     "max_pool2d",
