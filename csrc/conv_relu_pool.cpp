@@ -102,7 +102,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
           "conv_relu_pool: saved must be forward's arg, or its output where nothing is pooled");
   const ScalarType type = input.scalar_type();
   const Tensor gy = dense(grad_output, layout), arg = dense(saved, layout);
-  Tensor gx = new_vector(gy, 0, type), gw = gx, gb = gx;  // one empty tensor stands for what nobody needs
+  // What nobody needs is empty; each of them its own, since results of an operation may not alias.
+  Tensor gx = new_vector(gy, 0, type), gw = new_vector(gy, 0, type), gb = new_vector(gy, 0, type);
   ConvReluPoolTensors t;
   t.gy = gy.const_data_ptr();
   t.arg = const_cast<void*>(arg.const_data_ptr());

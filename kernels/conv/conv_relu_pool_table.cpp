@@ -6,7 +6,8 @@ namespace pyseqnet {
 #define DECLARE_CPU_KERNELS                                                                              \
   extern const ConvReluPoolCpuKernel conv_relu_pool_composed_forward,                                    \
       conv_relu_pool_composed_input_gradient, conv_relu_pool_composed_weight_gradient,                   \
-      conv_relu_pool_bias_gradient
+      conv_relu_pool_bias_gradient, conv_relu_pool_sparse_input_gradient,                                \
+      conv_relu_pool_sparse_weight_gradient
 namespace portable {
 DECLARE_CPU_KERNELS;
 }
@@ -33,10 +34,10 @@ namespace {
 
 constexpr const ConvReluPoolCpuKernel* forward[] = {EVERY_ISA(conv_relu_pool_composed_forward),
                                                     &conv_relu_pool_reference_forward};
-constexpr const ConvReluPoolCpuKernel* input_gradient[] = {EVERY_ISA(conv_relu_pool_composed_input_gradient),
+constexpr const ConvReluPoolCpuKernel* input_gradient[] = {EVERY_ISA(conv_relu_pool_sparse_input_gradient), EVERY_ISA(conv_relu_pool_composed_input_gradient),
                                                            &conv_relu_pool_reference_input_gradient};
 constexpr const ConvReluPoolCpuKernel* weight_gradient[] = {
-    EVERY_ISA(conv_relu_pool_composed_weight_gradient), &conv_relu_pool_reference_weight_gradient};
+    EVERY_ISA(conv_relu_pool_sparse_weight_gradient), EVERY_ISA(conv_relu_pool_composed_weight_gradient), &conv_relu_pool_reference_weight_gradient};
 constexpr const ConvReluPoolCpuKernel* bias_gradient[] = {EVERY_ISA(conv_relu_pool_bias_gradient),
                                                           &conv_relu_pool_reference_bias_gradient};
 
