@@ -7,7 +7,7 @@ namespace pyseqnet {
   extern const ConvReluPoolCpuKernel conv_relu_pool_composed_forward,                                    \
       conv_relu_pool_composed_input_gradient, conv_relu_pool_composed_weight_gradient,                   \
       conv_relu_pool_bias_gradient, conv_relu_pool_sparse_input_gradient,                                \
-      conv_relu_pool_sparse_weight_gradient
+      conv_relu_pool_sparse_weight_gradient, conv_relu_pool_tile_forward
 namespace portable {
 DECLARE_CPU_KERNELS;
 }
@@ -32,7 +32,7 @@ namespace {
 #define EVERY_ISA(kernel) &portable::kernel
 #endif
 
-constexpr const ConvReluPoolCpuKernel* forward[] = {EVERY_ISA(conv_relu_pool_composed_forward),
+constexpr const ConvReluPoolCpuKernel* forward[] = {EVERY_ISA(conv_relu_pool_tile_forward), EVERY_ISA(conv_relu_pool_composed_forward),
                                                     &conv_relu_pool_reference_forward};
 constexpr const ConvReluPoolCpuKernel* input_gradient[] = {EVERY_ISA(conv_relu_pool_sparse_input_gradient), EVERY_ISA(conv_relu_pool_composed_input_gradient),
                                                            &conv_relu_pool_reference_input_gradient};
