@@ -3,15 +3,8 @@
 Each has a ``*_reference``: the same in plain torch.
 """
 
-from pyseqnet.functional.attention import (
-    scaled_dot_product_attention,
-    scaled_dot_product_attention_reference,
-)
+from pyseqnet.functional.attention import scaled_dot_product_attention, scaled_dot_product_attention_reference
 from pyseqnet.functional.conv import conv1d, conv1d_reference, conv2d, conv2d_reference
-from pyseqnet.functional.linear_attention import (
-    linear_attention,
-    linear_attention_reference,
-    linear_attention_step,
 from pyseqnet.functional.conv_relu_pool import (
     conv1d_relu,
     conv1d_relu_reference,
@@ -20,6 +13,7 @@ from pyseqnet.functional.conv_relu_pool import (
     conv2d_relu_max_pool2d_reference,
     conv2d_relu_reference,
 )
+from pyseqnet.functional.linear_attention import linear_attention, linear_attention_reference, linear_attention_step
 from pyseqnet.functional.pool import max_pool1d, max_pool1d_reference, max_pool2d, max_pool2d_reference
 from pyseqnet.functional.recurrent import (
     gru,
@@ -43,6 +37,10 @@ __all__ = [
     "conv1d_relu_reference",
     "conv2d",
     "conv2d_reference",
+    "conv2d_relu",
+    "conv2d_relu_max_pool2d",
+    "conv2d_relu_max_pool2d_reference",
+    "conv2d_relu_reference",
     "gru",
     "gru_cell",
     "gru_cell_reference",
@@ -54,10 +52,6 @@ __all__ = [
     "lstm_cell",
     "lstm_cell_reference",
     "lstm_reference",
-    "conv2d_relu",
-    "conv2d_relu_max_pool2d",
-    "conv2d_relu_max_pool2d_reference",
-    "conv2d_relu_reference",
     "max_pool1d",
     "max_pool1d_reference",
     "max_pool2d",

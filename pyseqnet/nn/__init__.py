@@ -2,13 +2,11 @@
 
 from pyseqnet.nn.attention import MultiheadAttention
 from pyseqnet.nn.conv import Conv1d, Conv2d
-from pyseqnet.nn.norm import LayerNorm
 from pyseqnet.nn.linear_attention import LinearAttention
+from pyseqnet.nn.norm import LayerNorm
 from pyseqnet.nn.pool import MaxPool1d, MaxPool2d
 from pyseqnet.nn.position import LearnedPositions, SinusoidalPositions
 from pyseqnet.nn.recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
-from pyseqnet.nn.pool import MaxPool1d, MaxPool2d
-from pyseqnet.nn.position import LearnedPositions, SinusoidalPositions
 from pyseqnet.nn.transformer import (
     Transformer,
     TransformerDecoder,
@@ -25,10 +23,9 @@ __all__ = [
     "Conv2d",
     "GRUCell",
     "LSTMCell",
-    "Conv1d",
-    "Conv2d",
     "LayerNorm",
     "LearnedPositions",
+    "LinearAttention",
     "MaxPool1d",
     "MaxPool2d",
     "MultiheadAttention",
@@ -40,4 +37,3 @@ __all__ = [
     "TransformerEncoder",
     "TransformerEncoderLayer",
 ]
-__all__ = ["Conv1d", "Conv2d", "LinearAttention", "MaxPool1d", "MaxPool2d"]
