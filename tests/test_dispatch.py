@@ -13,20 +13,43 @@ import pyseqnet.functional as F
 from pyseqnet import _C
 
 TABLES = _C.dispatch_tables()
-OPERATIONS = (
-    "conv_forward", "conv_input_gradient", "conv_weight_gradient", "conv_bias_gradient",
-    "max_pool_forward", "max_pool_backward", "max_pool_indices",
-)  # fmt: skip
+FAMILIES = {
+    "conv": ("conv_forward", "conv_input_gradient", "conv_weight_gradient", "conv_bias_gradient"),
+    "max_pool": ("max_pool_forward", "max_pool_backward", "max_pool_indices"),
+    "conv_relu_pool": (
+        "conv_relu_pool_forward", "conv_relu_pool_input_gradient", "conv_relu_pool_weight_gradient",
+        "conv_relu_pool_bias_gradient",
+    ),
+    "recurrent": ("recurrent_forward", "recurrent_backward"),
+    "attention": (
+        "attention_forward", "attention_weights", "attention_delta", "attention_backward", "attention_mask_gradient",
+    ),
+    "linear_attention": ("linear_attention_forward", "linear_attention_backward"),
+}  # fmt: skip
+OPERATIONS = [operation for operations in FAMILIES.values() for operation in operations]
+LINE = re.compile(r"pyseqnet: (\w+) (.+) -> ([a-z]\w*)( \((.+)\))?")
 
 
 def step(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
     """Every operation once."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 2, 8, 9, generator=generator).to(dtype).requires_grad_()
-    w = torch.randn(3, 2, 3, 3, generator=generator).to(dtype).requires_grad_()
-    b = torch.randn(3, generator=generator).to(dtype).requires_grad_()
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(dtype).requires_grad_()
+
+    x, w, b = normal(1, 2, 8, 9), normal(3, 2, 3, 3), normal(3)
     y, indices = F.max_pool2d(F.conv2d(x, w, b), 2, return_indices=True)
-    return (y.detach(), indices, *torch.autograd.grad(y.sum(), (x, w, b)))
+    results = [y.detach(), indices, *torch.autograd.grad(y.sum(), (x, w, b))]
+    fused = F.conv2d_relu_max_pool2d(x, w, b)
+    results += [fused.detach(), *torch.autograd.grad(fused.sum(), (x, w, b))]
+    sequence, parameters = normal(4, 2, 3), [normal(20, 3), normal(20, 5), normal(20), normal(20)]
+    hidden, _ = F.lstm(sequence, None, parameters)
+    results += [hidden.detach(), *torch.autograd.grad(hidden.sum(), (sequence, *parameters))]
+    q, k, v, mask = normal(1, 2, 5, 8), normal(1, 2, 6, 8), normal(1, 2, 6, 4), normal(5, 6)
+    out, weights = F.scaled_dot_product_attention(q, k, v, mask, return_weights=True)
+    results += [out.detach(), weights.detach(), *torch.autograd.grad(out.sum(), (q, k, v, mask))]
+    out = F.linear_attention(q, k, v)
+    return (*results, out.detach(), *torch.autograd.grad(out.sum(), (q, k, v)))
 
 
 def test_tables_name_every_operation_and_end_with_the_reference() -> None:
@@ -53,7 +76,7 @@ def test_an_unknown_kernel_is_an_error_that_lists_the_known_ones(operation: str)
 
 
 def test_a_family_can_be_pinned_and_an_operation_of_it_otherwise(capfd: pytest.CaptureFixture[str]) -> None:
-    pins = "conv:reference,max_pool:reference"
+    pins = ",".join(f"{family}:reference" for family in FAMILIES)
     with environment(PYSEQNET_FORCE=pins, PYSEQNET_VERBOSE="1"):
         step()
     lines = capfd.readouterr().err.splitlines()
@@ -80,12 +103,12 @@ def test_verbose_prints_one_line_a_call_with_the_refusals(capfd: pytest.CaptureF
     assert [line.split()[1] for line in lines[:3]] == ["conv_forward", "max_pool_forward", "max_pool_indices"]
     assert sorted(line.split()[1] for line in lines) == sorted(OPERATIONS)
     for line in lines:
-        found = re.fullmatch(r"pyseqnet: (\w+) (N.+) -> (\w+)( \((.+)\))?", line)
+        found = LINE.fullmatch(line)
         assert found, line
         operation, problem, chosen, refusals = found[1], found[2], found[3], found[5]
         names = TABLES[operation]["cpu"]
         assert chosen in names
-        assert re.search(r"N\d+ C\d+ \d+x\d+", problem)
+        assert re.search(r"N\d+ C\d+ \d+x\d+|[TB]\d+ ", problem), "extents by their letters"
         # exactly those before the chosen one refused, each with a reason
         passed_over = names[: names.index(chosen)]
         found_names = [part.split(": ")[0] for part in refusals.split("; ")] if refusals else []
@@ -113,7 +136,9 @@ def test_isa_caps_the_instruction_set(isa: str, capfd: pytest.CaptureFixture[str
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     for line in capfd.readouterr().err.splitlines():
-        chosen = line.split(" -> ")[1].split()[0]
+        found_line = LINE.fullmatch(line)
+        assert found_line, line
+        chosen = found_line[3]
         named = [other for other in order if chosen == other or chosen.endswith("_" + other)]
         assert all(order.index(other) <= order.index(isa) for other in named), line
 
