@@ -10,22 +10,20 @@
 //   dW[i,j]  = sum_e gout[i,e] v[j,e] + gW[i,j]
 //   delta[i] = sum_e gout[i,e] out[i,e] + sum_j W[i,j] gW[i,j] - glse[i]      (= sum_j W dW - glse)
 //   dZ[i,j]  = W[i,j] dW[i,j] - P[i,j] delta[i]   = P * (keep/(1-p) * dW - delta)
-//   gq[i] = scale * sum_j dZ[i,j] k[j]     gk[j] = scale * sum_i dZ[i,j] q[i]     gv[j] = sum_i W[i,j]
-//   gout[i] gmask[i,j] = dZ[i,j], summed over every dimension that the mask was broadcast along
+//   gq[i] = scale * sum_j dZ[i,j] k[j]     gk[j] = scale * sum_i dZ[i,j] q[i]
+//   gv[j] = sum_i W[i,j] gout[i]
+//   gmask[i,j] = dZ[i,j], summed over every dimension that the mask was broadcast along
 // Only q, k, v, out and lse are kept from forward: memory is linear in L and S, in both directions.
 //
 // Which keys a query sees: j is visible to i iff all of
 //   - j < key_lengths[b]                        (if given; kernels clamp the value to 0..S)
-//   - j <= i + causal_offset                    (if causal; 0 is torch's top-left alignment, S - L
-//   bottom-right)
+//   - j <= i + causal_offset    (if causal; 0 is torch's top-left alignment, S - L bottom-right)
 //   - mask[i,j] is true (boolean mask), or is not -inf (additive mask).
 // Rules at the edges:
 //   - A query that sees no key: out = 0, weights = 0, lse = -inf, all its gradients 0. Backward uses neither
-//   its q
-//     nor its gout (lse = -inf tells): they may hold NaN.
+//     its q nor its gout (lse = -inf tells): they may hold NaN.
 //   - A key that no query sees (of any query head that shares it): never leaks, forward or backward, even if
-//   k, v or
-//     the mask there hold NaN or infinity; gk = gv = 0. So 0 * v must not be computed for it.
+//     k, v or the mask there hold NaN or infinity; gk = gv = 0. So 0 * v must not be computed for it.
 //   - A key masked for some queries only must be finite. A NaN that a query does see makes its row NaN.
 //   - L, S, B or H may be 0: with S = 0 no query sees a key. D, E >= 1.
 //   - Grouped queries: H = Hk * group, query head h uses key/value head h / group (torch's
@@ -36,17 +34,16 @@
 // forward and backward. The sum and lse are those before dropout.
 //
 // Tensors (owned by the caller; element strides; extents of 16-bit and 32-bit problems in `dtype`):
-//   q, gq      (B, H, L, D)   strides q_strides, gq_strides       k, gk  (B, Hk, S, D)   k_strides,
-//   gk_strides out, gout  (B, H, L, E)   out_strides, gout_strides           v, gv  (B, Hk, S, E) v_strides,
-//   gv_strides
+//   q, gq      (B, H, L, D)    strides q_strides, gq_strides
+//   k, gk      (B, Hk, S, D)   k_strides, gk_strides
+//   v, gv      (B, Hk, S, E)   v_strides, gv_strides
+//   out, gout  (B, H, L, E)    out_strides, gout_strides
 //              the last dimension of each has stride 1; other strides of inputs are anything, 0 included
 //              (expanded)
 //   mask       (B, H, L, S) by mask_strides, 0 along broadcast dimensions, any stride along S; boolean: one
-//   byte, 0 or
-//              1; additive: mask_dtype, which is `dtype` or f32
+//              byte, 0 or 1; additive: mask_dtype, which is `dtype` or f32
 //   gmask      dense (mask_B, mask_H, mask_L, mask_S) in mask_dtype, each extent 1 or that of the problem;
-//   every
-//              element is written
+//              every element is written
 //   key_lengths (B) int64        seed  one int64
 //   lse, glse, delta  (B, H, L) dense, float; double for f64
 //   weights, gweights (B, H, L, S) dense, in dtype
@@ -93,10 +90,10 @@ struct AttentionProblem {
 
 // Pointers of one call.
 //   forward        q, k, v [mask, key_lengths, seed]                -> out, lse
-//   weights        q, k, lse [mask, key_lengths, seed]              -> weights   (every element, 0 where not
-//   visible) delta          gout, out, lse [weights, gweights] [glse]        -> delta     (0 where lse =
-//   -inf) backward       q, k, v, gout, lse, delta [gweights, mask, ...]  -> gq and/or gk, gv (every element
-//   is written) mask_gradient  as backward                                      -> gmask
+//   weights        q, k, lse [mask, key_lengths, seed]              -> weights  (every element, 0 where not visible)
+//   delta          gout, out, lse [weights, gweights] [glse]        -> delta    (0 where lse = -inf)
+//   backward       q, k, v, gout, lse, delta [gweights, mask, ...]  -> gq and/or gk, gv  (every element is written)
+//   mask_gradient  as backward                                      -> gmask
 struct AttentionTensors {
   const void *q = nullptr, *k = nullptr, *v = nullptr, *mask = nullptr;
   const int64_t *key_lengths = nullptr, *seed = nullptr;

@@ -2,10 +2,10 @@
 // kernel (Real a vector of lanes) and the CUDA kernel.
 //
 // A cell is a small pluggable unit; the engine around it owns time, sequences and products. It says
-//   slots       sums that the engine hands it for each unit, and that it may overwrite with what backward
-//   needs has_cell    whether it has a state c beside h forward     (slot sums, states of the step before) ->
-//   saved slots, new states backward    (what was saved, states, gradients reaching h and c) -> gradients of
-//   the slot sums, of c of the
+//   slots       sums that the engine hands it for each unit, and that it may overwrite with what backward needs
+//   has_cell    whether it has a state c beside h
+//   forward     (slot sums, states of the step before) -> saved slots, new states
+//   backward    (what was saved, states, gradients reaching h and c) -> gradients of the slot sums, of c of the
 //               step before, and the part of the gradient of h of the step before that passes no product
 //
 // A slot's sum is made of the input's part and the recurrent part, both with their biases:

@@ -31,16 +31,14 @@
 //   gy, gx     T  as y and x, with gy_t, gy_b and gx_t, gx_b. Strides of what is read may be 0 (expanded)
 //   h0, h_n, gh0, gh_n     T  (D, B, R)            c0, c_n, gc0, gc_n   T  (D, B, H), LSTM only
 //   w_ih (G*H, I)   w_hh (G*H, R)   b_ih, b_hh (G*H)   w_hr (P, H)      T, gates in the order above; one set
-//   a
-//              direction; biases null: zeros. w_hr is null unless P. Gradients g_* have the same shapes.
+//              a direction; biases null: zeros. w_hr is null unless P. Gradients g_* have the same shapes.
 //   gates      A  (D, N, S, H), S = saved():  lstm i, f, g, o and gru r, z, n, q, after their nonlinearities
 //              (q has none); rnn_tanh and rnn_relu save nothing (S = 0): y is all that backward needs
 //   cells      A  (D, N, H): c; LSTM only (width cell_rows() = N, else 0)
 //   Together `gates` and `cells` are the reserve, the same whichever kernel wrote it.
 //
-// forward   x, h0, c0, weights -> y, h_n, c_n, and the reserve if the problem says so (else null, not
-// written) backward  gy, gh_n, gc_n (null: zeros), x, y, h0, c0, weights, reserve -> every one of gx, gh0,
-// gc0 and the
+// forward   x, h0, c0, weights -> y, h_n, c_n, and the reserve if the problem says so (else null, not written)
+// backward  gy, gh_n, gc_n (null: zeros), x, y, h0, c0, weights, reserve -> every one of gx, gh0, gc0 and the
 //           weights' gradients that is not null; every element of it is written. Weights' gradients: all or
 //           none. h' is read from y and h0.
 //
