@@ -34,7 +34,11 @@ PYSEQNET_NOINLINE void dot_keys(const float* q, const T* keys, int64_t stride, i
     for (; d + VL <= D; d += VL) {
       const vf x = load(q + d);
 #pragma GCC unroll 16
-      for (int l = 0; l < VL; ++l) sums[l] += x * load_lanes(key[l] + d);
+      for (int l = 0; l < VL; ++l) {
+        sums[l] += x * load_lanes(key[l] + d);
+        // Sixteen rows at once are too many streams for the hardware to foresee.
+        __builtin_prefetch(reinterpret_cast<const char*>(key[l] + d) + VL * stride * int64_t(sizeof(T)));
+      }
     }
     if (d < D) {
       const vf x = load(q + d);
