@@ -123,11 +123,11 @@ int64_t gradient_tile(const AttentionProblem& p, const AttentionTensors& t, cons
     memset(gradients, 0, size_t(n * KEYS) * sizeof(float));
     return width;
   }
-  const int64_t panels = (width + PANEL - 1) / PANEL, columns = round_up(keys, PANEL);
-  multiply_panels(n, p.D, block.q + r0 * padded_d, padded_d, tile.panels, panels, weights, KEYS);
+  const int64_t vectors = (width + VL - 1) / VL, columns = round_up(keys, VL);
+  multiply_panels(n, p.D, block.q + r0 * padded_d, padded_d, tile.panels, vectors, weights, KEYS);
   apply_mask(p, t, b, h, i0 + r0, n, j0, limits, weights, KEYS);
   probabilities_tile(n, columns, limits, weights, KEYS, block.lse + r0);
-  multiply_panels(n, p.E, block.gout + r0 * padded_e, padded_e, tile.value_panels, panels, gradients, KEYS);
+  multiply_panels(n, p.E, block.gout + r0 * padded_e, padded_e, tile.value_panels, vectors, gradients, KEYS);
   if (p.with_gweights)
     add_weight_gradients(static_cast<const T*>(t.gweights) + row * p.S + j0, p.S, n, limits, gradients);
   softmax_gradient_tile(dropout, row, n, j0, columns, limits, weights, gradients, block.delta + r0);
@@ -321,7 +321,7 @@ void add_mask_gradients(const AttentionProblem& p, const AttentionTensors& t, co
   const int64_t length = length_of(p, t, b), row_length = round_up(p.S, KEYS);
   const int64_t seen = visible_keys(p.causal, p.causal_offset, length, at.i1 - 1);
   for (int64_t j0 = 0; j0 < seen; j0 += KEYS) {
-    const int64_t keys = smaller(KEYS, seen - j0), columns = round_up(keys, PANEL);
+    const int64_t keys = smaller(KEYS, seen - j0), columns = round_up(keys, VL);
     pack_key_tile<T>(p, t, b, h / p.group(), j0, keys, s.tile);
     for (int64_t i0 = at.i0; i0 < at.i1; i0 += BLOCK) {
       const int64_t n = smaller(BLOCK, at.i1 - i0);

@@ -55,7 +55,7 @@ struct Scratch {
     rows = carve.take<float>(PANEL * padded_d);
     q = carve.take<float>(BLOCK * padded_d);
     z = carve.take<float>(ROWS * LDZ);
-    largest = carve.take<float>(BLOCK + VL);
+    largest = carve.take<float>(BLOCK);
     sums = carve.take<float>(BLOCK * VL);
     values = with_values ? carve.take<float>(p.S * padded_e) : nullptr;
     out = with_values ? carve.take<float>(BLOCK * padded_e) : nullptr;
@@ -93,13 +93,23 @@ void write_block(const AttentionProblem& p, const AttentionTensors& t, int64_t b
   const int64_t padded = round_up(p.E, VL);
   T* out = static_cast<T*>(t.out) + b * p.out_strides.b + h * p.out_strides.h + i0 * p.out_strides.n;
   float* lse = static_cast<float*>(t.lse) + (b * p.H + h) * p.L + i0;
-  for (int64_t r = 0; r < n; ++r, out += p.out_strides.n) {
-    const SoftmaxState<float> state{s.largest[r], hsum(load(s.sums + r * VL))};
-    const float inverse = softmax_inverse(state);
-    lse[r] = state.sum == 0.0f ? -INFINITE : softmax_origin(state.largest) + logf(state.sum);
-    for (int64_t e = 0; e < p.E; e += VL)
-      store_lanes_n(out + e, load(s.out + r * padded + e) * inverse, p.E - e);
+  alignas(64) float inverse[BLOCK];
+  for (int64_t r = 0; r < n; r += VL) {
+    vf sums[VL];
+#pragma GCC unroll 16
+    for (int l = 0; l < VL; ++l) sums[l] = load(s.sums + (r + l) * VL);
+    transpose(sums);
+    vf sum = sums[0];
+#pragma GCC unroll 16
+    for (int l = 1; l < VL; ++l) sum += sums[l];
+    const vf largest = load(s.largest + r), origin = largest == -INFINITE ? vf{} : largest;
+    const vf logarithm = log2v(sum) * LN2 + (sum - sum);  // of a NaN, NaN
+    store(inverse + r, sum == 0.0f ? vf{} : 1.0f / sum);
+    store_n(lse + r, sum == 0.0f ? set1(-INFINITE) : origin + logarithm, int(smaller(n - r, VL)));
   }
+  for (int64_t r = 0; r < n; ++r, out += p.out_strides.n)
+    for (int64_t e = 0; e < p.E; e += VL)
+      store_lanes_n(out + e, load(s.out + r * padded + e) * inverse[r], p.E - e);
 }
 
 template <class T>
@@ -124,8 +134,8 @@ void forward_item(const AttentionProblem& p, const AttentionTensors& t, const Dr
           const int64_t n = smaller(ROWS, nq - r0), i0 = q0 + r0;
           const int64_t width = set_limits(p, at.length, i0, n, j0, SPAN, limits);
           if (width == 0 || mask_hides_tile(p, t, at.b, h, i0, n, j0, limits)) continue;
-          const int64_t panels = (width + PANEL - 1) / PANEL, columns = panels * PANEL;
-          multiply_panels(n, p.D, s.q + r0 * padded_d, padded_d, s.panels + j0 * p.D, panels, s.z, LDZ);
+          const int64_t vectors = (width + VL - 1) / VL, columns = vectors * VL;
+          multiply_panels(n, p.D, s.q + r0 * padded_d, padded_d, s.panels + j0 * p.D, vectors, s.z, LDZ);
           apply_mask(p, t, at.b, h, i0, n, j0, limits, s.z, LDZ);
           softmax_tile(n, columns, limits, s.z, LDZ, {s.largest + r0, s.sums + r0 * VL}, factors);
           if (dropout.on) drop_tile(dropout, (at.b * p.H + h) * p.L + i0, n, j0, columns, s.z, LDZ);
@@ -153,8 +163,8 @@ void weights_item(const AttentionProblem& p, const AttentionTensors& t, const Dr
         for (int64_t r0 = 0; r0 < nq; r0 += ROWS) {
           const int64_t n = smaller(ROWS, nq - r0), whole = smaller(SPAN, p.S - j0);
           const int64_t width = set_limits(p, at.length, q0 + r0, n, j0, SPAN, limits);
-          const int64_t panels = (width + PANEL - 1) / PANEL;
-          multiply_panels(n, p.D, s.q + r0 * padded_d, padded_d, s.panels + j0 * p.D, panels, s.z, LDZ);
+          const int64_t vectors = (width + VL - 1) / VL;
+          multiply_panels(n, p.D, s.q + r0 * padded_d, padded_d, s.panels + j0 * p.D, vectors, s.z, LDZ);
           apply_mask(p, t, at.b, h, q0 + r0, n, j0, limits, s.z, LDZ);
           probabilities_tile(n, whole, limits, s.z, LDZ, s.largest + r0);
           if (dropout.on) drop_tile(dropout, first + r0, n, j0, whole, s.z, LDZ);

@@ -41,21 +41,30 @@ PYSEQNET_INLINE void with_rounded_rows(int64_t n, F&& f) {
   f(Int<ROWS>{});
 }
 
+// z = a x K^T for `vectors` vectors of keys; of the last panel only the first half where that is enough.
 PYSEQNET_NOINLINE void multiply_panels(int64_t rows, int64_t depth, const float* a, int64_t lda,
-                                       const float* panels, int64_t count, float* z, int64_t ldz) {
+                                       const float* panels, int64_t vectors, float* z, int64_t ldz) {
   with_rounded_rows(rows, [&](auto rr) PYSEQNET_LAMBDA {
     constexpr int R = decltype(rr)::value;
     const float* ar[R];
     for (int r = 0; r < R; ++r) ar[r] = a + r * lda;
-    for (int64_t panel = 0; panel < count; ++panel) {
+    int64_t v = 0;
+    for (; v + 2 <= vectors; v += 2) {
       vf c[R][2];
       zero(c);
-      mk_rows<R, 2>(depth, ar, panels + panel * depth * PANEL, PANEL, c);
+      mk_rows<R, 2>(depth, ar, panels + v * depth * VL, PANEL, c);
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
-        store(z + r * ldz + panel * PANEL, c[r][0]);
-        store(z + r * ldz + panel * PANEL + VL, c[r][1]);
+        store(z + r * ldz + v * VL, c[r][0]);
+        store(z + r * ldz + v * VL + VL, c[r][1]);
       }
+    }
+    if (v < vectors) {
+      vf c[R][1];
+      zero(c);
+      mk_rows<R, 1>(depth, ar, panels + v * depth * VL, PANEL, c);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) store(z + r * ldz + v * VL, c[r][0]);
     }
   });
 }
@@ -123,12 +132,14 @@ PYSEQNET_NOINLINE void pack_rows(const T* src, int64_t stride, int64_t n, int64_
   }
 }
 
-// panels[n / PANEL][width][PANEL] from packed or float rows `stride` apart; lanes beyond n are zero.
+// panels[n / PANEL][width][PANEL] from packed or float rows `stride` apart; lanes beyond n are zero, but
+// the second half of a panel that is wholly beyond stays as it is: nobody reads it.
 PYSEQNET_NOINLINE void pack_panels(const float* rows, int64_t stride, int64_t n, int64_t width,
                                    float* panels) {
   for (int64_t j = 0; j < n; j += PANEL, panels += width * PANEL)
     for (int v = 0; v < 2; ++v) {
-      const int64_t first = smaller(j + v * VL, n), left = n - first;
+      const int64_t first = j + v * VL, left = n - first;
+      if (left <= 0) break;
       for (int64_t d = 0; d < width; d += VL)
         transpose_block(rows + first * stride + d, stride, int(smaller(left, VL)),
                         int(smaller(width - d, VL)), panels + d * PANEL + v * VL, PANEL);

@@ -197,16 +197,9 @@ def _reference(
     return out.to(query.dtype), weights.to(query.dtype), lse
 
 
-class _Call(NamedTuple):
-    """A call as the raw operations take it, and how the results go back to the caller's dimensions."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    mask: Tensor | None
-    key_lengths: Tensor | None
-    options: tuple[int, float, float]
-    leading: tuple[int, ...] | None  # None: four-dimensional already
+# A call as the raw operations take it: query, key, value, mask, key_lengths, options, and the leading extents of the
+# results (None: they are four-dimensional already). A plain tuple: a named one costs 0.3 us a call.
+_Call = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, tuple[int, float, float], tuple[int, ...] | None]
 
 
 def _broadcast(*shapes: Sequence[int]) -> tuple[int, ...]:
@@ -292,10 +285,6 @@ def _read(
         if dtype is not None:
             query, key, value = (autocast_cast(t, dtype) for t in (query, key, value))
             mask = None if mask is None else autocast_cast(mask, dtype)
-    if not (query.dtype == key.dtype == value.dtype):
-        raise ValueError("query, key and value must have the same dtype")
-    if not (query.device == key.device == value.device):
-        raise ValueError("query, key and value must be on the same device")
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p must be between 0 and 1, got {dropout_p}")
     leading: tuple[int, ...] | None = None
@@ -307,10 +296,11 @@ def _read(
         and (q[1] == k[1] or (k[1] > 0 and q[1] % k[1] == 0 and (enable_gqa or k[1] == 1)))
     ):
         query, key, value, leading = _four_dimensional(query, key, value, enable_gqa)
-    b, h, length, width = query.shape
-    keys = key.shape[2]
-    if key.shape[3] != width:
-        raise ValueError(f"query has head dimension {width}, key {key.shape[3]}")
+        q, k = query.shape, key.shape
+    b, h, length, width = q
+    keys = k[2]
+    if k[3] != width:
+        raise ValueError(f"query has head dimension {width}, key {k[3]}")
     if value.shape[2] != keys:
         raise ValueError(f"key has {keys} positions, value {value.shape[2]}")
     if mask is not None:
@@ -325,7 +315,7 @@ def _read(
     if key_lengths is not None:
         key_lengths = _read_lengths(key_lengths, b, query.device)
     factor = 1.0 / math.sqrt(width) if scale is None and width else 1.0 if scale is None else float(scale)
-    return _Call(query, key, value, mask, key_lengths, (int(is_causal), factor, float(dropout_p)), leading)
+    return query, key, value, mask, key_lengths, (int(is_causal), factor, float(dropout_p)), leading
 
 
 def _read_lengths(key_lengths: Tensor, batch: int, device: torch.device) -> Tensor:
