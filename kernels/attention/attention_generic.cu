@@ -12,12 +12,13 @@
 // Tile products are in attention_tile.cuh. A key that no query of the tile sees is staged as zero where its
 // weight of zero meets its value: padding that holds NaN stays there.
 //
-// Bound: FMA issue. Of forward with D = E = 64 in float, a tile costs a thread 8192 FMA, 768 vector loads
-// from shared memory, about 1300 instructions of staging, masks and softmax, and the loops around them. With
-// B 4, H 16, L = S = 2048 that is 4 * B * H * L * S * D = 68.7 GFLOP, 1.03 ms at the 67 TFLOP/s of an H200,
-// while q, k, v and out are 134 MB (0.03 ms) and keys and values read again by each tile of queries 2.1 GB,
-// mostly from the second-level cache. Predicted before any measurement: 1.6 ms, 65 % of FMA peak; a causal
-// problem a little more than half of it. 16-bit types take as long as float: tensor cores are other kernels'.
+// Bound: FMA issue. Of forward with D = E = 64 in float, a tile costs a thread 4096 FMA among about 6000
+// instructions (counted in sm_90a code: 384 are vector loads from shared memory, 1300 staging, visibility and
+// softmax). With B 4, H 16, L = S = 2048 that is 4 * B * H * L * S * D = 68.7 GFLOP, 1.03 ms at the 67 TFLOP/s
+// of an H200, while q, k, v and out are 134 MB (0.03 ms), and keys and values, read again for each tile of
+// queries, 2.1 GB, most of it from the second-level cache. Predicted before any measurement: 1.7 ms, 60 % of
+// FMA peak; a causal problem a little more than half of it. 16-bit types take as long as float: tensor cores
+// are other kernels' business. Registers: REGS; no spills on sm_80, 90a, 100, 120.
 #include "attention/attention_launch.cuh"
 
 namespace pyseqnet {
@@ -56,13 +57,12 @@ PYSEQNET_DEVICE void softmax_tile(ScoreRegisters<T>& score, SoftmaxState<accumul
       for (int c = 0; c < Tile::thread_channels; c++) sum[g][i][c] *= factor;
   }
   if (!a.dropout) return;
+  const uint32_t kept = kept_pairs(memory, a, key0, at);
 #pragma unroll
-  for (int i = 0; i < Tile::thread_rows; i++) {
-    const uint64_t row_key = memory.row_key[at.row(i)];
+  for (int i = 0; i < Tile::thread_rows; i++)
 #pragma unroll
     for (int j = 0; j < Tile::thread_columns; j++)
-      if (!dropout_keeps(row_key, key0 + at.column(j), a.threshold)) score[i][j] = 0;
-  }
+      if (!has_pair<T>(kept, i, j)) score[i][j] = 0;
 }
 
 template <class T, int groups>
@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(attention_threads, groups == 1 ? 3 : 2)
 
 // A thread joins the parts of one element of out.
 template <class T>
-__global__ void __launch_bounds__(attention_threads)
+__global__ void __launch_bounds__(attention_threads, 4)
     attention_combine_parts(const ForwardResults<accumulator_t<T>> results, const unsigned parts,
                             const int64_t H, const int64_t L, const accumulator_t<T> keep_scale,
                             const Operand<T> out) {
@@ -166,6 +166,7 @@ __global__ void __launch_bounds__(attention_threads)
     const int64_t line = k / E, channel = k - line * E;
     SoftmaxState<Acc> state = {-Acc(INFINITY), Acc(0)};
     Acc sum = 0;
+#pragma unroll 1
     for (unsigned part = 0; part < parts; part++) {
       const Acc* of_part = results.states.at(part, line);
       const Acc factor = softmax_step(state, of_part[0]);
@@ -197,19 +198,18 @@ __global__ void __launch_bounds__(attention_threads, 4)
   const uint32_t visible = visible_pairs(a, head, query0, key0, at);
   ScoreRegisters<T> score = {};
   if (walk.enter(memory, visible, at)) logits_of_tile<T>(score, memory, visible, a, head, query0, key0, at);
+  const uint32_t kept = kept_pairs(memory, a, key0, at);
 #pragma unroll
   for (int i = 0; i < Tile::thread_rows; i++) {
     const int64_t query = query0 + at.row(i);
     if (query >= a.L) continue;
     const Acc lse = memory.lse[at.row(i)];
-    const uint64_t row_key = a.dropout ? memory.row_key[at.row(i)] : 0;
     T* line = weights + (block.head * a.L + query) * a.S + key0;
 #pragma unroll
     for (int j = 0; j < Tile::thread_columns; j++) {
       if (key0 + at.column(j) >= a.S) continue;
-      const bool sees = (visible >> (i * Tile::thread_columns + j) & 1u) && lse != -Acc(INFINITY);
-      const Acc weight = sees ? exp2_of(score[i][j] - lse) * kept(a, row_key, key0 + at.column(j)) : Acc(0);
-      store(line + at.column(j), weight);
+      const bool counts = has_pair<T>(visible, i, j) && has_pair<T>(kept, i, j) && lse != -Acc(INFINITY);
+      store(line + at.column(j), counts ? exp2_of(score[i][j] - lse) * a.keep_scale : Acc(0));
     }
   }
 }
@@ -252,9 +252,10 @@ __global__ void __launch_bounds__(attention_threads)
 // ---------------------------------------------------------------- launching
 constexpr int64_t channels_of_a_group = 64;
 
-// 64 channels of values a block, or 128: every 128 the logits are computed once more.
+// 64 channels of values a block; 128 in float, where there are so many. For each 64 or 128 the logits are
+// computed once more. (16-bit heads that wide are the tensor-core kernels' business.)
 int64_t groups_of(const AttentionProblem& p) {
-  return p.dtype != DType::f64 && p.E > channels_of_a_group ? 2 : 1;
+  return p.dtype == DType::f32 && p.E > channels_of_a_group ? 2 : 1;
 }
 AttentionGrid forward_grid(const AttentionProblem& p) {
   return attention_grid(p.B * p.H, tiles_of(p, p.L), ceil_divide(p.E, groups_of(p) * channels_of_a_group),
@@ -287,7 +288,7 @@ int forward(const AttentionProblem& p, const AttentionTensors& t, void* workspac
     if (groups_of(p) == 1) {
       error = launch(config, attention_forward_tiles<T, 1>, a, g, out, results);
     } else {
-      if constexpr (sizeof(Acc) == sizeof(float))
+      if constexpr (sizeof(T) == sizeof(float))
         error = launch(config, attention_forward_tiles<T, 2>, a, g, out, results);
     }
     if (error || g.parts == 1) return error;

@@ -77,7 +77,13 @@ PYSEQNET_DEVICE int64_t mask_offset(const AttentionInputs<T>& a, const Attention
          key * a.mask_stride_s;
 }
 
-// Bit i * thread_columns + j: the thread's query i sees its key j.
+// What holds for pairs of a thread's queries and keys is kept in bits: i * thread_columns + j.
+template <class T>
+PYSEQNET_DEVICE bool has_pair(uint32_t pairs, int i, int j) {
+  return pairs >> (i * AttentionTile<T>::thread_columns + j) & 1u;
+}
+
+// Which pairs see each other.
 template <class T>
 PYSEQNET_DEVICE uint32_t visible_pairs(const AttentionInputs<T>& a, const AttentionHead& head, int64_t query0,
                                        int64_t key0, TilePlace<T> at) {
@@ -170,30 +176,39 @@ PYSEQNET_DEVICE void to_logits(ScoreRegisters<T>& score, uint32_t visible, const
                                const AttentionHead& head, int64_t query0, int64_t key0, TilePlace<T> at) {
   using Tile = AttentionTile<T>;
   using Acc = accumulator_t<T>;
-  const auto sees = [&](int i, int j) { return (visible >> (i * Tile::thread_columns + j) & 1u) != 0; };
 #pragma unroll
   for (int i = 0; i < Tile::thread_rows; i++)
 #pragma unroll
     for (int j = 0; j < Tile::thread_columns; j++)
-      score[i][j] = sees(i, j) ? score[i][j] * a.scale_log2 : -Acc(INFINITY);
+      score[i][j] = has_pair<T>(visible, i, j) ? score[i][j] * a.scale_log2 : -Acc(INFINITY);
   if (a.mask_kind != AttentionMask::additive) return;
 #pragma unroll
   for (int i = 0; i < Tile::thread_rows; i++) {
     const int64_t line = mask_offset(a, head, query0, key0) + at.row(i) * a.mask_strides.n;
 #pragma unroll
     for (int j = 0; j < Tile::thread_columns; j++)
-      if (sees(i, j)) score[i][j] += mask_value(a, line + at.column(j) * a.mask_stride_s) * Acc(log2_e);
+      if (has_pair<T>(visible, i, j))
+        score[i][j] += mask_value(a, line + at.column(j) * a.mask_stride_s) * Acc(log2_e);
   }
 }
 
-// 0 or 1 / (1 - p).
+// Which pairs dropout keeps.
 template <class T>
-PYSEQNET_DEVICE accumulator_t<T> kept(const AttentionInputs<T>& a, uint64_t row_key, int64_t key) {
-  using Acc = accumulator_t<T>;
-  if (!a.dropout) return Acc(1);
-  return dropout_keeps(row_key, key, a.threshold) ? a.keep_scale : Acc(0);
+PYSEQNET_DEVICE uint32_t kept_pairs(const AttentionMemory<T>& memory, const AttentionInputs<T>& a,
+                                    int64_t key0, TilePlace<T> at) {
+  using Tile = AttentionTile<T>;
+  if (!a.dropout) return ~uint32_t(0);
+  uint32_t kept = 0;
+#pragma unroll 1
+  for (int i = 0; i < Tile::thread_rows; i++) {
+    const uint64_t row_key = memory.row_key[at.row(i)];
+#pragma unroll
+    for (int j = 0; j < Tile::thread_columns; j++)
+      kept |= uint32_t(dropout_keeps(row_key, key0 + at.column(j), a.threshold))
+              << (i * Tile::thread_columns + j);
+  }
+  return kept;
 }
-
 template <class T>
 PYSEQNET_DEVICE void logits_of_tile(ScoreRegisters<T>& score, AttentionMemory<T>& memory, uint32_t visible,
                                     const AttentionInputs<T>& a, const AttentionHead& head, int64_t query0,
@@ -211,14 +226,13 @@ PYSEQNET_DEVICE void to_gradients(ScoreRegisters<T>& weight, ScoreRegisters<T>& 
                                   const AttentionHead& head, int64_t query0, int64_t key0, TilePlace<T> at) {
   using Tile = AttentionTile<T>;
   using Acc = accumulator_t<T>;
-  const auto sees = [&](int i, int j) { return (visible >> (i * Tile::thread_columns + j) & 1u) != 0; };
   if (a.gweights) {
 #pragma unroll
     for (int i = 0; i < Tile::thread_rows; i++) {
       const T* line = a.gweights + ((head.b * a.H + head.h) * a.L + query0) * a.S + key0 + at.row(i) * a.S;
 #pragma unroll
       for (int j = 0; j < Tile::thread_columns; j++)
-        if (sees(i, j)) gradient[i][j] += load(line + at.column(j));
+        if (has_pair<T>(visible, i, j)) gradient[i][j] += load(line + at.column(j));
     }
   }
 #pragma unroll
@@ -226,19 +240,20 @@ PYSEQNET_DEVICE void to_gradients(ScoreRegisters<T>& weight, ScoreRegisters<T>& 
     const Acc lse = memory.lse[at.row(i)];
 #pragma unroll
     for (int j = 0; j < Tile::thread_columns; j++)
-      weight[i][j] = sees(i, j) && lse != -Acc(INFINITY) ? exp2_of(weight[i][j] - lse) : Acc(0);
+      weight[i][j] =
+          has_pair<T>(visible, i, j) && lse != -Acc(INFINITY) ? exp2_of(weight[i][j] - lse) : Acc(0);
   }
+  const uint32_t kept = kept_pairs(memory, a, key0, at);
   // 0 * NaN must not be computed for what is hidden.
 #pragma unroll
   for (int i = 0; i < Tile::thread_rows; i++) {
     const Acc delta = memory.delta[at.row(i)];
-    const uint64_t row_key = a.dropout ? memory.row_key[at.row(i)] : 0;
 #pragma unroll
     for (int j = 0; j < Tile::thread_columns; j++) {
-      const Acc keep = kept(a, row_key, key0 + at.column(j));
-      const Acc of_logit = logit_gradient(weight[i][j], gradient[i][j], keep, delta);
-      gradient[i][j] = weight[i][j] == 0 ? Acc(0) : of_logit;
-      weight[i][j] *= keep;
+      const Acc keep = has_pair<T>(kept, i, j) ? a.keep_scale : Acc(0), probability = weight[i][j];
+      const Acc of_logit = logit_gradient(probability, gradient[i][j], keep, delta);
+      gradient[i][j] = probability == 0 ? Acc(0) : of_logit;
+      weight[i][j] = probability * keep;
     }
   }
 }
