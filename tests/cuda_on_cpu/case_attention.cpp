@@ -22,7 +22,7 @@ namespace {
 constexpr DType all_dtypes[] = {DType::f32, DType::bf16, DType::f16, DType::f64};
 
 // How a (B, H, N, channels) tensor lies in memory.
-enum class Form { heads_outside, heads_inside, padded, unaligned, expanded_heads, expanded_batch };
+enum class Form { heads_outside, heads_inside, padded, unaligned, expanded_heads, expanded_batch, far_apart };
 
 struct Options {
   AttentionProblem p;
@@ -56,8 +56,11 @@ struct Place {
   int64_t first = 0, count = 0;
 };
 Place place_of(Form form, int64_t B, int64_t H, int64_t N, int64_t channels) {
+  constexpr int64_t far = int64_t{1} << 26;
   Place place;
-  const int64_t line = form == Form::padded ? channels + 8 - channels % 8 : channels;
+  const int64_t line = form == Form::padded      ? channels + 8 - channels % 8
+                       : form == Form::far_apart ? far
+                                                 : channels;
   place.strides = form == Form::heads_inside ? AttentionStrides{N * H * line, line, H * line}
                                              : AttentionStrides{H * N * line, N * line, line};
   place.count = B * H * N * line;
@@ -393,11 +396,21 @@ void check_random(Suite& suite) {
   }
 }
 
+// Offsets of 2^31 elements and more, and more heads than a grid has blocks along y. Real devices only: 40 GiB
+// of host memory, 25 of the device's, a few minutes.
+void check_large(Suite& suite) {
+  Options far = problem(1, 1, 1, 2, 40, 8, 8);
+  far.form = Form::far_apart, far.p.dtype = DType::bf16;
+  check_problem(suite, far);
+  check_problem(suite, with_mask(problem(70000, 1, 1, 1, 2, 2, 2), AttentionMask::additive, 1, 1, 1, 2));
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   Suite suite(argc, argv);
   check_edges(suite);
   check_random(suite);
+  if (suite.large) check_large(suite);
   return suite.finish();
 }
