@@ -344,6 +344,8 @@ def _attend(call: _Call, return_weights: bool, return_lse: bool, reference: bool
     if reference or query.shape[3] == 0 or value.shape[3] == 0:
         out, weights, lse = _reference(query, key, value, mask, key_lengths, seed, _Options(*options))
     elif needs_autograd(query, key, value) or (mask is not None and needs_autograd(mask)):
+        if torch.compiler.is_compiling():  # dynamo refuses one tensor in two places of an autograd.Function
+            key, value = key.view_as(key), value.view_as(value)
         result = _Attention.apply(query, key, value, mask, key_lengths, seed, options, return_weights, return_lse)
         results = result if isinstance(result, tuple) else (result,)
         out, lse = results[0], results[-1]

@@ -803,6 +803,23 @@ def test_compile(device: str, name: str, dynamic: bool) -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compile_self_attention_with_dropout(device: str, dynamic: bool) -> None:
+    """One tensor in three places, and random numbers in the graph."""
+    torch._dynamo.reset()
+
+    def model(x: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(x, x, x, None, 0.5, True)
+
+    compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    x = normal((2, 2, 9, 8), 0, torch.float32).to(device).requires_grad_()
+    first, second = compiled(x), compiled(x)
+    assert not torch.equal(first, second)
+    (gradient,) = torch.autograd.grad(first.sum(), x)
+    assert gradient.isfinite().all()
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(device: str, dtype: torch.dtype) -> None:
     q, k, v = (normal((2, 2, 6, 8), n, torch.float32).to(device).requires_grad_() for n in range(3))
