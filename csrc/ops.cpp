@@ -76,4 +76,9 @@ STABLE_TORCH_LIBRARY(pyseqnet, m) {
       "query, Tensor key, Tensor value, Tensor? key_lengths, Tensor output, Tensor inverse, Tensor saved, "
       "int feature_map, bool causal, bool normalize, float scale, bool need_state) -> (Tensor, Tensor, "
       "Tensor, Tensor, Tensor)");
+  // One step of one cell for inference: input (B, I), h, c (B, H), None: zeros; the next h and c (empty unless
+  // lstm). csrc/recurrent_step.cpp
+  m.def(
+      "recurrent_step(Tensor input, Tensor? h, Tensor? c, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? "
+      "b_hh, str cell) -> (Tensor, Tensor)");
 }

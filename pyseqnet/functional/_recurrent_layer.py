@@ -14,6 +14,7 @@ from pyseqnet.functional._common import creates_graph, same_device
 
 _forward = torch.ops.pyseqnet.recurrent_forward.default
 _backward = torch.ops.pyseqnet.recurrent_backward.default
+_step = torch.ops.pyseqnet.recurrent_step.default
 _CELLS = {mode: mode.lower() for mode in reference.GATES}  # the kernels' names of the cells
 _STATIC_ARGUMENTS = 5  # of _Layer, before its tensors
 _NO_GRADIENTS = (None,) * _STATIC_ARGUMENTS
@@ -239,11 +240,27 @@ def fast_step(
 ) -> tuple[Tensor, Tensor | None]:
     if _wants_gradient(input, h, c, weights):
         return _Step.apply(mode, input, h, c, *weights)
-    result: tuple[Tensor, ...] = _forward(
-        input.unsqueeze(0), None if h is None else h.unsqueeze(0), None if c is None else c.unsqueeze(0), weights,
-        None, None, _CELLS[mode], 1, len(weights) == 4, False, False,
-    )  # fmt: skip
-    return result[1].squeeze(0), (result[2].squeeze(0) if mode == "LSTM" else None)
+    if len(weights) == 4:
+        return _step(input, h, c, *weights, _CELLS[mode])
+    return _step(input, h, c, *weights, None, None, _CELLS[mode])
+
+
+@torch.library.register_fake("pyseqnet::recurrent_step")
+def _recurrent_step_fake(
+    input: Tensor,
+    h: Tensor | None,
+    c: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    cell: str,
+) -> tuple[Tensor, Tensor]:
+    same_device("recurrent", input, h, c, w_ih, w_hh, b_ih, b_hh)
+    if input.shape[1] != w_ih.shape[1]:
+        raise RuntimeError(f"input has inconsistent input_size: got {input.shape[1]} expected {w_ih.shape[1]}")
+    batch, hidden = input.shape[0], w_hh.shape[1]
+    return input.new_empty((batch, hidden)), input.new_empty((batch, hidden) if cell == "lstm" else (0, 0))
 
 
 @torch.library.register_fake("pyseqnet::recurrent_forward")
