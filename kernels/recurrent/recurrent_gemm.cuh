@@ -105,6 +105,7 @@ PYSEQNET_DEVICE void fetch_operand(Element (&to)[loads], const Operand& o, const
   const auto* const elements = static_cast<const Element*>(o.elements);
   const Element zero = from_accumulator<Element>(0);
   const int64_t depth = begin + share.depth;
+  if (!elements) end = begin;  // a product without columns, for its row sums
   if (o.along_depth) {
     const bool inside = depth < end;
     const Element* const at_depth = elements + depth;

@@ -59,8 +59,13 @@ struct StepMemory {
   unsigned active, sourced;                        // bits: sequences with this step; those with a source
 };
 
+template <class Acc>
+constexpr int blocks_per_multiprocessor = sizeof(Acc) == 4 ? 2 : 1;
+
 template <class Task>
-__global__ void __launch_bounds__(step_threads, 2) recurrent_step(const Task task) {
+__global__ void __launch_bounds__(step_threads,
+                                  blocks_per_multiprocessor<accumulator_t<typename Task::Element>>)
+    recurrent_step(const Task task) {
   using T = typename Task::Element;
   using Acc = accumulator_t<T>;
   using Vector = StepVector<Acc>;
@@ -117,10 +122,13 @@ __global__ void __launch_bounds__(step_threads, 2) recurrent_step(const Task tas
     const int first_depth = along_depth ? own_depth : t / columns;
     const int depth_step = along_depth ? 0 : step_threads / columns;
     const int first_sourced = __ffs(int(sourced)) - 1;
+    // Load j of the sources is done where there are more than j slices.
+    const bool two = slices >= 2, four = slices >= 4, eight = slices >= 8;
+    const auto has = [&](int j) { return j == 0 || (j < 2 ? two : j < 4 ? four : eight); };
     const Acc* line[most_slices];
 #pragma unroll
     for (int j = 0; j < most_slices; j++) {
-      const int own = j < slices ? first_line + j * line_step : first_sourced;
+      const int own = has(j) ? first_line + j * line_step : first_sourced;
       line[j] = task.sources + memory.source_at[sourced >> own & 1 ? own : first_sourced];
     }
     const T* column[weight_loads];
@@ -141,7 +149,7 @@ __global__ void __launch_bounds__(step_threads, 2) recurrent_step(const Task tas
       const bool inside = k < w.depth;
 #pragma unroll
       for (int j = 0; j < most_slices; j++)
-        if (j < slices) next_source[j] = inside ? line[j][at] : Acc(0);
+        if (has(j)) next_source[j] = inside ? line[j][at] : Acc(0);
       const int64_t along = depth * w.depth_stride;
 #pragma unroll
       for (int j = 0; j < weight_loads; j++)
@@ -153,7 +161,7 @@ __global__ void __launch_bounds__(step_threads, 2) recurrent_step(const Task tas
     for (int64_t depth = 0; depth < w.depth; depth += chunk) {
 #pragma unroll
       for (int j = 0; j < most_slices; j++)
-        if (j < slices) staged_source[own_depth * source_line + first_line + j * line_step] = next_source[j];
+        if (has(j)) staged_source[own_depth * source_line + first_line + j * line_step] = next_source[j];
 #pragma unroll
       for (int j = 0; j < weight_loads; j++)
         staged_weights[(first_depth + j * depth_step) * weight_line + first_column + j * column_step] =

@@ -61,7 +61,6 @@ struct ForwardCell {
   struct Inputs {
     Acc from_input[gates];
     CellState<Acc> before;
-    int64_t row;
     bool last;
   };
 
@@ -72,10 +71,10 @@ struct ForwardCell {
   PYSEQNET_DEVICE Inputs read(int d, int64_t b, int64_t unit) const {
     const int64_t t = step(d), state = d * sequences.B + b;
     Inputs in = {};
-    in.row = sequences.row(t, b);
+    const int64_t row = sequences.row(t, b);
     in.last = sequences.ends(t, b, d);
     const Acc* slot =
-        from_input + (in.row * slots * H + unit - (d ? from_input_origin[1] : from_input_origin[0]));
+        from_input + (row * slots * H + unit - (d ? from_input_origin[1] : from_input_origin[0]));
 #pragma unroll
     for (int g = 0; g < gates; g++) in.from_input[g] = slot[g * H];
     if constexpr (Kind::is_gru) in.before.h = sources[state * R + unit];
@@ -85,7 +84,7 @@ struct ForwardCell {
 
   PYSEQNET_DEVICE void finish(int d, int64_t b, int64_t unit, const Inputs& in,
                               const Acc (&sum)[gates]) const {
-    const int64_t state = d * sequences.B + b;
+    const int64_t state = d * sequences.B + b, row = sequences.row(step(d), b);
     Acc slot[slots];
     if constexpr (Kind::is_gru) {
       slot[0] = in.from_input[0] + sum[0];
@@ -103,13 +102,13 @@ struct ForwardCell {
       after = Cell::forward(slot, in.before);
 
     if (!Kind::is_rnn && saved) {
-      Acc* to = saved + (d * sequences.N + in.row) * slots * H + unit;
+      Acc* to = saved + (d * sequences.N + row) * slots * H + unit;
 #pragma unroll
       for (int s = 0; s < slots; s++) to[s * H] = slot[s];
     }
     if constexpr (Cell::has_cell) {
       c[state * H + unit] = after.c;
-      if (cells) cells[(d * sequences.N + in.row) * H + unit] = after.c;
+      if (cells) cells[(d * sequences.N + row) * H + unit] = after.c;
       if (in.last && c_n) store(c_n + state * H + unit, after.c);
       if (!h_after) {
         unprojected[state * H + unit] = after.h;
@@ -232,8 +231,7 @@ struct BackwardCell {
 
   struct Inputs {
     CellBackward<Acc, slots> at;  // but for the sum's part of the gradient of h
-    int64_t row;                  // d * N + row
-    bool first, adds_sum;
+    bool adds_sum;
   };
 
   PYSEQNET_DEVICE int64_t step(int d) const { return d ? product.t[1] : product.t[0]; }
@@ -247,8 +245,8 @@ struct BackwardCell {
     const int64_t t = step(d), before = d ? t + 1 : t - 1, state = (d * sequences.B + b) * H + unit;
     const bool last = sequences.ends(t, b, d);
     Inputs in = {};
-    in.row = d * sequences.N + sequences.row(t, b);
-    in.first = sequences.begins(t, b, d);
+    const int64_t row = d * sequences.N + sequences.row(t, b);
+    const bool first = sequences.begins(t, b, d);
     in.adds_sum = projected || !last;
     CellBackward<Acc, slots>& at = in.at;
     if (!projected) {
@@ -258,16 +256,16 @@ struct BackwardCell {
     }
     if constexpr (!Kind::is_rnn) {
 #pragma unroll
-      for (int s = 0; s < slots; s++) at.saved[s] = saved[(in.row * slots + s) * H + unit];
+      for (int s = 0; s < slots; s++) at.saved[s] = saved[(row * slots + s) * H + unit];
     }
     if constexpr (Cell::has_cell) {
-      at.c = cells[in.row * H + unit];
+      at.c = cells[row * H + unit];
       at.previous.c =
-          in.first ? load_or_zero(c0, state) : cells[(d * sequences.N + sequences.row(before, b)) * H + unit];
+          first ? load_or_zero(c0, state) : cells[(d * sequences.N + sequences.row(before, b)) * H + unit];
       at.gradient.c = last ? load_or_zero(gc_n, state) : passed[state];
     } else if constexpr (Kind::is_gru) {
       at.previous.h =
-          in.first ? load_or_zero(h0, state) : load(y + sequences.at(before, b, y_t, y_b) + d * R + unit);
+          first ? load_or_zero(h0, state) : load(y + sequences.at(before, b, y_t, y_b) + d * R + unit);
     } else {
       at.h = load(y + sequences.at(t, b, y_t, y_b) + d * R + unit);
     }
@@ -275,7 +273,8 @@ struct BackwardCell {
   }
 
   PYSEQNET_DEVICE void finish(int d, int64_t b, int64_t unit, const Inputs& in, const Acc (&sum)[1]) const {
-    const int64_t state = (d * sequences.B + b) * H + unit;
+    const int64_t t = step(d), state = (d * sequences.B + b) * H + unit;
+    const int64_t row = d * sequences.N + sequences.row(t, b);
     CellBackward<Acc, slots> at = in.at;
     if (in.adds_sum) at.gradient.h += sum[0];
     Acc gradient[slots];
@@ -285,12 +284,12 @@ struct BackwardCell {
     else
       to_before = Cell::backward(at, gradient);
 #pragma unroll
-    for (int s = 0; s < slots; s++) slot_gradients[(in.row * slots + s) * H + unit] = gradient[s];
+    for (int s = 0; s < slots; s++) slot_gradients[(row * slots + s) * H + unit] = gradient[s];
     if constexpr (Kind::is_gru) passed[state] = to_before.h;
     if constexpr (Cell::has_cell) {
       passed[state] = to_before.c;
-      if (in.first && gc0) store(gc0 + state, to_before.c);
-      if (unprojected) unprojected[in.row * H + unit] = at.saved[3] * Math::tanh(at.c);
+      if (gc0 && sequences.begins(t, b, d)) store(gc0 + state, to_before.c);
+      if (unprojected) unprojected[row * H + unit] = at.saved[3] * Math::tanh(at.c);
     }
   }
 };
