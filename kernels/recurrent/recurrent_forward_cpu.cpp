@@ -13,6 +13,7 @@
 //
 // Bound: FMA throughput, 2 * rows * G * H * (I + R) in all; the recurrent weights stream from the second or
 // third level once a step. The cell costs about 100 cycles for VL units and step.
+#include "recurrent/recurrent_few_rows.h"
 #include "recurrent/recurrent_products.h"
 #include "recurrent/recurrent_schedule.h"
 
@@ -36,6 +37,7 @@ constexpr int most_slots = 4;
 // Sizes that plan() and run() agree on.
 struct Sizes {
   bool gated;
+  bool few;  // weights are read where they lie
   int64_t NR, units, panels, slots, projection_panels;
   int64_t chunk;  // rows of slots made by one product, before the step that exceeds it
   int64_t batch;
@@ -43,6 +45,7 @@ struct Sizes {
   explicit Sizes(const RecurrentProblem& p) {
     constexpr int64_t chunk_floats = 1 << 18, longest_chunk = 384;  // half of a second-level cache
     gated = p.saved() > 0;
+    few = p.T * p.B <= few_rows && !p.P && !(pairs && (p.I % 2 || p.H % 2));
     NR = (p.cell == RecurrentCell::gru ? 3 : 4) * VL;
     units = gated ? VL : NR;
     panels = (p.H + units - 1) / units;
@@ -62,8 +65,8 @@ struct Shared {
 
   Shared(Carver& shared, const RecurrentProblem& p, const Sizes& z) : schedule(Schedule::carve(shared, p)) {
     for (int64_t d = 0; d < p.D; d++) {
-      w_ih[d] = shared.take<float>(z.panels * z.NR * words(p.I));
-      w_hh[d] = shared.take<float>(z.panels * z.NR * words(p.R()));
+      w_ih[d] = shared.take<float>(z.few ? 0 : z.panels * z.NR * words(p.I));
+      w_hh[d] = shared.take<float>(z.few ? 0 : z.panels * z.NR * words(p.R()));
       w_hr[d] = shared.take<float>(z.projection_panels * 4 * VL * p.H);
       bias[d] = shared.take<float>(z.panels * most_slots * VL);
     }
@@ -108,9 +111,11 @@ void pack_panel(const RecurrentProblem& p, const RecurrentWeights& w, const Size
     const int64_t u = z.gated ? panel * VL : panel * z.NR + v * VL, first = (z.gated ? v * p.H : 0) + u;
     const int n = int(u >= p.H ? 0 : p.H - u < VL ? p.H - u : VL);
     const auto row = [&](int j) { return first + j; };
-    pack_columns(p.dtype, w.w_ih, p.I, n, row, shared.w_ih[d] + panel * z.NR * words(p.I) + v * VL, z.NR,
-                 copy);
-    pack_columns(p.dtype, w.w_hh, R, n, row, shared.w_hh[d] + panel * z.NR * words(R) + v * VL, z.NR, copy);
+    if (!z.few) {
+      pack_columns(p.dtype, w.w_ih, p.I, n, row, shared.w_ih[d] + panel * z.NR * words(p.I) + v * VL, z.NR,
+                   copy);
+      pack_columns(p.dtype, w.w_hh, R, n, row, shared.w_hh[d] + panel * z.NR * words(R) + v * VL, z.NR, copy);
+    }
     if (!w.b_ih || n == 0) continue;
     const bool apart = p.cell == RecurrentCell::gru && v == 2;
     float* of_x = bias + v * VL;
@@ -266,6 +271,47 @@ struct Plain {
   }
 };
 
+// Few rows: both parts of the sums at once, then the cell.
+template <class T>
+void sums_of_few(const RecurrentProblem& p, const RecurrentWeights& w, const StepRows& at, int64_t n,
+                 const float* const* x_rows, const float* const* h_rows, float** to) {
+  const int64_t H = at.H, I = words(p.I), R = at.depth,
+                common = (p.cell == RecurrentCell::gru ? 2 : p.gates()) * H;
+  const T *w_ih = static_cast<const T*>(w.w_ih), *w_hh = static_cast<const T*>(w.w_hh);
+  const Term<T> both[] = {{x_rows, w_ih, I}, {h_rows, w_hh, R}};
+  dot_rows(both, 2, n, common, at.slots);
+  if (p.cell != RecurrentCell::gru) return;
+  const Term<T> of_x{x_rows, w_ih + 2 * H * I, I}, of_h{h_rows, w_hh + 2 * H * R, R};
+  for (int64_t k = 0; k < n; k++) to[k] = at.slots[k] + 2 * H;
+  dot_rows(&of_x, 1, n, H, to);
+  for (int64_t k = 0; k < n; k++) to[k] = at.slots[k] + 3 * H;
+  dot_rows(&of_h, 1, n, H, to);
+}
+void cells_of_few(const RecurrentProblem& p, const StepRows& at, int64_t n) {
+  for (int64_t row = 0; row < n; row++)
+    for (int64_t u = 0; u < at.H; u += VL) {
+      const int n = lanes(at.H - u);
+      const float* bias = at.bias + u * most_slots;
+      float* slot = at.slots[row] + u;
+      if (p.cell == RecurrentCell::lstm) {
+        Gated<LstmTiling>::last_units_of_row(at, bias, vf{}, row, u, n);
+      } else if (p.cell == RecurrentCell::gru) {
+        float sums[3 * VL];
+        store(sums, load(bias)), store(sums + VL, load(bias + VL));
+        store(sums + 2 * VL, load_n(slot + 3 * at.H, n));
+        store_n(slot + 2 * at.H, load_n(slot + 2 * at.H, n) + load(bias + 2 * VL), n);
+        Gated<GruTiling>::last_units_of_row(at, sums, load(bias + 3 * VL), row, u, n);
+      } else {
+        vf s[1] = {load_n(slot, n) + load(at.bias + u)};
+        const CellState<vf> none{};
+        store_n(at.to + row * at.H + u,
+                p.cell == RecurrentCell::rnn_relu ? ReluCell<LaneMath>::forward(s, none).h
+                                                  : TanhCell<LaneMath>::forward(s, none).h,
+                n);
+      }
+    }
+}
+
 struct Forward {
   const RecurrentProblem& p;
   const RecurrentTensors& t;
@@ -310,6 +356,18 @@ struct Forward {
       case RecurrentCell::rnn_relu:
         return Plain::step(step, n, p.cell == RecurrentCell::rnn_relu);
     }
+  }
+
+  void step_of_few(int64_t d, int64_t n, const float* const* x_rows, float* const* slots) const {
+    const StepRows step = rows_of(d, slots);
+    for (int64_t k = 0; k < n; k++) at.a_rows[k] = step.h_words + k * step.depth;
+    if (p.dtype == DType::f32 || pairs)
+      sums_of_few<float>(p, t.weights[d], step, n, x_rows, at.a_rows, at.to_rows);
+    else if (p.dtype == DType::bf16)
+      sums_of_few<bfloat16>(p, t.weights[d], step, n, x_rows, at.a_rows, at.to_rows);
+    else
+      sums_of_few<float16>(p, t.weights[d], step, n, x_rows, at.a_rows, at.to_rows);
+    cells_of_few(p, step, n);
   }
 
   // Where rows of the slots and of x lie for step s; returns how many sequences run.
@@ -373,10 +431,13 @@ struct Forward {
         place_rows(q, end, ahead, rows);
         rows += ahead;
       }
-      input_part(q.d, rows);
+      if (!z.few) input_part(q.d, rows);
       for (int64_t row = 0; s < end; s++, row += n) {
         n = q.active(s, n);
-        step(q.d, n, at.slot_rows + row);
+        if (z.few)
+          step_of_few(q.d, n, at.x_rows + row, at.slot_rows + row);
+        else
+          step(q.d, n, at.slot_rows + row);
         if (p.P) project(q, n);
         float* spare = at.h;
         at.h = at.h_next, at.h_next = spare;
