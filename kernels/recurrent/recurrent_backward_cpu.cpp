@@ -27,6 +27,7 @@ struct Sizes {
   int64_t rows;                  // of all sequences together
   int64_t slots, width, stride;  // a row of gradients: slots * H elements, in whole words
   int64_t x_panels, h_panels, m_panels;
+  bool x_in_place, h_in_place;  // few rows multiply a weight where it lies: packing would cost more
   int64_t batch, input_blocks;
   // A row of gradients in parts that are one piece of each weight's rows, the parts in blocks: one item each.
   int64_t parts, part, gate_blocks, gate_block;
@@ -50,6 +51,10 @@ struct Sizes {
     width = slots * p.H;
     stride = pairs ? 2 * words(width + p.gates() * p.H % 2) : width;  // a product may read one more element
     x_panels = (p.I + panel - 1) / panel, h_panels = (p.R() + panel - 1) / panel;
+    const bool few = !pairs && p.dtype == DType::f32 && rows <= few_rows;
+    x_in_place = few && p.I % panel == 0, h_in_place = few && p.R() % panel == 0;
+    if (x_in_place) x_panels = 0;
+    if (h_in_place) h_panels = 0;
     m_panels = p.P ? (p.H + panel - 1) / panel : 0;
     batch = Batch::batch_bound(p);
     input_blocks = (rows + input_block - 1) / input_block;
@@ -271,7 +276,9 @@ struct BackThroughTime {
                                 recurrent_part(p));
       }
       if (s > 0 || t.gh0)
-        multiply_rows(n, R, K, at.a_rows, shared.w_hh[d], at.to_rows, p.cell == RecurrentCell::gru);
+        multiply_rows(
+            n, R, K, at.a_rows, z.h_in_place ? static_cast<const float*>(t.weights[d].w_hh) : shared.w_hh[d],
+            at.to_rows, p.cell == RecurrentCell::gru, z.h_in_place ? Panels::in_place : Panels::packed);
     }
     for (int64_t k = 0; k < q.n; k++) {
       const int64_t state = d * p.B + q.sequence[k];
@@ -305,7 +312,18 @@ void input_gradient(const RecurrentProblem& p, const RecurrentTensors& t, const 
       a_rows[d][k] = as_words(shared.gradients[d] + (schedule.start[p.step(step, b, d)] + rank) * z.stride);
     to_rows[k] = p.dtype == DType::f32 ? static_cast<float*>(t.gx) + at[k] : scratch + k * p.I;
   }
-  for (int64_t d = 0; d < p.D; d++) multiply_rows(n, p.I, K, a_rows[d], shared.w_ih[d], to_rows, d > 0);
+  for (int64_t d = 0; d < p.D; d++) {
+    if (!z.x_in_place) {
+      multiply_rows(n, p.I, K, a_rows[d], shared.w_ih[d], to_rows, d > 0);
+      continue;
+    }
+    // A GRU's row of gradients begins with its third gate.
+    const float* w = static_cast<const float*>(t.weights[d].w_ih);
+    const int64_t third = p.cell == RecurrentCell::gru ? p.H : 0;
+    if (third) multiply_rows(n, p.I, third, a_rows[d], w + 2 * p.H * p.I, to_rows, d > 0, Panels::in_place);
+    for (int64_t k = 0; k < n; k++) a_rows[d][k] += third;
+    multiply_rows(n, p.I, K - third, a_rows[d], w, to_rows, third || d > 0, Panels::in_place);
+  }
   if (p.dtype != DType::f32)
     for (int64_t k = 0; k < n; k++) store_row(p.dtype, to_rows[k], t.gx, at[k], p.I);
 }

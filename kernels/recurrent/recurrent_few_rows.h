@@ -11,9 +11,6 @@ namespace pyseqnet {
 inline namespace PYSEQNET_ISA {
 namespace recurrent {
 
-// Fewer rows than this in all are few.
-constexpr int64_t few_rows = 128;
-
 // One term of a sum: rows of words times rows of a weight (as stored; words where the processor multiplies
 // pairs).
 template <class T>

@@ -17,6 +17,8 @@ using Factor = bfloat16;  // element of a row that a product reads
 constexpr bool pairs = false;
 using Factor = float;
 #endif
+// So many rows in all, or fewer, are few: packing a weight would cost more than multiplying with it.
+constexpr int64_t few_rows = 128;
 constexpr int64_t words(int64_t elements) { return pairs ? (elements + 1) / 2 : elements; }
 PYSEQNET_INLINE const float* as_words(const Factor* p) { return reinterpret_cast<const float*>(p); }
 
@@ -37,9 +39,10 @@ inline const float* word_row(DType dtype, const void* from, int64_t at, int64_t 
 
 // c += A * B over K words of depth: A by rows (mk_rows), or word (i, k) at a[i + k * a_stride] (mk_cols).
 template <int R, int NV>
-PYSEQNET_INLINE void tile_of_rows(int64_t K, const float* const* a, const float* b, vf (&c)[R][NV]) {
+PYSEQNET_INLINE void tile_of_rows(int64_t K, const float* const* a, const float* b, int64_t b_stride,
+                                  vf (&c)[R][NV]) {
 #if defined(__AVX512BF16__)
-  for (int64_t k = 0; k < K; ++k, b += NV * VL) {
+  for (int64_t k = 0; k < K; ++k, b += b_stride) {
     __m512bh bv[NV];
 #pragma GCC unroll 8
     for (int j = 0; j < NV; ++j) bv[j] = (__m512bh)load(b + j * VL);
@@ -51,7 +54,7 @@ PYSEQNET_INLINE void tile_of_rows(int64_t K, const float* const* a, const float*
     }
   }
 #else
-  mk_rows<R, NV>(K, a, b, NV * VL, c);
+  mk_rows<R, NV>(K, a, b, b_stride, c);
 #endif
 }
 template <int R, int NV>
@@ -74,12 +77,14 @@ PYSEQNET_INLINE void tile_of_columns(int64_t K, const float* a, int64_t a_stride
 #endif
 }
 
-// Walks all register tiles of an M x N product, panels of B outside, rows split evenly.
+// Walks all register tiles of an M x N product, panels of B (`panel_step` words apart) outside, rows split
+// evenly.
 template <int NV, class Tile, class Epi>
-PYSEQNET_INLINE void for_tiles(int64_t M, int64_t N, int64_t K, const float* b, Tile&& tile, Epi&& epi) {
+PYSEQNET_INLINE void for_tiles(int64_t M, int64_t N, const float* b, int64_t panel_step, Tile&& tile,
+                               Epi&& epi) {
   constexpr int NR = NV * VL, MR = mr<NV>();
   const int64_t blocks = (M + MR - 1) / MR;
-  for (int64_t j0 = 0; j0 < N; j0 += NR, b += K * NR) {
+  for (int64_t j0 = 0; j0 < N; j0 += NR, b += panel_step) {
     int64_t i0 = 0;
     for (int64_t k = 0; k < blocks; ++k) {
       const int rows = int((M - i0 + blocks - k - 1) / (blocks - k));
@@ -94,25 +99,30 @@ PYSEQNET_INLINE void for_tiles(int64_t M, int64_t N, int64_t K, const float* b, 
     }
   }
 }
-// epi(A * B): A by row pointers, row(i) -> K words; B packed in panels of NV vectors.
+// epi(A * B): A by row pointers, row(i) -> K words; B packed in panels of NV vectors (or laid out as said).
 template <int NV, class Row, class Epi>
-PYSEQNET_INLINE void product_of_rows(int64_t M, int64_t N, int64_t K, Row&& row, const float* b, Epi&& epi) {
+PYSEQNET_INLINE void product_of_rows(int64_t M, int64_t N, int64_t K, Row&& row, const float* b,
+                                     int64_t b_stride, int64_t panel_step, Epi&& epi) {
   for_tiles<NV>(
-      M, N, K, b,
+      M, N, b, panel_step,
       [&](auto height, int64_t i0, const float* panel, auto& c) PYSEQNET_LAMBDA {
         constexpr int R = decltype(height)::value;
         const float* a[R];
         for (int i = 0; i < R; ++i) a[i] = row(i0 + i);
-        tile_of_rows<R, NV>(K, a, panel, c);
+        tile_of_rows<R, NV>(K, a, panel, b_stride, c);
       },
       epi);
+}
+template <int NV, class Row, class Epi>
+PYSEQNET_INLINE void product_of_rows(int64_t M, int64_t N, int64_t K, Row&& row, const float* b, Epi&& epi) {
+  product_of_rows<NV>(M, N, K, row, b, NV * VL, K * NV * VL, epi);
 }
 // epi(A^T * B): word (i, k) of A^T at a[i + k * a_stride].
 template <int NV, class Epi>
 PYSEQNET_INLINE void product_of_columns(int64_t M, int64_t N, int64_t K, const float* a, int64_t a_stride,
                                         const float* b, Epi&& epi) {
   for_tiles<NV>(
-      M, N, K, b,
+      M, N, b, K * NV * VL,
       [&](auto height, int64_t i0, const float* panel, auto& c)
           PYSEQNET_LAMBDA { tile_of_columns<decltype(height)::value, NV>(K, a + i0, a_stride, panel, c); },
       epi);
@@ -207,11 +217,15 @@ struct StoreRows {
     }
   }
 };
-// rows[i] (+)= a[i] * B over K words, B packed in panels of 4 vectors. Out of line: one copy serves every
-// product.
+// Where the panels of B lie: packed, or in a matrix of K rows whose N columns are a multiple of a panel.
+enum class Panels { packed, in_place };
+// rows[i] (+)= a[i] * B over K words. Out of line: one copy serves every product.
 __attribute__((noinline)) inline void multiply_rows(int64_t M, int64_t N, int64_t K, const float* const* a,
-                                                    const float* b, float* const* rows, bool add) {
-  product_of_rows<4>(M, N, K, [&](int64_t i) { return a[i]; }, b, StoreRows{rows, add});
+                                                    const float* b, float* const* rows, bool add,
+                                                    Panels panels = Panels::packed) {
+  constexpr int64_t NR = 4 * VL;
+  const int64_t stride = panels == Panels::packed ? NR : N, step = panels == Panels::packed ? K * NR : NR;
+  product_of_rows<4>(M, N, K, [&](int64_t i) { return a[i]; }, b, stride, step, StoreRows{rows, add});
 }
 
 inline Refusal refuses(const RecurrentProblem& p) {
