@@ -30,8 +30,9 @@
 namespace pyseqnet {
 namespace {
 
-// The input's part of the gates where no reserve holds it: as many steps as fit, at least one.
-constexpr int64_t sums_bytes = int64_t(64) << 20;
+// The input's part of the gates where no reserve holds it is made for some steps at a time: as many as fit,
+// at least one, and no more than make a good product even of a single sequence.
+constexpr int64_t sums_bytes = int64_t(64) << 20, most_sums_steps = 256;
 
 int64_t slots_of(const RecurrentProblem& p) { return p.saved() ? p.saved() : 1; }
 int64_t third_gate_of(const RecurrentProblem& p) {
@@ -72,15 +73,33 @@ class Workspace {
   int64_t bytes_ = 0;
 };
 
+// What steps in parts need.
+template <class Acc>
+struct PartMemory {
+  Acc* partial;
+  unsigned* arrived;
+
+  explicit PartMemory(Workspace& memory)
+      : partial(memory.take<Acc>(wanted_step_blocks * part_results)),
+        arrived(memory.take<unsigned>(wanted_step_blocks)) {}
+  void give_to(RowLists& rows) const { rows.arrived = arrived, rows.counters = wanted_step_blocks; }
+  template <class T>
+  void give_to(StepWeights<T>& w) const {
+    w.partial = partial, w.arrived = arrived;
+  }
+};
+
 template <class Acc>
 struct ForwardMemory {
+  Workspace memory;
+  PartMemory<Acc> parts;
   RowLists rows = {};
   Acc *h[2], *c, *unprojected, *sums;  // sums null: the reserve holds them
   int64_t chunk_steps;
   int64_t bytes;
 
-  ForwardMemory(const RecurrentProblem& p, void* base) {
-    Workspace memory(base);
+  ForwardMemory(const RecurrentProblem& p, void* base) : memory(base), parts(memory) {
+    parts.give_to(rows);
     rows.row = memory.take<int64_t>(p.rows());
     rows.x = memory.take<int64_t>(p.rows());
     for (Acc*& state : h) state = memory.take<Acc>(p.D * p.B * p.R());
@@ -89,7 +108,7 @@ struct ForwardMemory {
     const int64_t step = p.D * p.B * slots_of(p) * p.H;
     const bool in_reserve = p.reserve && p.saved();
     const int64_t fit = sums_bytes / std::max<int64_t>(step * int64_t(sizeof(Acc)), 1);
-    chunk_steps = in_reserve ? p.T : std::clamp<int64_t>(fit, 1, std::max<int64_t>(p.T, 1));
+    chunk_steps = in_reserve ? p.T : std::max<int64_t>(std::min({fit, most_sums_steps, p.T}), 1);
     sums = memory.take<Acc>(in_reserve ? 0 : chunk_steps * step);
     bytes = memory.bytes();
   }
@@ -106,12 +125,14 @@ Product gradient_product(const RecurrentProblem& p, int64_t rows, int64_t column
 
 template <class Acc>
 struct BackwardMemory {
+  Workspace memory;
+  PartMemory<Acc> parts;
   RowLists rows = {};
   Acc *slot_gradients, *h_gradients, *unprojected, *passed, *partial;
   int64_t bytes;
 
-  BackwardMemory(const RecurrentProblem& p, void* base) {
-    Workspace memory(base);
+  BackwardMemory(const RecurrentProblem& p, void* base) : memory(base), parts(memory) {
+    parts.give_to(rows);
     rows.row = memory.take<int64_t>(p.rows());
     rows.x = memory.take<int64_t>(p.rows());
     rows.gx = memory.take<int64_t>(p.rows());
@@ -249,6 +270,7 @@ int launch_forward(const RecurrentProblem& p, const RecurrentTensors& t, void* w
 
   ForwardCell<T, Kind> cell = {};
   cell.product = recurrent_weights<T>(p, t, true);
+  memory.parts.give_to(cell.product);
   cell.sequences = q, cell.H = p.H, cell.R = p.R(), cell.relu = p.cell == RecurrentCell::rnn_relu;
   cell.c = memory.c, cell.unprojected = memory.unprojected;
   cell.saved = p.reserve && p.saved() ? static_cast<Acc*>(t.gates) : nullptr;
@@ -260,6 +282,7 @@ int launch_forward(const RecurrentProblem& p, const RecurrentTensors& t, void* w
       cell.recurrent_bias[d] = static_cast<const T*>(t.weights[d].b_hh) + third_gate_of(p);
   ForwardProjection<T> projection = {};
   if (p.P) projection.product = projection_weights<T>(p, t, true);
+  memory.parts.give_to(projection.product);
   projection.sequences = q, projection.H = p.H, projection.R = p.R();
   projection.sources = memory.unprojected;
   projection.y = cell.y, projection.h_n = cell.h_n, projection.y_t = p.y_t, projection.y_b = p.y_b;
@@ -304,6 +327,7 @@ void launch_back_through_time(Launches& run, const RecurrentProblem& p, const Re
   using Acc = accumulator_t<T>;
   BackwardState<T> state = {};
   state.product = recurrent_weights<T>(p, t, false);
+  memory.parts.give_to(state.product);
   state.sequences = q, state.R = p.R(), state.row_width = slots_of(p) * p.H;
   state.sources = memory.slot_gradients, state.h_gradients = memory.h_gradients;
   state.gy = static_cast<const T*>(t.gy), state.gh_n = static_cast<const T*>(t.gh_n);
@@ -311,6 +335,7 @@ void launch_back_through_time(Launches& run, const RecurrentProblem& p, const Re
 
   BackwardCell<T, Kind> cell = {};
   cell.product = p.P ? projection_weights<T>(p, t, false) : state.product;
+  memory.parts.give_to(cell.product);
   cell.sequences = q, cell.H = p.H, cell.R = p.R(), cell.relu = p.cell == RecurrentCell::rnn_relu;
   cell.h0 = static_cast<const T*>(t.h0), cell.c0 = static_cast<const T*>(t.c0);
   cell.y = static_cast<const T*>(t.y), cell.gy = state.gy, cell.gh_n = state.gh_n;
@@ -454,7 +479,7 @@ int64_t backward_bytes(const RecurrentProblem& p) {
 }
 
 Refusal refuses(const RecurrentProblem& p) {
-  // zero_padding() has a block for each row, list_rows() counts them in an int.
+  // list_rows() counts them in an int.
   if (p.T * p.B >= int64_t(1) << 31) return "2^31 or more rows";
   return accepted;
 }

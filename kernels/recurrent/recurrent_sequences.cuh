@@ -9,9 +9,9 @@ namespace pyseqnet {
 
 // Blocks are numbered in one dimension of the grid. Work for more of them is refused by launch(), not cut
 // short.
-inline dim3 grid_of(int64_t blocks, unsigned z = 1) {
+inline dim3 grid_of(int64_t blocks, unsigned y = 1, unsigned z = 1) {
   constexpr int64_t limit = (int64_t(1) << 31) - 1;
-  return dim3(unsigned(blocks <= limit ? blocks : limit + 1), 1, z);
+  return dim3(unsigned(blocks <= limit ? blocks : limit + 1), y, z);
 }
 
 PYSEQNET_HOST_DEVICE constexpr int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -42,6 +42,8 @@ inline Sequences sequences_of(const RecurrentProblem& p, const RecurrentTensors&
 struct RowLists {
   int64_t *row, *x, *gx;
   int64_t* before[max_directions];  // an element of y, or ~i for element i of h0
+  unsigned* arrived;                // counters that are set to 0 in passing
+  int64_t counters;
 };
 struct RowStrides {
   int64_t x_t, x_b, gx_t, gx_b, y_t, y_b;
@@ -55,6 +57,8 @@ __global__ void __launch_bounds__(list_threads)
     list_rows(const Sequences q, const RowLists to, const RowStrides s) {
   const int64_t t = blockIdx.x;
   const int lane = int(threadIdx.x);
+  if (t == 0)
+    for (int64_t i = lane; i < to.counters; i += list_threads) to.arrived[i] = 0;
   int before = 0;  // fewer than 2^31: refuses() sees to it
   for (int64_t b = lane; b < q.B; b += list_threads) {
     const int64_t length = q.length(b);
@@ -87,24 +91,27 @@ inline int launch_list_rows(const Sequences& q, const RowLists& to, const RowStr
                 strides);
 }
 
-// Writes 0 to the padded positions of a tensor (T, B, width).
-constexpr int zero_threads = 128;
+// Writes 0 to the padded positions of a tensor (T, B, width), a warp a position.
+constexpr int zero_threads = 256;
 
 template <class T>
 __global__ void __launch_bounds__(zero_threads)
     zero_padding(const Sequences q, T* __restrict__ to, int64_t stride_t, int64_t stride_b, int64_t width) {
-  const int64_t t = blockIdx.x / q.B, b = blockIdx.x % q.B;
-  if (t < q.length(b)) return;
+  const int64_t position = int64_t(blockIdx.x) * (zero_threads / 32) + threadIdx.x / 32;
+  const int64_t t = position / q.B, b = position % q.B;
+  if (t >= q.T || t < q.length(b)) return;
   T* row = to + t * stride_t + b * stride_b;
-  for (int64_t i = threadIdx.x; i < width; i += zero_threads) row[i] = from_accumulator<T>(0);
+  for (int64_t i = threadIdx.x % 32; i < width; i += 32) row[i] = from_accumulator<T>(0);
 }
 
 template <class T>
 int launch_zero_padding(const Sequences& q, void* to, int64_t stride_t, int64_t stride_b, int64_t width,
                         void* stream) {
   if (!q.lengths || q.offsets || !to || q.T * q.B == 0) return launch_ok;
-  return launch({.grid = grid_of(q.T * q.B), .block = dim3(zero_threads), .stream = stream}, zero_padding<T>,
-                q, static_cast<T*>(to), stride_t, stride_b, width);
+  return launch({.grid = grid_of(ceil_divide(q.T * q.B, zero_threads / 32)),
+                 .block = dim3(zero_threads),
+                 .stream = stream},
+                zero_padding<T>, q, static_cast<T*>(to), stride_t, stride_b, width);
 }
 
 }  // namespace pyseqnet

@@ -7,8 +7,9 @@
 // thin: a block takes 32 sequences and 128 / slices columns (4 columns are the gates of a unit, or 4 units of
 // a cell with one gate), and its 8 warps share these columns and `slices` slices of the sum over k. So 64
 // blocks serve an LSTM of 256 units and 32 sequences; with many units a block takes 128 columns, and less is
-// read twice. The host chooses slices from the problem alone, and slices are added in order: the same bits in
-// every run.
+// read twice. Where columns are few and the sum is long (back through time: four times as long as forward),
+// it is cut into parts as well, each a block's; whichever block of a tile arrives last adds them up. The host
+// chooses slices and parts from the problem alone, and they are added in order: the same bits in every run.
 //
 // A thread computes 4 sequences x 4 columns; shared memory is read in vectors, two of them for 16 FMA. The
 // next depths travel from global memory to registers while the present ones are multiplied. Sequences that
@@ -27,6 +28,10 @@ constexpr int slice_depth = 8;
 constexpr int step_padding = step_group;
 constexpr int weight_loads = step_columns_of_all * slice_depth / step_threads;
 constexpr int most_slices = step_warps;
+constexpr int64_t wanted_step_blocks = 128;  // about one for each multiprocessor of the largest GPUs
+constexpr int64_t shortest_step_part = 256;  // terms that are worth waiting for another block
+// Results of a block that has a part: there are parts only where blocks are few, and then slices are many.
+constexpr int part_results = step_rows * step_columns_of_all / most_slices;
 
 // Where the weights of a step lie.
 template <class T>
@@ -39,6 +44,11 @@ struct StepWeights {
   int64_t gap_from = INT64_MAX, gap = 0;
   int64_t t[max_directions] = {};  // the step of each direction
   int slices = 1;                  // 1, 2, 4 or 8
+  int parts = 1;                   // of a task with one gate
+  int64_t part_depth = 0;
+  // With parts: sums of wanted_step_blocks blocks, and how many parts of each tile have arrived.
+  accumulator_t<T>* partial = nullptr;
+  unsigned* arrived = nullptr;
 };
 
 template <class T>
@@ -56,7 +66,8 @@ struct StepMemory {
       source_elements + weight_elements > results ? source_elements + weight_elements : results;
   alignas(StepVector<Acc>) Acc element[elements];  // tiles, then results
   int64_t source_at[step_rows];                    // -1: none
-  unsigned active, sourced;                        // bits: sequences with this step; those with a source
+  bool last_part;
+  unsigned active, sourced;  // bits: sequences with this step; those with a source
 };
 
 template <class Acc>
@@ -104,6 +115,8 @@ __global__ void __launch_bounds__(step_threads,
   Acc* const staged_source = memory.element;
   Acc* const staged_weights = staged_source + StepMemory<Acc>::source_elements;
   const int source_line = step_rows + step_padding, weight_line = columns + step_padding;
+  const int64_t begin = gates == 1 ? int64_t(blockIdx.y) * w.part_depth : 0;
+  const int64_t end = gates == 1 && begin + w.part_depth < w.depth ? begin + w.part_depth : w.depth;
   Acc sum[step_group][step_group] = {};
   const int of_slice = warp / (step_warps / slices);
   const int own_row = lane / 4 * step_group;
@@ -146,7 +159,7 @@ __global__ void __launch_bounds__(step_threads,
     T next_weights[weight_loads];
     const auto fetch = [&](int64_t depth) {
       const int64_t k = depth + own_depth, at = k + (k >= w.gap_from ? w.gap : 0);
-      const bool inside = k < w.depth;
+      const bool inside = k < end;
 #pragma unroll
       for (int j = 0; j < most_slices; j++)
         if (has(j)) next_source[j] = inside ? line[j][at] : Acc(0);
@@ -154,11 +167,11 @@ __global__ void __launch_bounds__(step_threads,
 #pragma unroll
       for (int j = 0; j < weight_loads; j++)
         next_weights[j] =
-            depth + first_depth + j * depth_step < w.depth ? column[j][along] : from_accumulator<T>(0);
+            depth + first_depth + j * depth_step < end ? column[j][along] : from_accumulator<T>(0);
     };
     const int chunk = slices * slice_depth;
-    fetch(0);
-    for (int64_t depth = 0; depth < w.depth; depth += chunk) {
+    fetch(begin);
+    for (int64_t depth = begin; depth < end; depth += chunk) {
 #pragma unroll
       for (int j = 0; j < most_slices; j++)
         if (has(j)) staged_source[own_depth * source_line + first_line + j * line_step] = next_source[j];
@@ -193,25 +206,51 @@ __global__ void __launch_bounds__(step_threads,
     *reinterpret_cast<Vector*>(results + (of_slice * step_rows + own_row + i) * columns + own_column) = v;
   }
   __syncthreads();
-  for (int i = t; i < step_rows * block_units; i += step_threads) {
-    if (!is_wanted(i)) continue;
+  const auto add_slices = [&](Acc(&total)[gates], int i) {
     const int row = i / block_units, unit = i % block_units;
-    if (i != t) inputs = task.read(d, first_b + row, first_unit + unit);
-    Acc total[gates] = {};
     for (int slice = 0; slice < slices; slice++) {
       const Acc* from = results + (slice * step_rows + row) * columns + unit * (gates == 1 ? 1 : step_group);
 #pragma unroll
       for (int g = 0; g < gates; g++) total[g] += from[g];
     }
+  };
+
+  // Of several parts, the block that comes last goes on with the sums of all.
+  const bool in_parts = gates == 1 && w.parts > 1;
+  const int64_t tile = d * int64_t(gridDim.x) + blockIdx.x;
+  Acc* const partial = in_parts ? w.partial + tile * w.parts * part_results : nullptr;
+  if (in_parts) {
+    for (int i = t; i < step_rows * block_units; i += step_threads) {
+      Acc total[gates] = {};
+      if (is_wanted(i)) add_slices(total, i);
+      partial[int(blockIdx.y) * part_results + i] = total[0];
+    }
+    __threadfence();
+    __syncthreads();
+    if (t == 0) memory.last_part = atomicAdd(w.arrived + tile, 1u) + 1 == unsigned(w.parts);
+    __syncthreads();
+    if (!memory.last_part) return;
+    __threadfence();
+    if (t == 0) w.arrived[tile] = 0;  // as the next launch wants to find it
+  }
+
+  for (int i = t; i < step_rows * block_units; i += step_threads) {
+    if (!is_wanted(i)) continue;
+    const int row = i / block_units, unit = i % block_units;
+    if (i != t) inputs = task.read(d, first_b + row, first_unit + unit);
+    Acc total[gates] = {};
+    if (!in_parts) add_slices(total, i);
+    // Other blocks wrote these: past this multiprocessor's own cache.
+    for (int part = 0; in_parts && part < w.parts; part++)
+      total[0] += *const_cast<const volatile Acc*>(partial + part * part_results + i);
     task.finish(d, first_b + row, first_unit + unit, inputs, total);
   }
 }
 
-// Slices so that about every multiprocessor of the largest GPUs (132 to 148) has a block; `sequences` and
-// `directions` run at once.
+// Slices, and parts, so that about every multiprocessor has a block; `sequences` and `directions` run at
+// once.
 template <class Task>
 int launch_step(Task task, int64_t sequences, int64_t directions, void* stream) {
-  constexpr int64_t wanted_blocks = 128;
   StepWeights<typename Task::Element>& w = task.product;
   if (w.units == 0 || sequences == 0) return launch_ok;
   int64_t blocks = 0;
@@ -219,11 +258,21 @@ int launch_step(Task task, int64_t sequences, int64_t directions, void* stream) 
     const int64_t columns = step_columns_of_all / w.slices;
     blocks = ceil_divide(w.units, Task::gates == 1 ? columns : columns / step_group) *
              ceil_divide(sequences, step_rows);
-    if (blocks * directions >= wanted_blocks || w.slices == most_slices) break;
+    if (blocks * directions >= wanted_step_blocks || w.slices == most_slices) break;
   }
-  return launch(
-      {.grid = grid_of(blocks, unsigned(directions)), .block = dim3(step_threads), .stream = stream},
-      recurrent_step<Task>, task);
+  w.parts = 1, w.part_depth = w.depth;
+  if (Task::gates == 1 && blocks * directions * 2 <= wanted_step_blocks) {
+    const int64_t wanted = wanted_step_blocks / (blocks * directions), most = w.depth / shortest_step_part;
+    const int64_t parts = wanted < most ? wanted : most, chunk = w.slices * slice_depth;
+    if (parts > 1) {
+      w.part_depth = ceil_divide(ceil_divide(w.depth, parts), chunk) * chunk;
+      w.parts = int(ceil_divide(w.depth, w.part_depth));
+    }
+  }
+  return launch({.grid = grid_of(blocks, unsigned(w.parts), unsigned(directions)),
+                 .block = dim3(step_threads),
+                 .stream = stream},
+                recurrent_step<Task>, task);
 }
 
 }  // namespace pyseqnet

@@ -272,23 +272,26 @@ void check_edges(Suite& suite) {
   constexpr RecurrentCell lstm = RecurrentCell::lstm, gru = RecurrentCell::gru, rnn = RecurrentCell::rnn_tanh;
   constexpr DType f32 = DType::f32, f64 = DType::f64, bf16 = DType::bf16;
   const Choices lengths = {.form = Form::lengths}, packed = {.form = Form::packed};
-  const Choices steps = {.gx = false, .weights = false};  // no products over all steps
+  const Choices few = {.gx = false, .weights = false};  // no products over all steps
   const Case edges[] = {
-      make(f32, lstm, 1, 1, 1, 1, 1),                 // one element
-      make(f32, lstm, 0, 2, 3, 4, 2),                 // no steps: states and their gradients pass
-      make(f32, gru, 3, 0, 3, 4, 1),                  // no sequences
-      make(f32, rnn, 3, 2, 0, 4, 1),                  // no features: biases alone
-      make(f64, lstm, 0, 2, 3, 4, 1, 2),              // no steps, projected
-      make(f32, lstm, 3, 33, 3, 17, 1, 0, lengths),   // two tiles of sequences, five of units
-      make(bf16, gru, 3, 35, 2, 20, 2, 0, packed),    // sequences run out: fewer tiles later
-      make(f32, rnn, 3, 2, 3, 150, 1),                // tiles of units with one gate; several chunks of depth
-      make(f32, lstm, 2, 2, 70, 70, 1),               // many tiles in products
-      make(f64, gru, 2, 2, 9, 70, 1),                 // in double
-      make(f32, rnn, 150, 1, 2, 3, 2),                // weights' sums in two parts
-      make(f32, rnn, 530, 2, 1, 2, 1),                // and in parts with several runs
-      make(f32, lstm, 1, 1, 1, 4090, 1, 9, steps),    // a block takes all its warps' columns: one slice
-      make(bf16, lstm, 1, 1, 1, 2043, 1, 18, steps),  // two slices
-      make(f64, lstm, 2, 1, 2, 1020, 1, 3, steps),    // four
+      make(f32, lstm, 1, 1, 1, 1, 1),                // one element
+      make(f32, lstm, 0, 2, 3, 4, 2),                // no steps: states and their gradients pass
+      make(f32, gru, 3, 0, 3, 4, 1),                 // no sequences
+      make(f32, rnn, 3, 2, 0, 4, 1),                 // no features: biases alone
+      make(f64, lstm, 0, 2, 3, 4, 1, 2),             // no steps, projected
+      make(f32, lstm, 3, 33, 3, 17, 1, 0, lengths),  // two tiles of sequences, five of units
+      make(bf16, gru, 3, 35, 2, 20, 2, 0, packed),   // sequences run out: fewer tiles later
+      make(f32, rnn, 3, 2, 3, 150, 1),               // tiles of units with one gate; several chunks of depth
+      make(f32, lstm, 2, 2, 70, 70, 1),              // many tiles in products
+      make(f64, gru, 2, 2, 9, 70, 1),                // in double
+      make(f32, lstm, 3, 3, 2, 130, 1, 0, lengths),  // back through time in parts
+      make(f64, gru, 2, 33, 1, 172, 2, 0, few),      // for two tiles of sequences and both directions
+      make(bf16, lstm, 2, 1, 1, 530, 1, 3, few),     // the projection in parts
+      make(f32, rnn, 270, 2, 2, 3, 2, 0, lengths),   // the input's part in chunks of steps; sums in parts
+      make(f32, rnn, 530, 2, 1, 2, 1),               // and in parts with several runs
+      make(f32, lstm, 1, 1, 1, 4090, 1, 9, few),     // a block takes all its warps' columns: one slice
+      make(bf16, lstm, 1, 1, 1, 2043, 1, 18, few),   // two slices
+      make(f64, lstm, 2, 1, 2, 1020, 1, 3, few),     // four
   };
   for (const Case& c : edges) check_case(suite, c);
 
@@ -336,8 +339,8 @@ void check_random(Suite& suite) {
   }
 }
 
-// Chunks of steps where no reserve holds the input's part, and more than 2^31 elements of y. Real devices
-// only: the oracle takes minutes.
+// Chunks of steps that fill their memory, and more than 2^31 elements of y. Real devices only: the oracle
+// takes minutes.
 void check_large(Suite& suite) {
   Case chunks = make(DType::f32, RecurrentCell::lstm, 700, 64, 32, 128, 2, 0, {.form = Form::lengths});
   chunks.p.reserve = false;
