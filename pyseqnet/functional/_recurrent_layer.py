@@ -38,15 +38,13 @@ class _Layer(torch.autograd.Function):
         h_0: Tensor | None,
         c_0: Tensor | None,
         *weights: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         options = _CELLS[mode], directions, len(weights) >= 4 * directions, batch_first
         output, h_n, c_n, gates, cells = _forward(input, h_0, c_0, weights, lengths, batch_sizes, *options, True)
         ctx.save_for_backward(input, output, h_0, c_0, gates, cells, lengths, batch_sizes, *weights)
         ctx.mode, ctx.options = mode, options
         ctx.set_materialize_grads(False)
-        if mode != "LSTM":
-            ctx.mark_non_differentiable(c_n)
-        return output, h_n, c_n
+        return (output, h_n, c_n) if mode == "LSTM" else (output, h_n)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -56,10 +54,10 @@ class _Layer(torch.autograd.Function):
             static = ctx.mode, ctx.options[1], ctx.options[3], lengths, batch_sizes
             found = _differentiable_backward(plain_layer, static, (input, h_0, c_0, *weights), grads, need)
             return (*_NO_GRADIENTS, *found)
-        grad_output, grad_h, grad_c = grads
+        grad_output, grad_h, grad_c = grads if ctx.mode == "LSTM" else (*grads, None)
         need_input, need_h, need_c, *need_each = need
         gx, gh, gc, gw = _backward(
-            grad_output, grad_h, grad_c if ctx.mode == "LSTM" else None, input, output, h_0, c_0, weights, gates, cells,
+            grad_output, grad_h, grad_c, input, output, h_0, c_0, weights, gates, cells,
             lengths, batch_sizes, *ctx.options, need_input, need_h, need_c, True in need_each,
         )  # fmt: skip
         return (
@@ -125,7 +123,8 @@ def _differentiable_backward(
     """
     aliases = [None if t is None else t.view_as(t) for t in tensors]
     results = function(*static, *aliases)
-    pairs = [(r, g) for r, g in zip(results, grads, strict=True) if r is not None and g is not None]
+    # a cell without c has no gradient of one
+    pairs = [(r, g) for r, g in zip(results, grads, strict=False) if r is not None and g is not None]
     wanted = [a for a, n in zip(aliases, need, strict=True) if n and a is not None]
     found = iter(
         torch.autograd.grad([r for r, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, allow_unused=True)
@@ -159,7 +158,8 @@ def fast_layer(
     *weights: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     if _wants_gradient(input, h_0, c_0, weights):
-        return _Layer.apply(mode, directions, batch_first, lengths, batch_sizes, input, h_0, c_0, *weights)
+        found = _Layer.apply(mode, directions, batch_first, lengths, batch_sizes, input, h_0, c_0, *weights)
+        return found if mode == "LSTM" else (*found, None)
     has_biases = len(weights) >= 4 * directions
     result: tuple[Tensor, ...] = _forward(
         input, h_0, c_0, weights, lengths, batch_sizes, _CELLS[mode], directions, has_biases, batch_first, False
@@ -171,9 +171,7 @@ class _Step(torch.autograd.Function):
     """One step of one layer: `_Layer` with T = 1, without views that autograd would have to record."""
 
     @staticmethod
-    def forward(
-        ctx: Any, mode: str, input: Tensor, h: Tensor | None, c: Tensor | None, *weights: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, mode: str, input: Tensor, h: Tensor | None, c: Tensor | None, *weights: Tensor) -> Any:
         ctx.mode, ctx.options = mode, (_CELLS[mode], 1, len(weights) == 4, False)
         output, _, c_n, gates, cells = _forward(
             input.unsqueeze(0), None if h is None else h.unsqueeze(0), None if c is None else c.unsqueeze(0), weights,
@@ -181,10 +179,7 @@ class _Step(torch.autograd.Function):
         )  # fmt: skip
         ctx.save_for_backward(input, h, c, output, gates, cells, *weights)
         ctx.set_materialize_grads(False)
-        if mode == "LSTM":
-            return output.squeeze(0), c_n.squeeze(0)
-        ctx.mark_non_differentiable(c_n)
-        return output.squeeze(0), c_n
+        return (output.squeeze(0), c_n.squeeze(0)) if mode == "LSTM" else output.squeeze(0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -193,11 +188,11 @@ class _Step(torch.autograd.Function):
         if creates_graph():
             need = ctx.needs_input_grad[1:]
             return (None, *_differentiable_backward(plain_step, (ctx.mode,), (input, h, c, *weights), grads, need))
-        grad_h, grad_c = grads
+        grad_h, grad_c = grads if ctx.mode == "LSTM" else (*grads, None)
         gx, gh, gc, gw = _backward(
             None if grad_h is None else grad_h.unsqueeze(0),
             None,
-            grad_c.unsqueeze(0) if grad_c is not None and ctx.mode == "LSTM" else None,
+            None if grad_c is None else grad_c.unsqueeze(0),
             input.unsqueeze(0),
             output,
             None if h is None else h.unsqueeze(0),
@@ -239,7 +234,8 @@ def fast_step(
     mode: str, input: Tensor, h: Tensor | None, c: Tensor | None, *weights: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     if _wants_gradient(input, h, c, weights):
-        return _Step.apply(mode, input, h, c, *weights)
+        found = _Step.apply(mode, input, h, c, *weights)
+        return found if mode == "LSTM" else (found, None)
     if len(weights) == 4:
         return _step(input, h, c, *weights, _CELLS[mode])
     return _step(input, h, c, *weights, None, None, _CELLS[mode])
