@@ -156,7 +156,8 @@ def _read_lengths(lengths: Any, batch: int) -> Tensor:
         )
     if lengths.shape[0] != batch:
         raise ValueError(f"lengths: expected one for each of the {batch} sequences, got {lengths.shape[0]}")
-    return lengths
+    contiguous: Tensor = lengths.contiguous()
+    return contiguous
 
 
 def run_cell(

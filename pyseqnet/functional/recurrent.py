@@ -82,7 +82,8 @@ def lstm(
         What torch raises for the same arguments; TypeError for a dtype outside the four; ValueError naming what does
         not fit.
 
-    Differentiable twice; torch.compile sees one node a layer. Sums and states are float32 (float64 for float64)
+    Under autocast computes in its dtype and returns it, as torch's LSTM. Differentiable twice; torch.compile sees one
+    node a layer. Sums and states are float32 (float64 for float64)
     within a layer. Deterministic, and on the CPU bitwise equal for any number of threads.
 
     Papers: Hochreiter & Schmidhuber, Long short-term memory, 1997; Gers et al., Learning to forget, 2000; Sak et al.,

@@ -506,7 +506,9 @@ def test_an_empty_sequence_keeps_its_state(device: str) -> None:
 
 def test_lengths_may_be_a_list(device: str) -> None:
     layer, x = nn.GRU(3, 4, device=device), normal((5, 2, 3), 0, torch.float32).to(device)
-    assert torch.equal(layer(x, lengths=[2, 5])[0], layer(x, lengths=torch.tensor([2, 5]))[0])
+    strided = torch.tensor([2, 9, 5])[::2]
+    for lengths in ([2, 5], (2, 5), strided):
+        assert torch.equal(layer(x, lengths=lengths)[0], layer(x, lengths=torch.tensor([2, 5]))[0])
 
 
 # --- the public functions ---------------------------------------------------------------------------------------

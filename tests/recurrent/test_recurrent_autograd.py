@@ -191,27 +191,28 @@ def test_gradients_arrive_with_any_strides(device: str, arrival: str, kind: str)
 
 
 def opcheck_cases(device: str):
-    for name, extra in (("lstm", 2), ("gru", 0), ("rnn", 0)):
+    for name, extra in (("lstm", 2), ("gru", 0), ("rnn", 0), ("lstm", 0)):
         x, h, *rest = (t.detach().float() for t in leaves(name, device, directions=2, projection=extra))
         c, params = (rest[0], rest[1:]) if name == "lstm" else (None, rest)
         cell = "rnn_tanh" if name == "rnn" else name
         packed = pack_padded_sequence(x, torch.tensor([3, 2]))
         forms = [
-            (x, h, c, None, None, False), (x, None, None, None, None, False), (x, h, c, LENGTHS, None, False),
+            (x, None, None, None, None, False), (x, h, c, LENGTHS, None, False),
             (x.transpose(0, 1), h, c, None, None, True), (packed.data, h, c, None, packed.batch_sizes, False),
         ]  # fmt: skip
         for data, h_0, c_0, lengths, sizes, batch_first in forms:
             options = (cell, 2, True, batch_first)
-            for reserve in (True, False):
-                arguments = (data, h_0, c_0, params, lengths, sizes, *options, reserve)
-                yield ops.recurrent_forward, arguments
+            yield ops.recurrent_forward, (data, h_0, c_0, params, lengths, sizes, *options, h_0 is None)
             y, h_n, c_n, gates, cells = ops.recurrent_forward(data, h_0, c_0, params, lengths, sizes, *options, True)
             for gy in (y.new_ones(()).expand(y.shape), None):
                 grads = (gy, h_n, c_n if name == "lstm" else None)
                 saved = (data, y, h_0, c_0, params, gates, cells, lengths, sizes, *options)
                 yield ops.recurrent_backward, (*grads, *saved, True, h_0 is not None, c_0 is not None, True)
             yield ops.recurrent_backward, (*grads, *saved, False, False, False, True)
-            yield ops.recurrent_backward, (*grads, *saved, True, False, False, False)
+        h_0, c_0 = h[0], None if c is None else c[0]
+        if not extra:
+            yield ops.recurrent_step, (x[0], h_0, c_0, *params[:4], cell)
+            yield ops.recurrent_step, (x[0], None, None, *params[:2], None, None, cell)
 
 
 def test_opcheck(device: str) -> None:

@@ -472,6 +472,7 @@ def attempt(**changed):
         (ops.recurrent_backward, (changed.get("gy"), a["h"], a["c"], a["x"], changed.get("y", t(5, 2, 4)), a["h"],
             a["c"], a["w"], changed.get("gates", t(1, 10, 4, 4)), changed.get("cells", t(1, 10, 4)), a["lengths"],
             a["sizes"], *options, True, True, True, True)),
+        (ops.recurrent_step, (a["x"], a["h"], a["c"], *[*a["w"], None, None, None, None][:4], a["cell"])),
     ):
         calls += 1
         try:
