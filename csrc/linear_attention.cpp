@@ -51,6 +51,14 @@ Tensor new_heads(const Tensor& like, int64_t rows, int64_t width, ScalarType typ
   return new_tensor(like, sizes, side_by_side ? rows_first : planes, 4, type);
 }
 
+void check_sizes(const Problem& p, int64_t feature_map) {
+  require(p.D > 0 && p.E > 0, "linear_attention: the head sizes D and E must be positive");
+  constexpr int64_t widest = int64_t(1) << 24;  // of a head: squares and sums of squares stay far from overflow
+  require(p.D < widest && p.E < widest, "linear_attention: the head size is too large");
+  require(product_fits({p.B, p.H, p.D, p.E + 1}), "linear_attention: the states are too large");
+  require(feature_map >= 0 && feature_map < feature_maps, "linear_attention: unknown feature map");
+}
+
 Problem make_problem(const Tensor& q, const Tensor& k, const Tensor& v, int64_t feature_map, bool causal,
                      bool normalize, double scale) {
   require(q.dim() == 4 && k.dim() == 4 && v.dim() == 4,
@@ -65,11 +73,8 @@ Problem make_problem(const Tensor& q, const Tensor& k, const Tensor& v, int64_t 
   p.S = k.size(2), p.E = v.size(3);
   require(is_shape(k, {p.B, p.H, p.S, p.D}), "linear_attention: key must be (B, H, S, D), query (B, H, L, D)");
   require(is_shape(v, {p.B, p.H, p.S, p.E}), "linear_attention: value must be (B, H, S, E), key (B, H, S, D)");
-  require(p.D > 0 && p.E > 0, "linear_attention: the head sizes D and E must be positive");
-  constexpr int64_t widest = int64_t(1) << 24;  // of a head: squares and sums of squares stay far from overflow
-  require(p.D < widest && p.E < widest, "linear_attention: the head size is too large");
+  check_sizes(p, feature_map);
   require(!causal || p.L == p.S, "linear_attention: causal needs as many queries as keys");
-  require(feature_map >= 0 && feature_map < feature_maps, "linear_attention: unknown feature map");
   require(product_fits({p.B, p.H, p.L, p.D + p.E}) && product_fits({p.B, p.H, p.S, p.D + p.E}),
           "linear_attention: the tensors are too large");
   p.feature_map = static_cast<FeatureMap>(feature_map);
@@ -220,6 +225,51 @@ Five backward(const Tensor& grad_output, const std::optional<Tensor>& grad_state
   return {dq, dk, dv, first, first_z};
 }
 
+// One position: query and key (B, H, D), value (B, H, E). An operation of its own because a decoder calls it
+// for every token: it makes three tensors where forward makes five.
+std::tuple<Tensor, Tensor, Tensor> step(const Tensor& query, const Tensor& key, const Tensor& value,
+                                        const std::optional<Tensor>& state,
+                                        const std::optional<Tensor>& normalizer, int64_t feature_map,
+                                        bool normalize, double scale, double eps, RunPass run) {
+  require(query.dim() == 3 && value.dim() == 3, "linear_attention_step: query, key and value must have 3 dimensions");
+  Problem p;
+  p.B = query.size(0), p.H = query.size(1), p.D = query.size(2), p.E = value.size(2);
+  require(is_shape(key, {p.B, p.H, p.D}) && is_shape(value, {p.B, p.H, p.E}),
+          "linear_attention_step: expected query and key (B, H, D), value (B, H, E)");
+  require(query.scalar_type() == key.scalar_type() && query.scalar_type() == value.scalar_type(),
+          "linear_attention_step: query, key and value must have the same dtype");
+  require(query.device() == key.device() && query.device() == value.device(),
+          "linear_attention_step: query, key and value must be on the same device");
+  require(state.has_value() == normalizer.has_value(),
+          "linear_attention_step: a state and its normaliser come together");
+  check_sizes(p, feature_map);
+  p.dtype = dtype_of(query);
+  p.L = p.S = 1;
+  p.feature_map = static_cast<FeatureMap>(feature_map);
+  p.causal = true, p.normalize = normalize, p.scale = scale, p.eps = eps;
+  const auto dense_rows = [](const Tensor& t) {
+    return t.stride(2) == 1 || t.size(2) <= 1 ? t : torch::stable::contiguous(t);
+  };
+  const auto strides = [](const Tensor& t) { return HeadStrides{t.stride(0), t.stride(1), 0}; };
+  const Tensor q = dense_rows(query), k = dense_rows(key), v = dense_rows(value);
+  p.q = strides(q), p.k = strides(k), p.v = strides(v);
+  Tensors t;
+  t.q = q.const_data_ptr(), t.k = k.const_data_ptr(), t.v = v.const_data_ptr();
+  Tensor kept_state = q, kept_normalizer = q;
+  if (state) {
+    kept_state = checked_state(*state, p, q, true), kept_normalizer = checked_state(*normalizer, p, q, false);
+    t.state0 = kept_state.const_data_ptr(), t.normalizer0 = kept_normalizer.const_data_ptr();
+  }
+  const int64_t sizes[] = {p.B, p.H, p.E}, steps[] = {p.H * p.E, p.E, 1};
+  Tensor out = new_tensor(q, sizes, steps, 3, q.scalar_type()), last = new_matrix(q, p);
+  Tensor last_z = new_normalizer(q, p);
+  p.out = {p.H * p.E, p.E, 0};
+  t.out = out.mutable_data_ptr(), t.state = last.mutable_data_ptr();
+  t.normalizer = last_z.mutable_data_ptr();
+  run(LinearAttentionPass::forward, p, t, q);
+  return {out, last, last_z};
+}
+
 #define FORWARD_PARAMETERS                                                                                 \
   const Tensor &query, const Tensor &key, const Tensor &value, std::optional<Tensor> lengths,              \
       std::optional<Tensor> state, std::optional<Tensor> normalizer, int64_t feature_map, bool causal,     \
@@ -227,6 +277,10 @@ Five backward(const Tensor& grad_output, const std::optional<Tensor>& grad_state
 #define FORWARD_ARGUMENTS                                                                               \
   query, key, value, lengths, state, normalizer, feature_map, causal, normalize, scale, eps, with_state, \
       with_saved
+#define STEP_PARAMETERS                                                                              \
+  const Tensor &query, const Tensor &key, const Tensor &value, std::optional<Tensor> state,          \
+      std::optional<Tensor> normalizer, int64_t feature_map, bool normalize, double scale, double eps
+#define STEP_ARGUMENTS query, key, value, state, normalizer, feature_map, normalize, scale, eps
 #define BACKWARD_PARAMETERS                                                                                \
   const Tensor &grad_output, std::optional<Tensor> grad_state, std::optional<Tensor> grad_normalizer,      \
       const Tensor &query, const Tensor &key, const Tensor &value, std::optional<Tensor> lengths,          \
@@ -240,11 +294,13 @@ void run_pass_on_cpu(LinearAttentionPass pass, const Problem& p, const Tensors& 
   run_on_cpu("linear_attention", operation_of(pass), linear_attention_cpu_table(pass), p, t, like);
 }
 Five forward_cpu(FORWARD_PARAMETERS) { return forward(FORWARD_ARGUMENTS, run_pass_on_cpu); }
+std::tuple<Tensor, Tensor, Tensor> step_cpu(STEP_PARAMETERS) { return step(STEP_ARGUMENTS, run_pass_on_cpu); }
 Five backward_cpu(BACKWARD_PARAMETERS) { return backward(BACKWARD_ARGUMENTS, run_pass_on_cpu); }
 
 STABLE_TORCH_LIBRARY_IMPL(pyseqnet, CPU, m) {
   m.impl("linear_attention_forward", TORCH_BOX(&forward_cpu));
   m.impl("linear_attention_backward", TORCH_BOX(&backward_cpu));
+  m.impl("linear_attention_step", TORCH_BOX(&step_cpu));
 }
 
 #if defined(PYSEQNET_WITH_CUDA)
@@ -252,11 +308,13 @@ void run_pass_on_cuda(LinearAttentionPass pass, const Problem& p, const Tensors&
   run_on_cuda("linear_attention", operation_of(pass), linear_attention_cuda_table(pass), p, t, like);
 }
 Five forward_cuda(FORWARD_PARAMETERS) { return forward(FORWARD_ARGUMENTS, run_pass_on_cuda); }
+std::tuple<Tensor, Tensor, Tensor> step_cuda(STEP_PARAMETERS) { return step(STEP_ARGUMENTS, run_pass_on_cuda); }
 Five backward_cuda(BACKWARD_PARAMETERS) { return backward(BACKWARD_ARGUMENTS, run_pass_on_cuda); }
 
 STABLE_TORCH_LIBRARY_IMPL(pyseqnet, CUDA, m) {
   m.impl("linear_attention_forward", TORCH_BOX(&forward_cuda));
   m.impl("linear_attention_backward", TORCH_BOX(&backward_cuda));
+  m.impl("linear_attention_step", TORCH_BOX(&step_cuda));
 }
 #endif
 

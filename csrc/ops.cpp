@@ -81,4 +81,7 @@ STABLE_TORCH_LIBRARY(pyseqnet, m) {
   m.def(
       "recurrent_step(Tensor input, Tensor? h, Tensor? c, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? "
       "b_hh, str cell) -> (Tensor, Tensor)");
+  m.def(
+      "linear_attention_step(Tensor query, Tensor key, Tensor value, Tensor? state, Tensor? normalizer, int "
+      "feature_map, bool normalize, float scale, float eps) -> (Tensor, Tensor, Tensor)");
 }

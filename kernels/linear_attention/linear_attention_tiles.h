@@ -156,7 +156,8 @@ PYSEQNET_INLINE void with_elements(DType dtype, void* p, F&& f) {
   f(static_cast<float16*>(p));
 }
 
-// tile[rows][padded(columns)] = rows of p, `offset` elements in.
+// tile[rows][padded(columns)] = rows of p, `offset` elements in. The same rows of the next chunk are asked for
+// meanwhile: they come from memory while this chunk's products run.
 PYSEQNET_SHARED_CODE void load_tile(DType dtype, const void* p, int64_t offset, int64_t stride, int64_t rows,
                                     int64_t columns, float* tile) {
   with_elements(dtype, p, [&](auto* base) PYSEQNET_LAMBDA {
@@ -164,6 +165,9 @@ PYSEQNET_SHARED_CODE void load_tile(DType dtype, const void* p, int64_t offset, 
     for (int64_t i = 0; i < rows; i++) {
       const auto* from = base + offset + i * stride;
       float* to = tile + i * width;
+      const auto* next = reinterpret_cast<const char*>(uintptr_t(from) + uintptr_t(chunk * stride) * sizeof(*from));
+      for (int64_t x = 0; x < columns; x += 64 / int64_t(sizeof(*from)))
+        __builtin_prefetch(next + x * int64_t(sizeof(*from)), 0, 2);
       for (int64_t x = 0; x < whole; x += VL) store(to + x, load_lanes(from + x));
       if (whole < columns) store(to + whole, load_between(from + whole, 0, columns - whole, vf{}));
     }

@@ -25,6 +25,7 @@ from pyseqnet.functional._common import (
 
 _forward = torch.ops.pyseqnet.linear_attention_forward.default
 _backward = torch.ops.pyseqnet.linear_attention_backward.default
+_step = torch.ops.pyseqnet.linear_attention_step.default
 
 FeatureMap = str | Callable[[Tensor], Tensor]
 State = tuple[Tensor, Tensor]
@@ -373,7 +374,15 @@ def linear_attention(
 
 
 def linear_attention_step(
-    query: Tensor, key: Tensor, value: Tensor, state: State | None = None, **options: Any
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    state: State | None = None,
+    *,
+    feature_map: FeatureMap = "elu",
+    normalize: bool | None = None,
+    scale: float | None = None,
+    eps: float = 1e-6,
 ) -> tuple[Tensor, State]:
     """One position of causal linear attention: what a decoder calls token by token.
 
@@ -389,24 +398,43 @@ def linear_attention_step(
         query, key: ``(B, H, D)``.
         value: ``(B, H, E)``.
         state: what the previous step returned; None before the first.
-        options: ``feature_map``, ``normalize``, ``scale``, ``eps``, ``key_lengths`` of `linear_attention`.
+        feature_map, normalize, scale, eps: as in `linear_attention`; not ``"softmax"``.
 
     Returns:
         ``(B, H, E)`` and the new state. The old one is left as it was.
+
+    Without gradients one pass reads the state, adds the key, answers the query and writes the state.
     """
-    for name, t in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(t, Tensor) or t.dim() != 3:
-            came = tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__
-            wanted = "(B, H, E)" if name == "value" else "(B, H, D)"
-            raise ValueError(f"linear_attention_step: {name} must be {wanted}, got {came}")
+    number = _KERNEL_MAPS.get(feature_map) if isinstance(feature_map, str) else None
+    tensors = (query, key, value) if state is None else (query, key, value, *state)
+    for label, t in zip(("query", "key", "value", "state", "state"), tensors, strict=False):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"linear_attention_step: {label} must be a Tensor, got {type(t).__name__}")
+    for label, t, wanted in (("query", query, "D"), ("key", key, "D"), ("value", value, "E")):
+        if t.dim() != 3:
+            raise ValueError(f"linear_attention_step: {label} must be (B, H, {wanted}), got {tuple(t.shape)}")
+    plain = number is not None and len(tensors) != 4 and not torch._C._is_any_autocast_enabled()
+    if plain and forward_ad._current_level < 0:
+        recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        if not recorded:
+            start = (None, None) if state is None else state
+            factor = 1.0 if scale is None else float(scale)
+            try:
+                out, last, last_z = _step(query, key, value, *start, number, normalize is not False, factor, eps)
+                return out, (last, last_z)
+            except (ValueError, NotImplementedError):
+                pass  # refused: the general function below says why, in full
     out, new = linear_attention(
         query.unsqueeze(2),
         key.unsqueeze(2),
         value.unsqueeze(2),
+        feature_map=feature_map,
         causal=True,
+        normalize=normalize,
         initial_state=state,
         return_state=True,
-        **options,
+        scale=scale,
+        eps=eps,
     )
     return out.squeeze(2), new
 
@@ -514,4 +542,20 @@ def _backward_fake(
         _empty_heads(key, key.shape[2], key.shape[3]),
         _empty_heads(value, value.shape[2], value.shape[3]),
         *_new_states(query, value, need_state),
+    )
+
+
+@torch.library.register_fake("pyseqnet::linear_attention_step")
+def _step_fake(
+    query: Tensor, key: Tensor, value: Tensor, state: Tensor | None, normalizer: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
+    same_device("linear_attention_step", query, key, value, state, normalizer)
+    if query.dim() != 3 or key.shape != query.shape or value.dim() != 3 or value.shape[:2] != query.shape[:2]:
+        raise ValueError("linear_attention_step: expected query and key (B, H, D), value (B, H, E)")
+    (b, h, d), width = query.shape, value.shape[2]
+    dtype = _state_dtype(query.dtype)
+    return (
+        query.new_empty(b, h, width),
+        query.new_empty(b, h, d, width, dtype=dtype),
+        query.new_empty(b, h, d, dtype=dtype),
     )

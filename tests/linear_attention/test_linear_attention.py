@@ -541,6 +541,28 @@ def test_step_refuses_other_shapes() -> None:
         F.linear_attention_step(X[:, :, 0], X[:, :, 0], X)
 
 
+def test_step_refusals_name_what_came() -> None:
+    x, state = X[:, :, 0], (STATE[0], STATE[1])
+    for tensors, kind, words in (
+        ((x, x[:1], x, state), ValueError, r"\(1, 3, 1, 5\)"),
+        ((x, x, x.double(), state), TypeError, "float64"),
+        ((x, x, x, (STATE[0][..., :4], STATE[1])), ValueError, r"\(2, 3, 5, 4\)"),
+        ((x, x, x, (STATE[0].double(), STATE[1])), ValueError, "float64"),
+        ((x, x, x, STATE[:1]), TypeError, "initial_state"),
+        ((x, x, [1.0], state), TypeError, "list"),
+    ):
+        with pytest.raises(kind, match=words):
+            F.linear_attention_step(*tensors)
+    raw = ops.linear_attention_step
+    for arguments in ((x, x, X), (X, X, X), (x, x[..., :2], x), (x, x, x.half()), (x[..., :0], x[..., :0], x)):
+        with pytest.raises((ValueError, RuntimeError)):
+            raw(*arguments, None, None, 1, True, 1.0, 1e-6)
+    with pytest.raises((ValueError, RuntimeError)):
+        raw(x, x, x, STATE[0], None, 1, True, 1.0, 1e-6)
+    with pytest.raises((ValueError, RuntimeError)):
+        raw(x, x, x, None, None, 9, True, 1.0, 1e-6)
+
+
 def test_hostile_arguments_to_the_raw_operations_raise() -> None:
     forward, backward = ops.linear_attention_forward, ops.linear_attention_backward
     good = (X, X, X, None, None, None, 1, True, True, 1.0, 1e-6, False, True)

@@ -166,6 +166,31 @@ def test_opcheck(device: str, causal: bool, with_saved: bool) -> None:
         torch.library.opcheck(ops.linear_attention_backward, arguments, test_utils=tests)
 
 
+def test_opcheck_of_the_step(device: str) -> None:
+    q, k, v = (normal((2, 3, 5), i, torch.float32).to(device) for i in range(3))
+    state = normal((2, 3, 5, 5), 3, torch.float32).to(device), normal((2, 3, 5), 4, torch.float32).to(device)
+    for start in ((None, None), state):
+        torch.library.opcheck(
+            ops.linear_attention_step,
+            (q, k, v, *start, 1, True, 1.0, 1e-6),
+            test_utils=("test_schema", "test_faketensor"),
+        )
+
+
+def test_steps_can_be_differentiated(device: str) -> None:
+    q, k, v = inputs(device)
+    state, outs = None, []
+    for i in range(5):
+        out, state = F.linear_attention_step(q[:, :, i], k[:, :, i], v[:, :, i], state)
+        outs.append(out)
+    whole = F.linear_attention(q, k, v, causal=True)
+    g = normal(tuple(whole.shape), 3).to(device)
+    for a, b in zip(
+        torch.autograd.grad(torch.stack(outs, 2), (q, k, v), g), torch.autograd.grad(whole, (q, k, v), g), strict=True
+    ):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
+
+
 @pytest.fixture
 def _fresh_compiler():
     torch._dynamo.reset()
