@@ -53,7 +53,8 @@ Tensor new_heads(const Tensor& like, int64_t rows, int64_t width, ScalarType typ
 
 void check_sizes(const Problem& p, int64_t feature_map) {
   require(p.D > 0 && p.E > 0, "linear_attention: the head sizes D and E must be positive");
-  constexpr int64_t widest = int64_t(1) << 24;  // of a head: squares and sums of squares stay far from overflow
+  constexpr int64_t widest = int64_t(1)
+                             << 24;  // of a head: squares and sums of squares stay far from overflow
   require(p.D < widest && p.E < widest, "linear_attention: the head size is too large");
   require(product_fits({p.B, p.H, p.D, p.E + 1}), "linear_attention: the states are too large");
   require(feature_map >= 0 && feature_map < feature_maps, "linear_attention: unknown feature map");
@@ -71,8 +72,10 @@ Problem make_problem(const Tensor& q, const Tensor& k, const Tensor& v, int64_t 
   p.dtype = dtype_of(q);
   p.B = q.size(0), p.H = q.size(1), p.L = q.size(2), p.D = q.size(3);
   p.S = k.size(2), p.E = v.size(3);
-  require(is_shape(k, {p.B, p.H, p.S, p.D}), "linear_attention: key must be (B, H, S, D), query (B, H, L, D)");
-  require(is_shape(v, {p.B, p.H, p.S, p.E}), "linear_attention: value must be (B, H, S, E), key (B, H, S, D)");
+  require(is_shape(k, {p.B, p.H, p.S, p.D}),
+          "linear_attention: key must be (B, H, S, D), query (B, H, L, D)");
+  require(is_shape(v, {p.B, p.H, p.S, p.E}),
+          "linear_attention: value must be (B, H, S, E), key (B, H, S, D)");
   check_sizes(p, feature_map);
   require(!causal || p.L == p.S, "linear_attention: causal needs as many queries as keys");
   require(product_fits({p.B, p.H, p.L, p.D + p.E}) && product_fits({p.B, p.H, p.S, p.D + p.E}),
@@ -123,10 +126,10 @@ bool is_on_cpu(const Tensor& t) {
   return type == aoti_torch_device_type_cpu();
 }
 
-Five forward(const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& lengths,
-             const std::optional<Tensor>& state, const std::optional<Tensor>& normalizer, int64_t feature_map,
-             bool causal, bool normalize, double scale, double eps, bool with_state, bool with_saved,
-             RunPass run) {
+Five forward(const Tensor& query, const Tensor& key, const Tensor& value,
+             const std::optional<Tensor>& lengths, const std::optional<Tensor>& state,
+             const std::optional<Tensor>& normalizer, int64_t feature_map, bool causal, bool normalize,
+             double scale, double eps, bool with_state, bool with_saved, RunPass run) {
   Problem p = make_problem(query, key, value, feature_map, causal, normalize, scale);
   p.eps = eps, p.with_saved = with_saved;
   require(state.has_value() == normalizer.has_value(),
@@ -192,7 +195,8 @@ Five backward(const Tensor& grad_output, const std::optional<Tensor>& grad_state
           "linear_attention: inverse is not what forward made");
   const Tensor q = with_unit_rows(query), k = with_unit_rows(key), v = with_unit_rows(value);
   const Tensor g = with_unit_rows(grad_output), o = with_unit_rows(output);
-  p.q = strides_of(q), p.k = strides_of(k), p.v = strides_of(v), p.gout = strides_of(g), p.out = strides_of(o);
+  p.q = strides_of(q), p.k = strides_of(k), p.v = strides_of(v), p.gout = strides_of(g),
+  p.out = strides_of(o);
   Tensors t;
   t.q = q.const_data_ptr(), t.k = k.const_data_ptr(), t.v = v.const_data_ptr();
   t.gout = g.const_data_ptr(), t.out = const_cast<void*>(o.const_data_ptr());
@@ -231,7 +235,8 @@ std::tuple<Tensor, Tensor, Tensor> step(const Tensor& query, const Tensor& key, 
                                         const std::optional<Tensor>& state,
                                         const std::optional<Tensor>& normalizer, int64_t feature_map,
                                         bool normalize, double scale, double eps, RunPass run) {
-  require(query.dim() == 3 && value.dim() == 3, "linear_attention_step: query, key and value must have 3 dimensions");
+  require(query.dim() == 3 && value.dim() == 3,
+          "linear_attention_step: query, key and value must have 3 dimensions");
   Problem p;
   p.B = query.size(0), p.H = query.size(1), p.D = query.size(2), p.E = value.size(2);
   require(is_shape(key, {p.B, p.H, p.D}) && is_shape(value, {p.B, p.H, p.E}),
@@ -270,23 +275,23 @@ std::tuple<Tensor, Tensor, Tensor> step(const Tensor& query, const Tensor& key, 
   return {out, last, last_z};
 }
 
-#define FORWARD_PARAMETERS                                                                                 \
-  const Tensor &query, const Tensor &key, const Tensor &value, std::optional<Tensor> lengths,              \
-      std::optional<Tensor> state, std::optional<Tensor> normalizer, int64_t feature_map, bool causal,     \
+#define FORWARD_PARAMETERS                                                                             \
+  const Tensor &query, const Tensor &key, const Tensor &value, std::optional<Tensor> lengths,          \
+      std::optional<Tensor> state, std::optional<Tensor> normalizer, int64_t feature_map, bool causal, \
       bool normalize, double scale, double eps, bool with_state, bool with_saved
-#define FORWARD_ARGUMENTS                                                                               \
+#define FORWARD_ARGUMENTS                                                                                \
   query, key, value, lengths, state, normalizer, feature_map, causal, normalize, scale, eps, with_state, \
       with_saved
-#define STEP_PARAMETERS                                                                              \
-  const Tensor &query, const Tensor &key, const Tensor &value, std::optional<Tensor> state,          \
+#define STEP_PARAMETERS                                                                     \
+  const Tensor &query, const Tensor &key, const Tensor &value, std::optional<Tensor> state, \
       std::optional<Tensor> normalizer, int64_t feature_map, bool normalize, double scale, double eps
 #define STEP_ARGUMENTS query, key, value, state, normalizer, feature_map, normalize, scale, eps
-#define BACKWARD_PARAMETERS                                                                                \
-  const Tensor &grad_output, std::optional<Tensor> grad_state, std::optional<Tensor> grad_normalizer,      \
-      const Tensor &query, const Tensor &key, const Tensor &value, std::optional<Tensor> lengths,          \
-      const Tensor &output, const Tensor &inverse, const Tensor &saved, int64_t feature_map, bool causal,  \
+#define BACKWARD_PARAMETERS                                                                               \
+  const Tensor &grad_output, std::optional<Tensor> grad_state, std::optional<Tensor> grad_normalizer,     \
+      const Tensor &query, const Tensor &key, const Tensor &value, std::optional<Tensor> lengths,         \
+      const Tensor &output, const Tensor &inverse, const Tensor &saved, int64_t feature_map, bool causal, \
       bool normalize, double scale, bool need_state
-#define BACKWARD_ARGUMENTS                                                                                \
+#define BACKWARD_ARGUMENTS                                                                                   \
   grad_output, grad_state, grad_normalizer, query, key, value, lengths, output, inverse, saved, feature_map, \
       causal, normalize, scale, need_state
 
@@ -308,7 +313,9 @@ void run_pass_on_cuda(LinearAttentionPass pass, const Problem& p, const Tensors&
   run_on_cuda("linear_attention", operation_of(pass), linear_attention_cuda_table(pass), p, t, like);
 }
 Five forward_cuda(FORWARD_PARAMETERS) { return forward(FORWARD_ARGUMENTS, run_pass_on_cuda); }
-std::tuple<Tensor, Tensor, Tensor> step_cuda(STEP_PARAMETERS) { return step(STEP_ARGUMENTS, run_pass_on_cuda); }
+std::tuple<Tensor, Tensor, Tensor> step_cuda(STEP_PARAMETERS) {
+  return step(STEP_ARGUMENTS, run_pass_on_cuda);
+}
 Five backward_cuda(BACKWARD_PARAMETERS) { return backward(BACKWARD_ARGUMENTS, run_pass_on_cuda); }
 
 STABLE_TORCH_LIBRARY_IMPL(pyseqnet, CUDA, m) {

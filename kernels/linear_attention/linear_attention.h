@@ -1,4 +1,5 @@
-// Contract of the linear-attention family (Katharopoulos, Vyas, Pappas, Fleuret: Transformers are RNNs, 2020).
+// Contract of the linear-attention family (Katharopoulos, Vyas, Pappas, Fleuret: Transformers are RNNs,
+// 2020).
 //
 //   a[i] = phi(scale q[i])   f[j] = phi(k[j])                     phi: identity, elu(x) + 1, max(x, 0)
 //   S[i] = S0 + sum of f[j] v[j]^T                                over the keys j that query i sees
@@ -12,7 +13,8 @@
 //
 // What backward needs, and any forward kernel leaves for any backward kernel:
 //   inverse   1 / (z . a + eps), or 0 where out is 0 by rule; only with `normalize`
-//   saved     causal: the state (S, then z: D*E + D numbers) at the start of every chunk of `chunk_rows` rows,
+//   saved     causal: the state (S, then z: D*E + D numbers) at the start of every chunk of `chunk_rows`
+//   rows,
 //             so that backward is one reverse sweep; otherwise: the one state that every query sees
 //
 //   dn = gout inverse, dd = -(gout . out) inverse                 (plain: dn = gout, dd = 0)
@@ -95,7 +97,8 @@ std::string describe(const LinearAttentionProblem&);
 
 using LinearAttentionCpuKernel = CpuKernel<LinearAttentionProblem, LinearAttentionTensors>;
 using LinearAttentionCudaKernel = CudaKernel<LinearAttentionProblem, LinearAttentionTensors>;
-Table<LinearAttentionCpuKernel> linear_attention_cpu_table(LinearAttentionPass);    // linear_attention_table.cpp
+Table<LinearAttentionCpuKernel> linear_attention_cpu_table(
+    LinearAttentionPass);  // linear_attention_table.cpp
 Table<LinearAttentionCudaKernel> linear_attention_cuda_table(LinearAttentionPass);  // empty without CUDA
 
 }  // namespace pyseqnet

@@ -1,8 +1,8 @@
 // Linear attention on the CPU, forward and backward, in chunks of 64 rows.
 //
 // Causal: within a chunk the product is a lower triangular matrix A = tril(a f^T), between chunks the running
-// state S (and z). Forward is one sweep that leaves the state of every chunk's start; with them backward is one
-// reverse sweep that carries R, the sum of a dn^T over later queries. Products of a chunk (64 x 64 x head
+// state S (and z). Forward is one sweep that leaves the state of every chunk's start; with them backward is
+// one reverse sweep that carries R, the sum of a dn^T over later queries. Products of a chunk (64 x 64 x head
 // size): 4 forward, 9 backward, of which the triangular ones cost little more than half.
 // Not causal: S is the sum over all keys, then each query reads it: 2 products forward, 4 backward.
 //
@@ -56,7 +56,8 @@ bool is_single_position(const Problem& p) { return p.L == 1 && p.S == 1 && !p.wi
 struct Scratch {
   float *a, *f, *v, *wide, *weights;
   float *dn = nullptr, *A = nullptr, *dA = nullptr, *turned = nullptr, *state = nullptr;
-  // Backward needs all of it. A single position needs five rows: the rest would cost it a page fault each 4 KB.
+  // Backward needs all of it. A single position needs five rows: the rest would cost it a page fault each 4
+  // KB.
   Scratch(const Problem& p, Carver& carver, bool backward) {
     const int64_t D = padded(p.D), E = padded(p.E);
     const bool single = is_single_position(p) && !backward;
@@ -226,8 +227,7 @@ struct Head {
     constexpr int64_t panel = 4 * VL;
     int64_t e = 0;
     for (; e + panel <= p.E; e += panel) single_position_panel<4, reads, writes>(s0, s1, e, VL);
-    for (; e < p.E; e += VL)
-      single_position_panel<1, reads, writes>(s0, s1, e, int(smaller(VL, p.E - e)));
+    for (; e < p.E; e += VL) single_position_panel<1, reads, writes>(s0, s1, e, int(smaller(VL, p.E - e)));
   }
   template <int NV, bool reads, bool writes>
   PYSEQNET_INLINE void single_position_panel(const float* s0, float* s1, int64_t e, int left) const {
@@ -254,8 +254,8 @@ struct Head {
 
   // ---------------------------------------------------------------- backward
 
-  // m.a, m.dn and m.weights (dd): n queries and what their outputs' gradients say. A row whose gradient is all
-  // zero becomes a row of zeros, so that what it holds, NaN too, reaches nothing.
+  // m.a, m.dn and m.weights (dd): n queries and what their outputs' gradients say. A row whose gradient is
+  // all zero becomes a row of zeros, so that what it holds, NaN too, reaches nothing.
   void load_output_gradients(int64_t row, int64_t n) const {
     load_queries(row, n);
     load_tile(p.dtype, t.gout, offset(p.gout, row), p.gout.row, n, p.E, m.dn);
@@ -401,8 +401,8 @@ WorkPlan plan_backward(const Problem& p) {
   return plan_pass(p, cut.queries, cut.keys, p.causal ? 9 : 4, true);
 }
 
-// partial[0 .. count): causal, the sum before each in the order of the sweep, from `start`; else all of them in
-// partial[0].
+// partial[0 .. count): causal, the sum before each in the order of the sweep, from `start`; else all of them
+// in partial[0].
 void combine_partials(const Problem& p, int64_t count, bool reverse, float* partial, float* start) {
   const int64_t size = tile_state_size(p);
   for (int64_t g = 0; g < count; g++) {

@@ -4,8 +4,8 @@
 //   identity   x
 //   elu        elu(x) + 1 = x + 1 above 0, exp(x) below     (Katharopoulos et al., 2020)
 //   relu       max(x, 0)
-// A derivative is a function of the feature alone, so backward keeps no argument: elu's is exp(x) = f below 0,
-// where f < 1, and 1 above.
+// A derivative is a function of the feature alone, so backward keeps no argument: elu's is exp(x) = f below
+// 0, where f < 1, and 1 above.
 #pragma once
 #include "common/numerics.h"
 #include "linear_attention/linear_attention.h"

@@ -14,11 +14,12 @@
 // operands staged in shared memory 16 (double: 8) deep. Operands are functions of (row, depth) that convert,
 // apply the feature map and mask as they load, so no tensor is rewritten. No atomics: sums have one order.
 //
-// Bound, f32: multiply-adds. A step of depth reads 8 numbers from shared memory for 16 multiply-adds a thread,
-// 3 cycles of the shared-memory pipe beside 4 of arithmetic. Predicted before any measurement, for an H200
-// (60 Tflop/s of f32, 4.3 TB/s), causal B4 H16 N4096 D64 E64 f32: forward 4 products of 64 x 64 x 64 a chunk,
-// 17 Gflop, 0.29 ms at the peak, 0.6 ms expected at half of it; 0.34 GB with the states, 0.08 ms. Backward 12
-// products, 52 Gflop, 1.7 ms. Tensor cores would make forward memory-bound; these kernels do without.
+// Bound, f32: multiply-adds. A step of depth reads 8 numbers from shared memory for 16 multiply-adds a
+// thread, 3 cycles of the shared-memory pipe beside 4 of arithmetic. Predicted before any measurement, for an
+// H200 (60 Tflop/s of f32, 4.3 TB/s), causal B4 H16 N4096 D64 E64 f32: forward 4 products of 64 x 64 x 64 a
+// chunk, 17 Gflop, 0.29 ms at the peak, 0.6 ms expected at half of it; 0.34 GB with the states, 0.08 ms.
+// Backward 12 products, 52 Gflop, 1.7 ms. Tensor cores would make forward memory-bound; these kernels do
+// without.
 #include <cmath>
 
 #include "common/cuda_numerics.cuh"
@@ -28,11 +29,11 @@
 namespace pyseqnet {
 namespace {
 
-constexpr int tile = 64;     // rows and columns of a block's results
+constexpr int tile = 64;  // rows and columns of a block's results
 constexpr int threads = 256;
-constexpr int lanes = 16;    // threads across and down a tile
+constexpr int lanes = 16;  // threads across and down a tile
 constexpr int each = tile / lanes;
-constexpr int padding = 4;   // of a staged row: keeps it aligned to 16 bytes and spreads the banks
+constexpr int padding = 4;  // of a staged row: keeps it aligned to 16 bytes and spreads the banks
 static_assert(tile == LinearAttentionProblem::chunk_rows, "a causal block's rows are one chunk");
 constexpr int64_t most_parts = 16;
 constexpr int64_t most_blocks = (int64_t{1} << 31) - 1;
@@ -66,9 +67,9 @@ struct Call {
   LinearAttentionProblem p;
   LinearAttentionTensors t;
   int64_t heads = 0, saved_states = 0, state_size = 0;
-  int64_t parts = 0, part_rows = 0;  // of the sums: keys in forward, queries in backward
-  Acc* sums = nullptr;               // [heads][parts][D*E + D]; causal: after the scan, states
-  Acc* total = nullptr;              // [heads][D*E + D], not causal
+  int64_t parts = 0, part_rows = 0;      // of the sums: keys in forward, queries in backward
+  Acc* sums = nullptr;                   // [heads][parts][D*E + D]; causal: after the scan, states
+  Acc* total = nullptr;                  // [heads][D*E + D], not causal
   Acc *factor = nullptr, *dd = nullptr;  // backward: [heads][L]
 };
 
@@ -147,7 +148,8 @@ PYSEQNET_DEVICE int my_column() { return int(threadIdx.x) % lanes * each; }
 // Fills staged[k][x] = operand(x, k0 + k). Neighbouring threads take neighbouring depths where the operand is
 // contiguous along them, else neighbouring x.
 template <bool along_depth, class Acc, class Operand>
-PYSEQNET_DEVICE void stage(Acc (&staged)[depth<Acc>][tile + padding], int64_t k0, int64_t K, Operand operand) {
+PYSEQNET_DEVICE void stage(Acc (&staged)[depth<Acc>][tile + padding], int64_t k0, int64_t K,
+                           Operand operand) {
   constexpr int steps = depth<Acc>;
 #pragma unroll
   for (int n = 0; n < steps * tile / threads; n++) {
@@ -157,7 +159,8 @@ PYSEQNET_DEVICE void stage(Acc (&staged)[depth<Acc>][tile + padding], int64_t k0
   }
 }
 
-// sum[i][j] += sum over k < K of a(my_row() + i, k) b(my_column() + j, k). Every thread of the block calls it.
+// sum[i][j] += sum over k < K of a(my_row() + i, k) b(my_column() + j, k). Every thread of the block calls
+// it.
 template <bool a_along_depth, bool b_along_depth, class Acc, class A, class B>
 PYSEQNET_DEVICE void add_product(Staged<Acc>& staged, int64_t K, A a, B b, Acc (&sum)[each][each]) {
   const int row = my_row(), column = my_column();
@@ -307,8 +310,9 @@ __global__ void __launch_bounds__(threads) write_outputs(const Call<T> c) {
   const Acc* state = head.scanned(block.second);
   const auto query = [&](int x, int64_t k) { return head.query(row0 + x, k); };
   if (c.p.causal)
-    write_scores(head, staged[0], scores[0], row0, c.p.D, query,
-                 [&](int x, int64_t k) { return head.key(row0 + x, k); }, [](int) { return Acc(0); });
+    write_scores(
+        head, staged[0], scores[0], row0, c.p.D, query,
+        [&](int x, int64_t k) { return head.key(row0 + x, k); }, [](int) { return Acc(0); });
   {  // four threads a row
     const int row = int(threadIdx.x) / 4, lane = int(threadIdx.x) % 4;
     Acc sum = 0;
@@ -328,11 +332,12 @@ __global__ void __launch_bounds__(threads) write_outputs(const Call<T> c) {
   }
   __syncthreads();
   Acc sum[each][each] = {};
-  add_product<true, false>(staged[0], c.p.D, query,
-                           [&](int x, int64_t k) { return head.entry(state, k, e0 + x); }, sum);
+  add_product<true, false>(
+      staged[0], c.p.D, query, [&](int x, int64_t k) { return head.entry(state, k, e0 + x); }, sum);
   if (c.p.causal)
-    add_product<true, false>(staged[0], tile, [&](int x, int64_t k) { return scores[0].at[x][k]; },
-                             [&](int x, int64_t k) { return head.value(row0 + k, e0 + x); }, sum);
+    add_product<true, false>(
+        staged[0], tile, [&](int x, int64_t k) { return scores[0].at[x][k]; },
+        [&](int x, int64_t k) { return head.value(row0 + k, e0 + x); }, sum);
 #pragma unroll
   for (int i = 0; i < each; i++)
 #pragma unroll
@@ -355,14 +360,16 @@ __global__ void __launch_bounds__(threads) write_query_gradients(const Call<T> c
   const Acc *state = head.saved(block.second), *z = state + c.p.D * c.p.E;
   const auto gradient = [&](int x, int64_t k) { return head.output_gradient(row0 + x, k); };
   Acc sum[each][each] = {};
-  add_product<true, true>(staged[0], c.p.E, gradient,
-                          [&](int x, int64_t k) { return head.entry(state, d0 + x, k); }, sum);
+  add_product<true, true>(
+      staged[0], c.p.E, gradient, [&](int x, int64_t k) { return head.entry(state, d0 + x, k); }, sum);
   if (c.p.causal) {
-    write_scores(head, staged[0], scores[0], row0, c.p.E, gradient,
-                 [&](int x, int64_t k) { return head.value(row0 + x, k); },
-                 [&](int x) { return head.row_weight(row0 + x); });
-    add_product<true, false>(staged[0], tile, [&](int x, int64_t k) { return scores[0].at[x][k]; },
-                             [&](int x, int64_t k) { return head.key(row0 + k, d0 + x); }, sum);
+    write_scores(
+        head, staged[0], scores[0], row0, c.p.E, gradient,
+        [&](int x, int64_t k) { return head.value(row0 + x, k); },
+        [&](int x) { return head.row_weight(row0 + x); });
+    add_product<true, false>(
+        staged[0], tile, [&](int x, int64_t k) { return scores[0].at[x][k]; },
+        [&](int x, int64_t k) { return head.key(row0 + k, d0 + x); }, sum);
   }
 #pragma unroll
   for (int i = 0; i < each; i++)
@@ -389,14 +396,16 @@ __global__ void __launch_bounds__(threads) write_key_gradients(const Call<T> c) 
   const Acc *state = head.scanned(block.second), *r = state + c.p.D * c.p.E;
   const auto value = [&](int x, int64_t k) { return head.value(row0 + x, k); };
   Acc sum[each][each] = {};
-  add_product<true, true>(staged[0], c.p.E, value,
-                          [&](int x, int64_t k) { return head.entry(state, d0 + x, k); }, sum);
+  add_product<true, true>(
+      staged[0], c.p.E, value, [&](int x, int64_t k) { return head.entry(state, d0 + x, k); }, sum);
   if (c.p.causal) {
-    write_scores(head, staged[0], scores[0], row0, c.p.E,
-                 [&](int x, int64_t k) { return head.output_gradient(row0 + x, k); }, value,
-                 [&](int x) { return head.row_weight(row0 + x); });
-    add_product<false, false>(staged[0], tile, [&](int x, int64_t k) { return scores[0].at[k][x]; },
-                              [&](int x, int64_t k) { return head.query(row0 + k, d0 + x); }, sum);
+    write_scores(
+        head, staged[0], scores[0], row0, c.p.E,
+        [&](int x, int64_t k) { return head.output_gradient(row0 + x, k); }, value,
+        [&](int x) { return head.row_weight(row0 + x); });
+    add_product<false, false>(
+        staged[0], tile, [&](int x, int64_t k) { return scores[0].at[k][x]; },
+        [&](int x, int64_t k) { return head.query(row0 + k, d0 + x); }, sum);
   }
 #pragma unroll
   for (int i = 0; i < each; i++)
@@ -421,13 +430,15 @@ __global__ void __launch_bounds__(threads) write_value_gradients(const Call<T> c
   const Acc* state = head.scanned(block.second);
   const auto key = [&](int x, int64_t k) { return head.key(row0 + x, k); };
   Acc sum[each][each] = {};
-  add_product<true, false>(staged[0], c.p.D, key,
-                           [&](int x, int64_t k) { return head.entry(state, k, e0 + x); }, sum);
+  add_product<true, false>(
+      staged[0], c.p.D, key, [&](int x, int64_t k) { return head.entry(state, k, e0 + x); }, sum);
   if (c.p.causal) {
-    write_scores(head, staged[0], scores[0], row0, c.p.D,
-                 [&](int x, int64_t k) { return head.query(row0 + x, k); }, key, [](int) { return Acc(0); });
-    add_product<false, false>(staged[0], tile, [&](int x, int64_t k) { return scores[0].at[k][x]; },
-                              [&](int x, int64_t k) { return head.output_gradient(row0 + k, e0 + x); }, sum);
+    write_scores(
+        head, staged[0], scores[0], row0, c.p.D, [&](int x, int64_t k) { return head.query(row0 + x, k); },
+        key, [](int) { return Acc(0); });
+    add_product<false, false>(
+        staged[0], tile, [&](int x, int64_t k) { return scores[0].at[k][x]; },
+        [&](int x, int64_t k) { return head.output_gradient(row0 + k, e0 + x); }, sum);
   }
 #pragma unroll
   for (int i = 0; i < each; i++)
@@ -484,7 +495,8 @@ Refusal refuses(const LinearAttentionProblem& p) {
 }
 
 template <class T, class... Parameters, class... Arguments>
-int launch_blocks(int64_t blocks, void* stream, void (*kernel)(Parameters...), const Arguments&... arguments) {
+int launch_blocks(int64_t blocks, void* stream, void (*kernel)(Parameters...),
+                  const Arguments&... arguments) {
   if (blocks == 0) return launch_ok;
   return launch({.grid = dim3(unsigned(blocks)), .block = dim3(threads), .stream = stream}, kernel,
                 arguments...);
@@ -526,8 +538,7 @@ int launch_forward(const LinearAttentionProblem& p, const LinearAttentionTensors
     using Acc = accumulator_t<T>;
     Call<T> c = call_of<T>(p, t, workspace, false);
     if (t.saved) (p.causal ? c.sums : c.total) = static_cast<Acc*>(t.saved);
-    const int error =
-        sum_and_scan<T>(c, false, t.state0, t.normalizer0, t.state, t.normalizer, stream);
+    const int error = sum_and_scan<T>(c, false, t.state0, t.normalizer0, t.state, t.normalizer, stream);
     if (error != launch_ok) return error;
     return launch_blocks<T>(p.heads() * ceil_divide(p.L, tile) * ceil_divide(p.E, tile), stream,
                             write_outputs<T>, c);
@@ -539,7 +550,8 @@ int launch_backward(const LinearAttentionProblem& p, const LinearAttentionTensor
   return dispatch_dtype(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const Call<T> c = call_of<T>(p, t, workspace, true);
-    const int64_t query_tiles = p.heads() * ceil_divide(p.L, tile), key_tiles = p.heads() * ceil_divide(p.S, tile);
+    const int64_t query_tiles = p.heads() * ceil_divide(p.L, tile),
+                  key_tiles = p.heads() * ceil_divide(p.S, tile);
     int error = launch_blocks<T>(ceil_divide(p.heads() * p.L, threads / 32), stream, weigh_rows<T>, c);
     if (error == launch_ok)
       error = sum_and_scan<T>(c, true, t.gstate, t.gnormalizer, t.dstate0, t.dnormalizer0, stream);

@@ -1,6 +1,6 @@
 // The oracle of linear attention: the recurrences of linear_attention.h one position after another, in double
-// precision, for every dtype, head size and length (Katharopoulos et al., 2020, equations 9, 10 and 13 to 15).
-// It is also the kernel that serves float64.
+// precision, for every dtype, head size and length (Katharopoulos et al., 2020, equations 9, 10 and 13 to
+// 15). It is also the kernel that serves float64.
 //
 //   forward    keys enter the state one by one; causal queries read it as it grows, others when it is full
 //   backward   the same sweep gives dq; a sweep from the other end, over queries, gives dk and dv
@@ -16,9 +16,8 @@ namespace pyseqnet {
 namespace {
 
 double feature_of(FeatureMap map, double x) {
-  return with_feature_map(map, [&](auto tag) {
-    return feature<decltype(tag)::map>(x, [](double y) { return std::exp(y); });
-  });
+  return with_feature_map(
+      map, [&](auto tag) { return feature<decltype(tag)::map>(x, [](double y) { return std::exp(y); }); });
 }
 double feature_gradient_of(FeatureMap map, double f) {
   return with_feature_map(map, [&](auto tag) { return feature_gradient<decltype(tag)::map>(f); });
@@ -230,8 +229,8 @@ void run_backward(const LinearAttentionProblem& p, const LinearAttentionTensors&
 }  // namespace
 
 extern const LinearAttentionCpuKernel linear_attention_reference_forward, linear_attention_reference_backward;
-const LinearAttentionCpuKernel linear_attention_reference_forward = {"reference", Isa::portable, refuses, plan,
-                                                                     run_forward};
+const LinearAttentionCpuKernel linear_attention_reference_forward = {"reference", Isa::portable, refuses,
+                                                                     plan, run_forward};
 const LinearAttentionCpuKernel linear_attention_reference_backward = {"reference", Isa::portable, refuses,
                                                                       plan, run_backward};
 

@@ -1,6 +1,6 @@
 // What the CPU kernels of linear attention compute on: small row-major float tiles of private memory, their
-// rows padded to whole vectors with zeros, so that products need no edges and every dtype and stride is met in
-// load_tile and store_tile only.
+// rows padded to whole vectors with zeros, so that products need no edges and every dtype and stride is met
+// in load_tile and store_tile only.
 //
 // The products keep a tile of rows x vectors in registers (gemm.h) and are single functions that every caller
 // shares: inlined at each call they would be most of the binary.
@@ -52,8 +52,8 @@ PYSEQNET_INLINE void each_row_block(int64_t m, F&& f) {
     i += rows;
   }
 }
-// Adds a finished tile to c, or stores it there. Added at the end and not summed on from the start: a state is
-// then a sum of chunks' sums, whose error grows with the number of chunks rather than that of positions.
+// Adds a finished tile to c, or stores it there. Added at the end and not summed on from the start: a state
+// is then a sum of chunks' sums, whose error grows with the number of chunks rather than that of positions.
 template <int R, int NV>
 PYSEQNET_INLINE void finish_tile(float* c, int64_t ldc, bool accumulate, const vf (&acc)[R][NV]) {
   if (accumulate) {
@@ -156,8 +156,8 @@ PYSEQNET_INLINE void with_elements(DType dtype, void* p, F&& f) {
   f(static_cast<float16*>(p));
 }
 
-// tile[rows][padded(columns)] = rows of p, `offset` elements in. The same rows of the next chunk are asked for
-// meanwhile: they come from memory while this chunk's products run.
+// tile[rows][padded(columns)] = rows of p, `offset` elements in. The same rows of the next chunk are asked
+// for meanwhile: they come from memory while this chunk's products run.
 PYSEQNET_SHARED_CODE void load_tile(DType dtype, const void* p, int64_t offset, int64_t stride, int64_t rows,
                                     int64_t columns, float* tile) {
   with_elements(dtype, p, [&](auto* base) PYSEQNET_LAMBDA {
@@ -165,7 +165,8 @@ PYSEQNET_SHARED_CODE void load_tile(DType dtype, const void* p, int64_t offset, 
     for (int64_t i = 0; i < rows; i++) {
       const auto* from = base + offset + i * stride;
       float* to = tile + i * width;
-      const auto* next = reinterpret_cast<const char*>(uintptr_t(from) + uintptr_t(chunk * stride) * sizeof(*from));
+      const auto* next =
+          reinterpret_cast<const char*>(uintptr_t(from) + uintptr_t(chunk * stride) * sizeof(*from));
       for (int64_t x = 0; x < columns; x += 64 / int64_t(sizeof(*from)))
         __builtin_prefetch(next + x * int64_t(sizeof(*from)), 0, 2);
       for (int64_t x = 0; x < whole; x += VL) store(to + x, load_lanes(from + x));
@@ -206,8 +207,7 @@ PYSEQNET_SHARED_CODE void apply_features(FeatureMap map, float scale, int64_t ro
     };
     for (float* row = tile; row < tile + rows * width; row += width) {
       for (int64_t x = 0; x < whole; x += VL) store(row + x, of(load(row + x)));
-      if (whole < columns)
-        store(row + whole, iota() < int(columns - whole) ? of(load(row + whole)) : vf{});
+      if (whole < columns) store(row + whole, iota() < int(columns - whole) ? of(load(row + whole)) : vf{});
     }
   });
 }
@@ -253,7 +253,8 @@ PYSEQNET_SHARED_CODE void add_vectors(int64_t n, const float* from, float* to) {
   for (int64_t x = 0; x < n; x += VL) store(to + x, load(to + x) + load(from + x));
 }
 // z += sum of weight[i] f[i], or of f[i]
-PYSEQNET_SHARED_CODE void add_rows(int64_t rows, int64_t width, const float* weight, const float* f, float* z) {
+PYSEQNET_SHARED_CODE void add_rows(int64_t rows, int64_t width, const float* weight, const float* f,
+                                   float* z) {
   for (int64_t x = 0; x < width; x += VL) {
     vf sum = {};
     for (int64_t i = 0; i < rows; i++) {

@@ -188,7 +188,7 @@ struct Results {
     return t;
   }
   std::vector<std::pair<const char*, Array*>> all() {
-    return {{"out", &out}, {"inverse", &inverse}, {"saved", &saved}, {"state", &state}, {"z", &z},
+    return {{"out", &out}, {"inverse", &inverse}, {"saved", &saved}, {"state", &state},    {"z", &z},
             {"dq", &dq},   {"dk", &dk},           {"dv", &dv},       {"dstate0", &dstate}, {"dz0", &dz}};
   }
 };
@@ -219,8 +219,9 @@ void compare(const Call& c, const char* kernel, Results& got, Results& want) {
       const double error = std::fabs(a->at(i) - b->at(i));
       const double difference = a == &got.dq || a == &got.dk ? (0x1p-18 + storage) * gradients : 0;
       if (error <= 0x1p-16 * largest + (0x1p-18 + storage) * std::fabs(b->at(i)) + difference) continue;
-      fail(c, kernel, std::string(name) + "[" + std::to_string(i) + "] is " + std::to_string(a->at(i)) +
-                          ", wanted " + std::to_string(b->at(i)));
+      fail(c, kernel,
+           std::string(name) + "[" + std::to_string(i) + "] is " + std::to_string(a->at(i)) + ", wanted " +
+               std::to_string(b->at(i)));
       break;
     }
   }
@@ -295,7 +296,8 @@ void check_problem(const Problem& p, const Options& o, Random& random) {
     const bool single = p.L == 1 && p.S == 1;  // another path, which may round otherwise
     if (!brief.out.guards_hold() || !brief.state.guards_hold()) fail(c, forward.name, "wrote outside");
     for (int64_t i = 0; i < brief.out.count; i++)
-      if (std::fabs(brief.out.at(i) - whole.out.at(i)) > (single ? 0x1p-6 * (1 + std::fabs(whole.out.at(i))) : 0.0))
+      if (std::fabs(brief.out.at(i) - whole.out.at(i)) >
+          (single ? 0x1p-6 * (1 + std::fabs(whole.out.at(i))) : 0.0))
         return fail(c, forward.name, "inference and training differ");
     for (int64_t i = 0; i < brief.state.count; i++)
       if (std::fabs(brief.state.at(i) - whole.state.at(i)) > 1e-5 * (1 + std::fabs(whole.state.at(i))))
@@ -333,8 +335,9 @@ int main() {
   for (int n = 0; n < 150; n++) {
     const bool causal = chance(random, 2);
     const int64_t most = chance(random, 10) ? 1200 : 150, L = uniform(random, 1, most);
-    Problem p = problem(uniform(random, 1, 2), uniform(random, 1, 3), L, causal ? L : uniform(random, 1, most),
-                        uniform(random, 1, 40), uniform(random, 1, 40), causal);
+    Problem p =
+        problem(uniform(random, 1, 2), uniform(random, 1, 3), L, causal ? L : uniform(random, 1, most),
+                uniform(random, 1, 40), uniform(random, 1, 40), causal);
     p.dtype = dtypes[uniform(random, 0, 3)], p.feature_map = maps[uniform(random, 0, 2)];
     p.normalize = !chance(random, 3);
     check_problem(p, {chance(random, 2), chance(random, 2), chance(random, 2)}, random);

@@ -1,7 +1,7 @@
-// Every CUDA kernel of linear attention against the oracle: forward (outputs, states, what backward needs) and
-// backward from the oracle's own forward; all dtypes, feature maps and options, both orders of heads and rows,
-// padding full of NaN.
-// Sources: linear_attention/linear_attention_generic.cu linear_attention/linear_attention_reference.cpp
+// Every CUDA kernel of linear attention against the oracle: forward (outputs, states, what backward needs)
+// and backward from the oracle's own forward; all dtypes, feature maps and options, both orders of heads and
+// rows, padding full of NaN. Sources: linear_attention/linear_attention_generic.cu
+// linear_attention/linear_attention_reference.cpp
 #include "harness.h"
 #include "linear_attention/linear_attention.h"
 
@@ -177,19 +177,19 @@ Problem problem(int64_t B, int64_t H, int64_t L, int64_t S, int64_t D, int64_t E
 
 void check_edges(Suite& suite) {
   const Problem edges[] = {
-      problem(1, 1, 1, 1, 1, 1, true),        // one element
-      problem(0, 2, 3, 3, 4, 4, true),        // no batch
-      problem(1, 2, 0, 0, 3, 5, true),        // no rows: the state passes through
-      problem(1, 1, 0, 5, 3, 5, false),       // no queries
-      problem(1, 1, 5, 0, 3, 5, false),       // no keys
-      problem(1, 2, 64, 64, 16, 16, true),    // one whole chunk
-      problem(2, 1, 65, 65, 5, 7, true),      // a chunk and one row
-      problem(1, 1, 130, 130, 66, 3, true),   // two column tiles of D, three chunks
-      problem(1, 1, 20, 20, 3, 67, true),     // two of E
-      problem(1, 2, 3, 70, 9, 4, false),      // few queries, many keys
-      problem(1, 1, 70, 3, 4, 9, false),      // the other way round
-      problem(1, 1, 5, 1100, 2, 3, false),    // more chunks than parts
-      problem(3, 2, 1, 1, 17, 33, true),      // a decoder's step
+      problem(1, 1, 1, 1, 1, 1, true),       // one element
+      problem(0, 2, 3, 3, 4, 4, true),       // no batch
+      problem(1, 2, 0, 0, 3, 5, true),       // no rows: the state passes through
+      problem(1, 1, 0, 5, 3, 5, false),      // no queries
+      problem(1, 1, 5, 0, 3, 5, false),      // no keys
+      problem(1, 2, 64, 64, 16, 16, true),   // one whole chunk
+      problem(2, 1, 65, 65, 5, 7, true),     // a chunk and one row
+      problem(1, 1, 130, 130, 66, 3, true),  // two column tiles of D, three chunks
+      problem(1, 1, 20, 20, 3, 67, true),    // two of E
+      problem(1, 2, 3, 70, 9, 4, false),     // few queries, many keys
+      problem(1, 1, 70, 3, 4, 9, false),     // the other way round
+      problem(1, 1, 5, 1100, 2, 3, false),   // more chunks than parts
+      problem(3, 2, 1, 1, 17, 33, true),     // a decoder's step
   };
   int number = 0;
   for (Problem p : edges) {
