@@ -156,19 +156,25 @@ PYSEQNET_INLINE void with_elements(DType dtype, void* p, F&& f) {
   f(static_cast<float16*>(p));
 }
 
-// tile[rows][padded(columns)] = rows of p, `offset` elements in. The same rows of the next chunk are asked
+// Asks for a row that will be read later, `distance` elements away; harmless where there is none.
+template <class T>
+PYSEQNET_INLINE void prefetch_row(const T* row, int64_t distance, int64_t columns) {
+  constexpr int64_t line = 64;
+  const uintptr_t at = uintptr_t(row) + uintptr_t(distance * int64_t(sizeof(T)));
+  for (int64_t x = 0; x < columns * int64_t(sizeof(T)); x += line)
+    __builtin_prefetch(reinterpret_cast<const char*>(at + uintptr_t(x)), 0, 2);
+}
+
+// tile[rows][padded(columns)] = rows of p, `offset` elements in. The rows that lie `ahead` of these are asked
 // for meanwhile: they come from memory while this chunk's products run.
 PYSEQNET_SHARED_CODE void load_tile(DType dtype, const void* p, int64_t offset, int64_t stride, int64_t rows,
-                                    int64_t columns, float* tile) {
+                                    int64_t columns, float* tile, int64_t ahead = 0) {
   with_elements(dtype, p, [&](auto* base) PYSEQNET_LAMBDA {
     const int64_t whole = columns / VL * VL, width = padded(columns);
     for (int64_t i = 0; i < rows; i++) {
       const auto* from = base + offset + i * stride;
       float* to = tile + i * width;
-      const auto* next =
-          reinterpret_cast<const char*>(uintptr_t(from) + uintptr_t(chunk * stride) * sizeof(*from));
-      for (int64_t x = 0; x < columns; x += 64 / int64_t(sizeof(*from)))
-        __builtin_prefetch(next + x * int64_t(sizeof(*from)), 0, 2);
+      if (ahead) prefetch_row(from, ahead * stride, columns);
       for (int64_t x = 0; x < whole; x += VL) store(to + x, load_lanes(from + x));
       if (whole < columns) store(to + whole, load_between(from + whole, 0, columns - whole, vf{}));
     }

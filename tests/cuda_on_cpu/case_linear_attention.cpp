@@ -1,7 +1,7 @@
 // Every CUDA kernel of linear attention against the oracle: forward (outputs, states, what backward needs)
 // and backward from the oracle's own forward; all dtypes, feature maps and options, both orders of heads and
-// rows, padding full of NaN. Sources: linear_attention/linear_attention_generic.cu
-// linear_attention/linear_attention_reference.cpp
+// rows, padding full of NaN.
+// Sources: linear_attention/linear_attention_generic.cu linear_attention/linear_attention_reference.cpp
 #include "harness.h"
 #include "linear_attention/linear_attention.h"
 

@@ -1,0 +1,182 @@
+// What the generic CUDA kernels of linear attention are made of: a call's operands as functions of row and
+// depth, and the product of 64 x 64 results that all of them share (linear_attention_generic.cu says why).
+#pragma once
+#include <cmath>
+
+#include "common/cuda_numerics.cuh"
+#include "linear_attention/linear_attention.h"
+#include "linear_attention/linear_attention_features.h"
+
+namespace pyseqnet {
+namespace {
+
+constexpr int tile = 64;  // rows and columns of a block's results
+constexpr int threads = 256;
+constexpr int lanes = 16;  // threads across and down a tile
+constexpr int each = tile / lanes;
+constexpr int padding = 4;  // of a staged row: keeps it aligned to 16 bytes and spreads the banks
+static_assert(tile == LinearAttentionProblem::chunk_rows, "a causal block's rows are one chunk");
+constexpr int64_t most_parts = 16;
+constexpr int64_t most_blocks = (int64_t{1} << 31) - 1;
+
+template <class Acc>
+constexpr int depth = sizeof(Acc) == 8 ? 8 : 16;
+
+PYSEQNET_HOST_DEVICE int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct Exponential {
+  PYSEQNET_HOST_DEVICE float operator()(float x) const { return expf(x); }
+  PYSEQNET_HOST_DEVICE double operator()(double x) const { return exp(x); }
+};
+template <class Acc>
+PYSEQNET_DEVICE Acc feature_of(FeatureMap map, Acc x) {
+  if (map == FeatureMap::elu) return feature<FeatureMap::elu>(x, Exponential{});
+  if (map == FeatureMap::relu) return feature<FeatureMap::relu>(x, Exponential{});
+  return x;
+}
+template <class Acc>
+PYSEQNET_DEVICE Acc feature_gradient_of(FeatureMap map, Acc f) {
+  if (map == FeatureMap::elu) return feature_gradient<FeatureMap::elu>(f);
+  if (map == FeatureMap::relu) return feature_gradient<FeatureMap::relu>(f);
+  return Acc(1);
+}
+
+// What every kernel is given.
+template <class T>
+struct Call {
+  using Acc = accumulator_t<T>;
+  LinearAttentionProblem p;
+  LinearAttentionTensors t;
+  int64_t heads = 0, saved_states = 0, state_size = 0;
+  int64_t parts = 0, part_rows = 0;      // of the sums: keys in forward, queries in backward
+  Acc* sums = nullptr;                   // [heads][parts][D*E + D]; causal: after the scan, states
+  Acc* total = nullptr;                  // [heads][D*E + D], not causal
+  Acc *factor = nullptr, *dd = nullptr;  // backward: [heads][L]
+};
+
+// One head of a call: operands as functions of row and column, zero outside.
+template <class T>
+struct Head {
+  using Acc = accumulator_t<T>;
+  const Call<T>& c;
+  const LinearAttentionProblem& p;
+  int64_t index, keys;
+  const T *q, *k, *v, *gout, *out_read;
+  const Acc *factor, *dd;
+
+  PYSEQNET_DEVICE Head(const Call<T>& call, int64_t head) : c(call), p(call.p), index(head) {
+    const int64_t b = head / p.H, h = head % p.H;
+    keys = call.t.key_lengths ? call.t.key_lengths[b] : p.S;
+    keys = keys < 0 ? 0 : keys > p.S ? p.S : keys;
+    q = at(call.t.q, p.q, b, h);
+    k = at(call.t.k, p.k, b, h);
+    v = at(call.t.v, p.v, b, h);
+    gout = at(call.t.gout, p.gout, b, h);
+    out_read = at(call.t.out, p.out, b, h);
+    factor = call.factor ? call.factor + head * p.L : nullptr;
+    dd = call.dd ? call.dd + head * p.L : nullptr;
+  }
+  PYSEQNET_DEVICE static const T* at(const void* base, const HeadStrides& s, int64_t b, int64_t h) {
+    return base ? static_cast<const T*>(base) + b * s.b + h * s.h : nullptr;
+  }
+  PYSEQNET_DEVICE T* result(void* base, const HeadStrides& s, int64_t row) const {
+    return static_cast<T*>(base) + index / p.H * s.b + index % p.H * s.h + row * s.row;
+  }
+
+  PYSEQNET_DEVICE Acc query(int64_t i, int64_t d) const {
+    if (i >= p.L || d >= p.D || (factor && factor[i] == Acc(0))) return Acc(0);
+    return feature_of(p.feature_map, load(q + i * p.q.row + d) * Acc(p.scale));
+  }
+  PYSEQNET_DEVICE Acc key(int64_t j, int64_t d) const {
+    return j < keys && d < p.D ? feature_of(p.feature_map, load(k + j * p.k.row + d)) : Acc(0);
+  }
+  PYSEQNET_DEVICE Acc value(int64_t j, int64_t e) const {
+    return j < keys && e < p.E ? load(v + j * p.v.row + e) : Acc(0);
+  }
+  PYSEQNET_DEVICE Acc output_gradient(int64_t i, int64_t e) const {
+    if (i >= p.L || e >= p.E || factor[i] == Acc(0)) return Acc(0);
+    return load(gout + i * p.gout.row + e) * factor[i];
+  }
+  PYSEQNET_DEVICE Acc row_weight(int64_t i) const { return i < p.L ? dd[i] : Acc(0); }
+  // The state that rows of a chunk read (or the one that all read), as [D*E] then [D].
+  PYSEQNET_DEVICE const Acc* saved(int64_t chunk) const {
+    return static_cast<const Acc*>(c.t.saved) +
+           (index * c.saved_states + (p.causal ? chunk : 0)) * c.state_size;
+  }
+  PYSEQNET_DEVICE const Acc* scanned(int64_t chunk) const {
+    return p.causal ? c.sums + (index * c.parts + chunk) * c.state_size : c.total + index * c.state_size;
+  }
+  PYSEQNET_DEVICE Acc entry(const Acc* state, int64_t d, int64_t e) const {
+    return d < p.D && e < p.E ? state[d * p.E + e] : Acc(0);
+  }
+};
+
+// ---------------------------------------------------------------- the product
+
+template <class Acc>
+struct alignas(16) Staged {
+  Acc a[depth<Acc>][tile + padding], b[depth<Acc>][tile + padding];
+};
+template <class Acc>
+struct Scores {
+  Acc at[tile][tile + 1];
+};
+
+// Which results are this thread's: rows row .. row + each, columns likewise.
+PYSEQNET_DEVICE int my_row() { return int(threadIdx.x) / lanes * each; }
+PYSEQNET_DEVICE int my_column() { return int(threadIdx.x) % lanes * each; }
+
+// Fills staged[k][x] = operand(x, k0 + k). Neighbouring threads take neighbouring depths where the operand is
+// contiguous along them, else neighbouring x.
+template <bool along_depth, class Acc, class Operand>
+PYSEQNET_DEVICE void stage(Acc (&staged)[depth<Acc>][tile + padding], int64_t k0, int64_t K,
+                           Operand operand) {
+  constexpr int steps = depth<Acc>;
+#pragma unroll
+  for (int n = 0; n < steps * tile / threads; n++) {
+    const int i = n * threads + int(threadIdx.x);
+    const int k = along_depth ? i % steps : i / tile, x = along_depth ? i / steps : i % tile;
+    staged[k][x] = k0 + k < K ? operand(x, k0 + k) : Acc(0);
+  }
+}
+
+// sum[i][j] += sum over k < K of a(my_row() + i, k) b(my_column() + j, k). Every thread of the block calls
+// it.
+template <bool a_along_depth, bool b_along_depth, class Acc, class A, class B>
+PYSEQNET_DEVICE void add_product(Staged<Acc>& staged, int64_t K, A a, B b, Acc (&sum)[each][each]) {
+  const int row = my_row(), column = my_column();
+  for (int64_t k0 = 0; k0 < K; k0 += depth<Acc>) {
+    __syncthreads();  // the last step's operands have been read
+    stage<a_along_depth>(staged.a, k0, K, a);
+    stage<b_along_depth>(staged.b, k0, K, b);
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < depth<Acc>; k++) {
+      Acc x[each], y[each];
+#pragma unroll
+      for (int i = 0; i < each; i++) x[i] = staged.a[k][row + i], y[i] = staged.b[k][column + i];
+#pragma unroll
+      for (int i = 0; i < each; i++)
+#pragma unroll
+        for (int j = 0; j < each; j++) sum[i][j] += x[i] * y[j];
+    }
+  }
+}
+// scores[i][j] = a(i) . b(j) + weight(i) over K features, for j <= i and key row0 + j inside the length.
+template <class T, class Acc, class A, class B, class W>
+PYSEQNET_DEVICE void write_scores(const Head<T>& head, Staged<Acc>& staged, Scores<Acc>& scores, int64_t row0,
+                                  int64_t K, A a, B b, W weight) {
+  Acc sum[each][each] = {};
+  add_product<true, true>(staged, K, a, b, sum);
+#pragma unroll
+  for (int i = 0; i < each; i++)
+#pragma unroll
+    for (int j = 0; j < each; j++) {
+      const int r = my_row() + i, s = my_column() + j;
+      scores.at[r][s] = s <= r && row0 + s < head.keys ? sum[i][j] + weight(r) : Acc(0);
+    }
+  __syncthreads();
+}
+
+}  // namespace
+}  // namespace pyseqnet
