@@ -263,7 +263,7 @@ def translate_dates(folder: Path, seed: int, share: float) -> Result:
     ]
     result.facts = {
         "locales": len(dates.LOCALES),
-        "examples": list({row["locale"]: row for row in reversed(rows)}.values())[::-1],  # the first of each
+        "examples": [row for _, row in sorted({row["locale"]: row for row in reversed(rows)}.items())],  # first of each
         "mistakes": [row for row in rows if not row["right"]][:MOST_MISTAKES_SHOWN],
     }
     return result

@@ -142,9 +142,8 @@ class MultiheadAttention(_TorchMultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         padding, mask = agreed_masks(key_padding_mask, attn_mask, "key_padding_mask", "attn_mask", query.dtype)
-        # As torch: the hint replaces the mask only where nothing else needs it.
-        mask_is_hinted = is_causal and not need_weights
-        reason = self._refusal(query, key, value, padding, mask, is_causal, mask_is_hinted and padding is None)
+        hinted = is_causal and not need_weights  # as torch: whoever reads the weights gets those of the mask
+        reason = self._refusal(query, key, value, padding, mask, is_causal, hinted and padding is None)
         if reason is not None:
             _TorchMultiheadAttention.forward(
                 self, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
@@ -172,7 +171,8 @@ class MultiheadAttention(_TorchMultiheadAttention):
         if padding is not None and padding.dtype == torch.bool and not extra_keys:
             lengths = _right_padded_lengths(padding)
             padding = padding if lengths is None else None
-        causal = mask_is_hinted and padding is None
+        # As torch: beside a padding mask the extra keys are seen by all, else they are the last ones.
+        causal = hinted and (key_padding_mask is None or not extra_keys)
         result: Any = F.scaled_dot_product_attention(
             q,
             k,

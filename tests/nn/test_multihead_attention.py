@@ -189,14 +189,18 @@ def test_mismatched_masks_warn_as_torch_does() -> None:
 @pytest.mark.parametrize("need_weights", [True, False])
 @pytest.mark.parametrize("lengths", [None, (7, 3, 5)])
 def test_causal_hint(lengths: tuple[int, ...] | None, need_weights: bool) -> None:
-    ours, theirs = twins()
-    tensors = inputs()
-    mask = torch.ones(L, S, dtype=torch.bool).triu(1)
-    options = {
-        "attn_mask": mask, "is_causal": True, "need_weights": need_weights,
-        "key_padding_mask": None if lengths is None else padding_of(lengths, S),
-    }  # fmt: skip
-    assert_same(results(ours, tensors, **options), results(theirs, tensors, **options))
+    for extra in ({}, {"add_bias_kv": True, "add_zero_attn": True}):
+        ours, theirs = twins(**extra)
+        tensors = inputs()
+        mask = torch.ones(L, S, dtype=torch.bool).triu(1)
+        padding = None if lengths is None else padding_of(lengths, S)
+        left = None if padding is None else torch.arange(S) == torch.tensor([[1], [2], [3]])  # not the ends
+        for key_padding_mask in (padding, left):
+            options = {
+                "attn_mask": mask, "is_causal": True, "need_weights": need_weights,
+                "key_padding_mask": key_padding_mask,
+            }  # fmt: skip
+            assert_same(results(ours, tensors, **options), results(theirs, tensors, **options))
 
 
 def test_what_the_function_is_asked_for(monkeypatch) -> None:
@@ -222,10 +226,10 @@ def test_what_the_function_is_asked_for(monkeypatch) -> None:
     assert calls[0][:2] == (None, False)
     assert calls[0][2].tolist() == [5, 0, 2]
     shapes = [None if mask is None else tuple(mask.shape) for mask, _, _ in calls]
-    assert shapes == [None, (B, 1, 1, L), (B, 1, L, L), (1, 1, L, L), None, (B, 1, L, L)]
+    assert shapes == [None, (B, 1, 1, L), (B, 1, L, L), (1, 1, L, L), None, (B, 1, 1, L)]
     assert all(mask is None or mask.dtype == torch.bool for mask, _, _ in calls)
     assert torch.equal(calls[1][0][:, 0, 0], ~left)  # True = take part, there
-    assert [hint for _, hint, _ in calls] == [False, False, False, False, True, False]
+    assert [hint for _, hint, _ in calls] == [False, False, False, False, True, True]
     assert calls[4][2].tolist() == [5, 0, 2]
 
 
