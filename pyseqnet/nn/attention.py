@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 # Bound at import: replacing torch.nn.MultiheadAttention by ours later cannot make the class its own base.
 from torch.nn import MultiheadAttention as _TorchMultiheadAttention
@@ -46,11 +47,16 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, -math.inf)
 
 
+def _may_be_looked_at(tensor: Tensor) -> bool:
+    """Whether a decision may depend on its values: elsewhere that stops a GPU or a compiler."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not is_fake(tensor)
+
+
 def finite_padding(input: Tensor, padding: Tensor | None, batch_first: bool) -> Tensor:
     """`input` with zeros where padded positions hold NaN or infinity, and only there.
 
     No real output sees a padded position. A gradient does: that of a weight sums `0 * input` over the padding, which
-    is NaN for such values. So the pass over `input` is made only where gradients are recorded.
+    is NaN for such values. So this is done only where gradients are recorded.
     """
     if padding is None or not torch.is_grad_enabled():
         return input
@@ -59,15 +65,17 @@ def finite_padding(input: Tensor, padding: Tensor | None, batch_first: bool) -> 
         ignored = ignored.transpose(0, 1)
     if ignored.shape != input.shape[:-1]:  # refused later, in torch's words
         return input
+    if _may_be_looked_at(input) and math.isfinite(input.detach()[ignored].sum().item()):
+        return input
     return input.masked_fill(ignored.unsqueeze(-1) & ~input.isfinite(), 0.0)
 
 
 def _right_padded_lengths(padding: Tensor) -> Tensor | None:
     """How many keys each row of `padding` (B, S) leaves, if they are its first ones: whole blocks are then skipped.
 
-    None where finding out would stop a GPU or a compiler.
+    None where it cannot be found out.
     """
-    if torch.compiler.is_compiling() or type(padding) is not Tensor or padding.device.type != "cpu":
+    if not _may_be_looked_at(padding):
         return None
     keys = padding.shape[1]
     lengths = keys - padding.sum(1)
