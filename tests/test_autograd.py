@@ -318,3 +318,46 @@ def test_autocast_brings_mixed_dtypes_together(device: str) -> None:
         assert y.dtype == torch.bfloat16
     with torch.autocast(device, enabled=False):
         assert F.conv2d(x, w, b, groups=2).dtype == torch.float32
+
+
+# --- inputs that depend on each other -----------------------------------------------------------------------------
+
+
+def square(*shape: int) -> Tensor:
+    return normal(shape, seed=7).requires_grad_()
+
+
+SHARED = {  # each uses one tensor in two places, the second of which depends on the first
+    "conv2d": (lambda F, w: F.conv2d(F.conv2d(w, w, padding=1), w, padding=1), (3, 3, 3, 3)),
+    "conv2d_relu": (lambda F, w: F.conv2d_relu(F.conv2d_relu(w, w, padding=1), w, padding=1), (3, 3, 3, 3)),
+    "scaled_dot_product_attention": (
+        lambda F, x: F.scaled_dot_product_attention(F.scaled_dot_product_attention(x, x, x), x, x), (1, 2, 4, 3),
+    ),
+    "linear_attention": (lambda F, x: F.linear_attention(F.linear_attention(x, x, x), x, x), (1, 2, 4, 3)),
+    "lstm": (
+        lambda F, w: F.lstm(F.lstm(w[None], None, [w.repeat(2, 1), w.repeat(2, 1)])[0], None, [w.repeat(2, 1)] * 2)[0],
+        (6, 3),
+    ),
+}  # fmt: skip
+
+
+class Plain:
+    """The same functions in plain torch."""
+
+    conv2d_relu = staticmethod(lambda x, w, padding: torch.relu(torch.nn.functional.conv2d(x, w, padding=padding)))
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(F, f"{name}_reference")
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_double_backward_where_one_input_depends_on_another(name: str) -> None:
+    function, shape = SHARED[name]
+    found = []
+    for where in (F, Plain()):
+        w = square(*shape)
+        (first,) = torch.autograd.grad(function(where, w).square().sum(), w, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), w)
+        found += [first.detach(), second]
+    torch.testing.assert_close(found[0], found[2])
+    torch.testing.assert_close(found[1], found[3])

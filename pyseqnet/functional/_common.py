@@ -59,6 +59,15 @@ def creates_graph() -> bool:
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
+def aliases(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """Views of what a backward saved, for its double backward to differentiate with respect to.
+
+    One input may have been computed from another (a weight used twice). Asked for gradients with respect to the saved
+    tensors themselves, torch would follow that path as well, which belongs to the caller's graph.
+    """
+    return tuple(None if tensor is None else tensor.view_as(tensor) for tensor in tensors)
+
+
 def autocast_dtype(input: Tensor) -> torch.dtype | None:
     """The dtype that autocast wants on the input's device, None where it is off."""
     device = input.device.type

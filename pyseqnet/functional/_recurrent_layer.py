@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from pyseqnet.functional import _recurrent_reference as reference
-from pyseqnet.functional._common import creates_graph, same_device
+from pyseqnet.functional._common import aliases, creates_graph, same_device
 
 _forward = torch.ops.pyseqnet.recurrent_forward.default
 _backward = torch.ops.pyseqnet.recurrent_backward.default
@@ -121,11 +121,11 @@ def _differentiable_backward(
     Every input is an alias of its own: the input may itself be computed from the weights (the layer below, or the
     step before, in a cell), and a gradient asked of the tensors themselves would take those paths, too.
     """
-    aliases = [None if t is None else t.view_as(t) for t in tensors]
-    results = function(*static, *aliases)
+    views = aliases(*tensors)
+    results = function(*static, *views)
     # a cell without c has no gradient of one
     pairs = [(r, g) for r, g in zip(results, grads, strict=False) if r is not None and g is not None]
-    wanted = [a for a, n in zip(aliases, need, strict=True) if n and a is not None]
+    wanted = [a for a, n in zip(views, need, strict=True) if n and a is not None]
     found = iter(
         torch.autograd.grad([r for r, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, allow_unused=True)
     )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pyseqnet.functional._common import (
+    aliases,
     autocast_cast,
     autocast_dtype,
     creates_graph,
@@ -103,9 +104,9 @@ def _differentiable_gradients(
 ) -> list[Tensor | None]:
     """The backward pass as a differentiable function of inputs and gradients: through the reference."""
     # A view for each: one tensor may come as query, key and value at once, and each place has a gradient of its own.
-    views = [t.view_as(t) if t is not None else None for t in inputs]
+    views = aliases(*inputs)
     query, key, value, mask = views
-    results = _reference(query, key, value, mask, key_lengths, seed, _Options(*options))  # type: ignore[arg-type]
+    results = _reference(query, key, value, mask, key_lengths, seed, _Options(*options))
     outputs = [(r, g) for r, g in zip(results, grads, strict=True) if g is not None]
     wanted = [v for v, need in zip(views, needs, strict=True) if need and v is not None]
     found = list(

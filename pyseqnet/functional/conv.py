@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pyseqnet.functional._common import (
+    aliases,
     autocast_cast,
     autocast_dtype,
     creates_graph,
@@ -118,6 +119,7 @@ class _Conv(torch.autograd.Function):
         input, weight = ctx.saved_tensors
         need_input, need_weight, need_bias = ctx.needs_input_grad[:3]
         if creates_graph():
+            input, weight = aliases(input, weight)
             wanted = [t for t, need in ((input, need_input), (weight, need_weight)) if need]
             found: list[Tensor | None] = []
             if wanted:

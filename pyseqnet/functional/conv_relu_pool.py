@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pyseqnet.functional._common import (
+    aliases,
     autocast_cast,
     autocast_dtype,
     creates_graph,
@@ -62,6 +63,7 @@ class _ConvReluPool(torch.autograd.Function):
         input, weight, bias, saved = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         if creates_graph():
+            input, weight, bias = aliases(input, weight, bias)
             output = _reference(input, weight, bias, ctx.geometry)
             wanted = [t for t, need in zip((input, weight, bias), needs, strict=True) if need]
             found = list(torch.autograd.grad(output, wanted, grad_output, create_graph=True))

@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 
 from pyseqnet.functional._common import (
     SUPPORTED_DTYPES,
+    aliases,
     autocast_cast,
     autocast_dtype,
     creates_graph,
@@ -123,7 +124,7 @@ class _LinearAttention(torch.autograd.Function):
         feature_map, causal, normalize, scale, _ = ctx.options
         grad_out, grad_state, grad_normalizer = grads if len(grads) == 3 else (grads[0], None, None)
         if creates_graph():
-            inputs = (query, key, value, key_lengths, state, normalizer)
+            inputs = aliases(query, key, value, key_lengths, state, normalizer)
             wanted = [t for t, need in zip(inputs, ctx.needs_input_grad, strict=False) if need]
             results = _plain(*inputs, *ctx.options)
             grads_of = (grad_out, grad_state, grad_normalizer)
