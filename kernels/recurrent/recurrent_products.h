@@ -19,6 +19,7 @@ using Factor = float;
 #endif
 // So many rows in all, or fewer, are few: packing a weight would cost more than multiplying with it.
 constexpr int64_t few_rows = 128;
+typedef float word_u __attribute__((aligned(2), may_alias));  // a pair may begin at any element
 constexpr int64_t words(int64_t elements) { return pairs ? (elements + 1) / 2 : elements; }
 PYSEQNET_INLINE const float* as_words(const Factor* p) { return reinterpret_cast<const float*>(p); }
 
@@ -48,7 +49,7 @@ PYSEQNET_INLINE void tile_of_rows(int64_t K, const float* const* a, const float*
     for (int j = 0; j < NV; ++j) bv[j] = (__m512bh)load(b + j * VL);
 #pragma GCC unroll 32
     for (int i = 0; i < R; ++i) {
-      const __m512bh av = (__m512bh)_mm512_set1_ps(a[i][k]);
+      const __m512bh av = (__m512bh)_mm512_set1_ps(*(const word_u*)(a[i] + k));
 #pragma GCC unroll 8
       for (int j = 0; j < NV; ++j) c[i][j] = (vf)_mm512_dpbf16_ps((__m512)c[i][j], av, bv[j]);
     }
