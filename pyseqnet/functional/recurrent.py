@@ -52,7 +52,7 @@ def lstm(
 ) -> Any:
     """Long short-term memory, in layers and in one or two directions.
 
-    Equivalent to, without `lengths`::
+    Equivalent to::
 
         layer = torch.nn.LSTM(...)                    # params = layer._flat_weights
         output, (h_n, c_n) = layer(input, hx)
@@ -110,7 +110,7 @@ def gru(
 ) -> Any:
     """Gated recurrent units, in layers and in one or two directions.
 
-    Equivalent to, without `lengths`::
+    Equivalent to::
 
         layer = torch.nn.GRU(...)                     # params = layer._flat_weights
         output, h_n = layer(input, hx)
@@ -143,7 +143,7 @@ def rnn(
 ) -> Any:
     """Elman's recurrent network, in layers and in one or two directions.
 
-    Equivalent to, without `lengths`::
+    Equivalent to::
 
         layer = torch.nn.RNN(..., nonlinearity=nonlinearity)   # params = layer._flat_weights
         output, h_n = layer(input, hx)
@@ -240,7 +240,11 @@ def lstm_cell(
 ) -> tuple[Tensor, Tensor]:
     """One step of `lstm`: ``(B, I)`` and ``(h, c)``, ``(B, H)`` each (or without B), to the next ``(h, c)``.
 
-    Equivalent to ``torch.lstm_cell(input, hx, w_ih, w_hh, b_ih, b_hh)``; None for `hx` is zeros.
+    Equivalent to::
+
+        torch.lstm_cell(input, hx, w_ih, w_hh, b_ih, b_hh)
+
+    None for `hx` is zeros.
     """
     result: tuple[Tensor, Tensor] = _call_cell("LSTM", input, hx, w_ih, w_hh, b_ih, b_hh)
     return result
@@ -256,7 +260,11 @@ def gru_cell(
 ) -> Tensor:
     """One step of `gru`: ``(B, I)`` and ``(B, H)`` (or without B) to the next ``(B, H)``.
 
-    Equivalent to ``torch.gru_cell(input, hx, w_ih, w_hh, b_ih, b_hh)``; None for `hx` is zeros.
+    Equivalent to::
+
+        torch.gru_cell(input, hx, w_ih, w_hh, b_ih, b_hh)
+
+    None for `hx` is zeros.
     """
     result: Tensor = _call_cell("GRU", input, hx, w_ih, w_hh, b_ih, b_hh)
     return result
@@ -274,7 +282,11 @@ def rnn_cell(
 ) -> Tensor:
     """One step of `rnn`: ``(B, I)`` and ``(B, H)`` (or without B) to the next ``(B, H)``.
 
-    Equivalent to ``torch.rnn_tanh_cell`` or ``torch.rnn_relu_cell``; None for `hx` is zeros.
+    Equivalent to::
+
+        torch.rnn_tanh_cell(input, hx, w_ih, w_hh, b_ih, b_hh)  # or torch.rnn_relu_cell
+
+    None for `hx` is zeros.
     """
     result: Tensor = _call_cell(_elman_mode(nonlinearity), input, hx, w_ih, w_hh, b_ih, b_hh)
     return result
