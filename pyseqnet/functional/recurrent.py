@@ -55,7 +55,7 @@ def lstm(
     Equivalent to::
 
         layer = torch.nn.LSTM(...)                    # params = layer._flat_weights
-        output, (h_n, c_n) = layer(input, hx)
+        output, (h_n, c_n) = layer(input, hx)         # with lengths: layer(pack_padded_sequence(input, lengths, ...))
 
     Each step of a layer::
 
