@@ -12,12 +12,13 @@
 // whichever are neighbours in memory.
 //
 // A sum over all steps (a weight's gradient) is cut twice. Into parts, one a block, so that few results still
-// fill a GPU; and each part into runs of 512 terms, whose sums are added to the part's result in memory: the
-// error of a float sum grows with its length. sum_parts() adds the parts in order: the same bits in every
-// run. The row sums that come along are the gradients of the biases.
+// fill a GPU; and each part into runs of 256 terms, whose sums are added to the part's result in memory: the
+// error of a float sum grows with its length. sum_recurrent_parts() adds the parts in order: the same bits in
+// every run. The row sums that come along are the gradients of the biases.
 //
-// Bound: FMA issue. The loop is that of the convolution's product, which has 512 FMA in about 700
-// instructions: 73 % of FMA peak at most.
+// Bound: FMA issue. Of what a warp executes in a step of 8 depths 512 instructions are FMA and, as estimated
+// from the sm_90a code, about 200 are not: 70 % of FMA peak at most. 213 to 225 registers in float, so two
+// blocks a multiprocessor; 164 in double.
 #pragma once
 #include "recurrent/recurrent_sequences.cuh"
 
@@ -26,8 +27,8 @@ namespace pyseqnet {
 constexpr int product_threads = 128;
 constexpr int product_row_threads = 8, product_column_threads = product_threads / product_row_threads;
 constexpr int product_depth = 8;        // eight floats are a whole sector of memory
-constexpr int64_t longest_run = 512;    // terms that are added without an intermediate result
-constexpr int64_t shortest_part = 128;  // terms that are worth a block of their own
+constexpr int64_t longest_run = 256;    // terms that are added without an intermediate result
+constexpr int64_t shortest_part = 512;  // terms that are worth a block of their own
 
 template <class Acc_>
 struct ProductTile {
@@ -275,39 +276,34 @@ __global__ void __launch_bounds__(product_threads,
   Acc sum[Tile::extent][Tile::extent] = {};
   Acc row_sum = 0;
 
-  if (!p.in_parts) {
-    for (int s = 0; s < p.sources; s++) {
-      list_lines(memory.row_at, p.source[s].row, first_row, p.rows, t);
-      list_lines(memory.column_at, p.source[s].column, first_column, p.columns, t);
-      __syncthreads();
-      add_depths<Row, Column>(sum, row_sum, false, memory, p.source[s], 0, p.depth, t);
-    }
-    put_results<Tile, Column>(out, sum, p, first_row, first_column, at, false);
-    return;
+  Out* const part_out = out + part * p.part_results();
+  const bool sum_rows = p.in_parts && first_column == 0;
+  const int64_t begin = p.in_parts ? part * p.part_depth : 0;
+  const int64_t end = p.in_parts && begin + p.part_depth < p.depth ? begin + p.part_depth : p.depth;
+  const int64_t run = p.in_parts ? longest_run : p.depth;
+  for (int s = 0; s < p.sources; s++) {
+    list_lines(memory.row_at, p.source[s].row, first_row, p.rows, t);
+    list_lines(memory.column_at, p.source[s].column, first_column, p.columns, t);
+    __syncthreads();
+    int64_t depth = begin;
+    do {
+      const int64_t run_end = depth + run < end ? depth + run : end;
+      add_depths<Row, Column>(sum, row_sum, sum_rows, memory, p.source[s], depth, run_end, t);
+      const bool add = depth > begin;
+      depth += run;
+      if (!p.in_parts && (s + 1 < p.sources || depth < end)) continue;
+      put_results<Tile, Column>(part_out, sum, p, first_row, first_column, at, add && p.in_parts);
+      if (sum_rows && t < Tile::rows && first_row + t < p.rows) {
+        Out* to = part_out + p.rows * p.columns + first_row + t;
+        store(to, add ? load(to) + row_sum : row_sum);
+      }
+#pragma unroll
+      for (int i = 0; i < Tile::extent; i++)
+#pragma unroll
+        for (int j = 0; j < Tile::extent; j++) sum[i][j] = 0;
+      row_sum = 0;
+    } while (depth < end);
   }
-  Out* part_out = out + part * p.part_results();
-  const bool sum_rows = first_column == 0;
-  list_lines(memory.row_at, p.source[0].row, first_row, p.rows, t);
-  list_lines(memory.column_at, p.source[0].column, first_column, p.columns, t);
-  __syncthreads();
-  const int64_t begin = part * p.part_depth;
-  const int64_t end = begin + p.part_depth < p.depth ? begin + p.part_depth : p.depth;
-  int64_t depth = begin;
-  do {
-    const int64_t run_end = depth + longest_run < end ? depth + longest_run : end;
-    add_depths<Row, Column>(sum, row_sum, sum_rows, memory, p.source[0], depth, run_end, t);
-    put_results<Tile, Column>(part_out, sum, p, first_row, first_column, at, depth > begin);
-    if (sum_rows && t < Tile::rows && first_row + t < p.rows) {
-      Out* to = part_out + p.rows * p.columns + first_row + t;
-      store(to, depth > begin ? load(to) + row_sum : row_sum);
-    }
-#pragma unroll
-    for (int i = 0; i < Tile::extent; i++)
-#pragma unroll
-      for (int j = 0; j < Tile::extent; j++) sum[i][j] = 0;
-    row_sum = 0;
-    depth += longest_run;
-  } while (depth < end);
 }
 
 // About eight blocks a multiprocessor on the largest GPUs (132 to 148 of them).

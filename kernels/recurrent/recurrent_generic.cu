@@ -15,13 +15,18 @@
 // Why a launch a step: it needs no grid barrier, so nothing depends on how many blocks a device holds at
 // once, and any H, B and T works. Its price is a launch and a trip of h through the L2 cache every step.
 //
-// Traffic and work of an LSTM, float32, T 100, B 32, I = H = 256, one direction:
-//   products over all steps   forward 1.7 GFLOP, backward 1.7 (gx) + 3.4 (weights)
-//   a step                    16.8 MFLOP; 1 MiB of weights and, in its 64 blocks, 2 MiB of h, all from L2
-// Predicted for an H200, not measured, from 35 TFLOP/s for the products (60 % of its FMA peak), about 1.5 us
-// between dependent launches and 2.5 us for a step's chain (4 trips to L2, 256 FMA a thread, the cell):
-//   forward 0.05 ms + 100 * 4 us = 0.45 ms;   backward 100 * 5 us (four times the depth, in 8 slices)
-//   + 0.15 ms = 0.65 ms.  Both are latency: H 512 should cost hardly more than 1.5 times that.
+// Traffic and work of an LSTM in float32, T 100, B 32, I = H = 256, one direction:
+//   products over all steps  1.7 GFLOP forward, 5.0 GFLOP backward
+//   a step                   16.8 MFLOP; from L2 1 MiB of weights and, in each of 64 blocks, 32 KiB of h
+//   memory, forward          3.3 MB of x, 3.3 MB of y, 13 MB of gates written, read and written again, 3.3 MB
+//                            of cells: 49 MB, 11 us at an H200's 4.3 TB/s. It is not the bound
+// Predicted for an H200 before any measurement (none was made when this was written):
+//   a step forward   1.5 us between dependent launches, 0.7 us to the first loads, 4 rounds of 64 depths with
+//                    289 instructions in each of 2 warps a scheduler: 1.3 us, the cell 0.6 us: 4.1 us
+//   a step backward  the same 4 rounds in 16 tiles times 4 parts, 1 us for the parts to meet: 5.1 us
+//   forward 100 * 4.1 us + 1.7 GFLOP at 40 TFLOP/s = 0.45 ms;  backward 100 * 5.1 us + 0.13 ms = 0.64 ms
+// That is latency. Where H and B are large, a step is bound by FMA issue: 128 among 289 instructions, 44 % of
+// FMA peak at most.
 #include <algorithm>
 
 #include "recurrent/recurrent_gemm.cuh"
