@@ -106,7 +106,6 @@ struct Layer {
                        : new_dense(like, {p.T, p.B, features}, type);
   }
   ScalarType reserve_type() const { return p.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float; }
-  int64_t cell_rows() const { return p.has_cell() ? p.rows() : 0; }
 };
 
 void read_batch_sizes(Layer& layer, const Tensor& batch_sizes, int64_t rows) {

@@ -34,7 +34,7 @@
 //              a direction; biases null: zeros. w_hr is null unless P. Gradients g_* have the same shapes.
 //   gates      A  (D, N, S, H), S = saved():  lstm i, f, g, o and gru r, z, n, q, after their nonlinearities
 //              (q has none); rnn_tanh and rnn_relu save nothing (S = 0): y is all that backward needs
-//   cells      A  (D, N, H): c; LSTM only (width cell_rows() = N, else 0)
+//   cells      A  (D, N, H): c; LSTM only
 //   Together `gates` and `cells` are the reserve, the same whichever kernel wrote it.
 //
 // forward   x, h0, c0, weights -> y, h_n, c_n, and the reserve if the problem says so (else null, not written)
@@ -43,7 +43,8 @@
 //           none. h' is read from y and h0.
 //
 // Rounding: inputs are widened to A, all sums and states are kept in A within a call; what is stored in T is
-// rounded once. (Elman and dW_hh in 16 bits: backward sees the rounded h, as torch does.)
+// rounded once. (Elman and dW_hh in 16 bits: backward sees the rounded h, as torch does.) Kernels that
+// multiply bfloat16 may also round, to bfloat16, what a product reads: h and the gradients of gates' sums.
 #pragma once
 #include <string>
 

@@ -33,8 +33,8 @@ struct Sizes {
   int64_t parts, part, gate_blocks, gate_block;
   int64_t projection_blocks, projection_block;
 
-  static constexpr int64_t input_block =
-      96;  // rows of gx: their gradients and a panel share the second level
+  // Rows of gx that make one item: their gradients and a panel share the second level.
+  static constexpr int64_t input_block = 96;
 
   // Rows of a product to an item: many share what is packed for them, but there are a few items to share out.
   static int64_t blocks(int64_t extent, int64_t parts) {

@@ -11,6 +11,9 @@
 // packed, padded and reversed data differ in addresses only. Items are single sequences; a range of them is
 // one batch. That is what two threads share, and a row's result does not depend on the rows beside it.
 //
+// Where there are few rows in all (a single step of a decoder), packing would cost more than the products:
+// both factors are then read where they lie (recurrent_few_rows.h).
+//
 // Bound: FMA throughput, 2 * rows * G * H * (I + R) in all; the recurrent weights stream from the second or
 // third level once a step. The cell costs about 100 cycles for VL units and step.
 #include "recurrent/recurrent_few_rows.h"
@@ -370,7 +373,7 @@ struct Forward {
     cells_of_few(p, step, n);
   }
 
-  // Where rows of the slots and of x lie for step s; returns how many sequences run.
+  // Where rows of the slots and of x lie for step s.
   void place_rows(const Batch& q, int64_t s, int64_t n, int64_t first) const {
     const int64_t width = z.slots * p.H;
     float* reserve = p.reserve && p.saved() ? static_cast<float*>(t.gates) : nullptr;

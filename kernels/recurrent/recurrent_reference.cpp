@@ -115,7 +115,6 @@ struct Reference {
   double* slot_gradients(double* shared) const { return shared; }
   double* h_gradients(double* shared) const { return shared + p.D * p.rows() * S * H; }
 
-  // c of a step, or what a cell without c looks at instead: nothing.
   template <class Cell>
   void backward_sequence(int64_t d, int64_t b, double* shared, double* scratch) const {
     const RecurrentWeights& w = t.weights[d];
