@@ -30,7 +30,7 @@ struct Options {
   // An additive mask is -infinity and a boolean one false with this probability.
   double hidden = 0.2;
   bool hide_a_row = false, hide_a_column = false;
-  bool every_dtype = false;
+  bool every_dtype = false, float_mask = false;
   const char* words = "";
 };
 
@@ -349,7 +349,8 @@ void check_edges(Suite& suite) {
            [](Options& o) { o.p.with_gweights = o.p.with_glse = o.p.with_key_lengths = true; }),
       with_mask(problem(2, 1, 2, 40, 36, 4, 4), additive, 1, 2, 1, 36),
       with_mask(problem(2, 1, 2, 40, 36, 4, 4), additive, 2, 1, 40, 1),
-      with_mask(problem(2, 2, 1, 40, 36, 4, 4), additive, 1, 1, 1, 1),
+      with(with_mask(problem(2, 2, 1, 40, 36, 4, 4), additive, 1, 1, 1, 1),
+           [](Options& o) { o.float_mask = true; }),
       with(problem(2, 1, 2, 36, 40, 8, 8), [](Options& o) { o.p.dropout_p = 0.3, o.p.with_gweights = true; }),
       with(problem(1, 1, 2, 6, 7, 8, 8), [](Options& o) { o.p.need_q = false; }),
       with(problem(1, 1, 2, 6, 7, 8, 8), [](Options& o) { o.p.need_kv = false; }),
@@ -360,7 +361,7 @@ void check_edges(Suite& suite) {
     for (DType dtype : all_dtypes) {
       if (dtype == (turn ? DType::bf16 : DType::f16) && !o.every_dtype) continue;
       Options scaled = o;
-      scaled.p.dtype = dtype, scaled.p.mask_dtype = dtype;
+      scaled.p.dtype = dtype, scaled.p.mask_dtype = o.float_mask ? DType::f32 : dtype;
       if (dtype != DType::f64) {
         const auto twice = [](int64_t& extent) { extent = extent > 2 ? 2 * extent : extent; };
         twice(scaled.p.L), twice(scaled.p.S), twice(scaled.p.mask_L), twice(scaled.p.mask_S);
