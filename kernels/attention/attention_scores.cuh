@@ -209,6 +209,7 @@ PYSEQNET_DEVICE uint32_t kept_pairs(const AttentionMemory<T>& memory, const Atte
   }
   return kept;
 }
+
 template <class T>
 PYSEQNET_DEVICE void logits_of_tile(ScoreRegisters<T>& score, AttentionMemory<T>& memory, uint32_t visible,
                                     const AttentionInputs<T>& a, const AttentionHead& head, int64_t query0,
