@@ -86,7 +86,7 @@ def attention(
         forward=Cost(4.0 * width * pairs, 2 * q_count + kv_count + mask_count),
         backward=Cost(10.0 * width * pairs, 4 * q_count + 2 * kv_count + mask_count),
         gradients=("query", "key", "value") + (("attn_mask",) if mask == "learned" else ()),
-        tolerance=lambda dtype: Tolerance(ulps=16.0),
+        tolerance=lambda dtype: Tolerance(),
         user=None if mask or lengths or causal else Rival("matmul and softmax", _by_hand(options)),
         dtypes=dtypes,
         devices=devices,

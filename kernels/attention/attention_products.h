@@ -69,22 +69,20 @@ PYSEQNET_NOINLINE void multiply_panels(int64_t rows, int64_t depth, const float*
   });
 }
 
-// One column strip of an accumulating product: c += tile, where `sum` adds the tile to what it is given.
+// One column strip of an accumulating product: c = f c + tile, where `sum` adds the tile to zeros. Summing
+// the tile by itself first keeps rounding small: a long sum would otherwise round every term to its own size.
 template <int R, int NV, class Sum>
 PYSEQNET_INLINE void update_strip(float* c, int64_t ldc, const float* factors, Sum&& sum) {
   vf acc[R][NV];
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-    for (int v = 0; v < NV; ++v) {
-      acc[r][v] = load(c + r * ldc + v * VL);
-      if (factors) acc[r][v] *= factors[r];
-    }
+  zero(acc);
   sum(acc);
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-    for (int v = 0; v < NV; ++v) store(c + r * ldc + v * VL, acc[r][v]);
+    for (int v = 0; v < NV; ++v) {
+      float* at = c + r * ldc + v * VL;
+      store(at, factors ? load(at) * factors[r] + acc[r][v] : load(at) + acc[r][v]);
+    }
 }
 
 // factors may be null (1).
