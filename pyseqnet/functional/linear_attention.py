@@ -407,24 +407,28 @@ def linear_attention_step(
     Without gradients one pass reads the state, adds the key, answers the query and writes the state.
     """
     number = _KERNEL_MAPS.get(feature_map) if isinstance(feature_map, str) else None
-    tensors = (query, key, value) if state is None else (query, key, value, *state)
-    for label, t in zip(("query", "key", "value", "state", "state"), tensors, strict=False):
+    if number is not None and not torch._C._is_any_autocast_enabled() and forward_ad._current_level < 0:
+        try:
+            start, start_z = (None, None) if state is None else state
+            recorded = torch.is_grad_enabled() and (
+                query.requires_grad
+                or key.requires_grad
+                or value.requires_grad
+                or (start is not None and start_z is not None and (start.requires_grad or start_z.requires_grad))
+            )
+            if not recorded:
+                factor = 1.0 if scale is None else float(scale)
+                out, last, last_z = _step(
+                    query, key, value, start, start_z, number, normalize is not False, factor, float(eps)
+                )
+                return out, (last, last_z)
+        except (AttributeError, TypeError, ValueError, NotImplementedError):
+            pass  # refused: what follows says why, in full
+    for label, t, wanted in (("query", query, "D"), ("key", key, "D"), ("value", value, "E")):
         if not isinstance(t, Tensor):
             raise TypeError(f"linear_attention_step: {label} must be a Tensor, got {type(t).__name__}")
-    for label, t, wanted in (("query", query, "D"), ("key", key, "D"), ("value", value, "E")):
         if t.dim() != 3:
             raise ValueError(f"linear_attention_step: {label} must be (B, H, {wanted}), got {tuple(t.shape)}")
-    plain = number is not None and len(tensors) != 4 and not torch._C._is_any_autocast_enabled()
-    if plain and forward_ad._current_level < 0:
-        recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-        if not recorded:
-            start = (None, None) if state is None else state
-            factor = 1.0 if scale is None else float(scale)
-            try:
-                out, last, last_z = _step(query, key, value, *start, number, normalize is not False, factor, eps)
-                return out, (last, last_z)
-            except (ValueError, NotImplementedError):
-                pass  # refused: the general function below says why, in full
     out, new = linear_attention(
         query.unsqueeze(2),
         key.unsqueeze(2),

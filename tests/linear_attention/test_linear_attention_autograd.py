@@ -219,6 +219,17 @@ def test_compile(device: str, causal: bool, dynamic: bool) -> None:
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
+def test_compile_the_step(device: str) -> None:
+    q, k, v = (normal((2, 3, 5), i, torch.float32).to(device) for i in range(3))
+    compiled = torch.compile(F.linear_attention_step, fullgraph=True, backend="aot_eager")
+    out, state = compiled(q, k, v)
+    again, last = compiled(q, k, v, state)
+    wanted, first = F.linear_attention_step(q, k, v)
+    torch.testing.assert_close(out, wanted)
+    torch.testing.assert_close((again, last), F.linear_attention_step(q, k, v, first))
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
 def test_dynamic_lengths_do_not_recompile() -> None:
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     layer = nn.LinearAttention(8, 2, causal=True, batch_first=True)
