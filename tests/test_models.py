@@ -6,6 +6,7 @@ import doctest
 
 import pytest
 import torch
+from support import environment
 
 from pyseqnet import nn
 from pyseqnet.models import (
@@ -63,6 +64,23 @@ def test_trains_as_torch_does() -> None:
         losses.append(loss.detach())
     assert losses[1] < 1.0
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-3, atol=1e-4)
+
+
+def test_blocks_run_as_one_operation_unless_somebody_looks(capfd: pytest.CaptureFixture[str]) -> None:
+    model = ImageClassifier(2, (12, 9), (5, 7), 3)
+    images = torch.randn(4, 2, 12, 9)
+    with environment(PYSEQNET_VERBOSE="1"):
+        expected = model(images)
+        assert [line.split()[1] for line in capfd.readouterr().err.splitlines()] == ["conv_relu_pool_forward"] * 2
+        seen: list[torch.Tensor] = []
+        handle = model.features[1].register_forward_hook(lambda layer, inputs, output: seen.append(output))
+        found = model(images)
+        assert "conv_relu_pool" not in capfd.readouterr().err
+        handle.remove()
+    assert seen[0].shape == (4, 5, 12, 9)
+    torch.testing.assert_close(found, expected)
+    model.features[1] = torch.nn.Identity()
+    assert not torch.equal(model(images), expected)
 
 
 @pytest.mark.parametrize(

@@ -91,17 +91,24 @@ void open_plane(const ConvReluPoolProblem& f, const T* gy, const Tap* arg, float
   const ConvProblem& p = f.conv;
   const int64_t pixels = p.P * p.Q, closed = f.closed();
   for (int64_t e = 0; e < pixels; e += VL) store_lanes_n(plane + e, vf{}, pixels - e);
-  const bool disjoint = f.disjoint();
-  for (int64_t u = 0; u < f.U; ++u)
-    for (int64_t v = 0; v < f.V; ++v) {
+  const bool disjoint = f.disjoint(), narrow = sizeof(Tap) == 1;
+  // Where a tap lies. Closed windows, and taps that no forward pass wrote, add nothing to the first pixel.
+  int32_t offsets[256] = {};
+  for (int64_t tap = 0; narrow && tap < closed; ++tap)
+    offsets[tap] = int32_t(tap / f.pool_w * p.Q + tap % f.pool_w);
+  for (int64_t u = 0; u < f.U; ++u) {
+    float* corner = plane + u * f.pool_stride_h * p.Q;
+    for (int64_t v = 0; v < f.V; ++v, corner += f.pool_stride_w) {
       const int64_t tap = arg[u * f.V + v];
-      if (uint64_t(tap) >= uint64_t(closed)) continue;  // also what no forward wrote
-      const float g = to_float(gy[u * f.V + v]);
-      float& to = plane[(u * f.pool_stride_h + tap / f.pool_w) * p.Q + v * f.pool_stride_w + tap % f.pool_w];
+      const bool open = uint64_t(tap) < uint64_t(closed);
+      const float g = open ? to_float(gy[u * f.V + v]) : 0.0f;
+      float& to = corner[narrow ? offsets[tap] : open ? tap / f.pool_w * p.Q + tap % f.pool_w : 0];
       to = disjoint ? g : to + g;
     }
+  }
   if ((const void*)plane != (const void*)z)
-    for (int64_t e = 0; e < pixels; e += VL) store_lanes_n(z + e, load_n(plane + e, int(pixels - e < VL ? pixels - e : VL)), pixels - e);
+    for (int64_t e = 0; e < pixels; e += VL)
+      store_lanes_n(z + e, load_lanes_n(plane + e, pixels - e), pixels - e);
 }
 
 // Row `row` of a channels-last gradient of z: every pixel asks the windows that cover it.

@@ -203,8 +203,14 @@ struct Item {
     for (int64_t u = 0; u < rows; u += z.strip) {
       const int64_t count = smaller(z.strip, rows - u);
       convolve<NV>(w, u * f.pool_stride_h, (count - 1) * f.pool_stride_h + f.pool_h);
-      for (int64_t i = 0; i < count; ++i)
-        pool<NV>(s.z + i * f.pool_stride_h * z.z_columns * NV * VL, u + i, vector);
+      const bool two = f.pool_h == 2 && f.pool_w == 2;
+      for (int64_t i = 0; i < count; ++i) {
+        const float* from = s.z + i * f.pool_stride_h * z.z_columns * NV * VL;
+        if (two)
+          pool<NV, 2>(from, u + i, vector);
+        else
+          pool<NV, 0>(from, u + i, vector);
+      }
     }
     if (p.layout == Layout::nchw) bring_home<NV>(vector);
   }
@@ -230,8 +236,8 @@ struct Item {
     }
   }
 
-  // One row of windows, number u of the band; z is its first row.
-  template <int NV>
+  // One row of windows, number u of the band, whose z begins at `from`. W x W windows, or any (0).
+  template <int NV, int W>
   void pool(const float* from, int64_t u, int64_t vector) const {
     const bool planes = p.layout == Layout::nchw, args = f.pooled && f.with_arg;
     const Strides ys = f.y_strides();
@@ -249,8 +255,11 @@ struct Item {
         Winner winner(f.closed());
         if (f.pooled) {
           int32_t tap = 0;
-          for (int64_t i = 0; i < f.pool_h; ++i)
-            for (int64_t e = 0; e < f.pool_w; ++e)
+          const int64_t height = W ? W : f.pool_h, width = W ? W : f.pool_w;
+#pragma GCC unroll 2
+          for (int64_t i = 0; i < height; ++i)
+#pragma GCC unroll 2
+            for (int64_t e = 0; e < width; ++e)
               winner.consider(as_stored(load(corner + (i * z.z_columns + e) * NV * VL + j * VL) + bias[j], T{}),
                               tap++);
         } else {

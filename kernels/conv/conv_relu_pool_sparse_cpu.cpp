@@ -15,8 +15,7 @@
 // them in order.
 //
 // Bound: one load and one multiply-add a vector; about half the FMA peak on a quarter of the products.
-#include "common/transpose.h"
-#include "conv/relu_pool.h"
+#include "conv/relu_pool_opened.h"
 
 namespace pyseqnet {
 inline namespace PYSEQNET_ISA {
@@ -33,20 +32,13 @@ constexpr int64_t CHUNKS = 16;                  // of images
 constexpr int64_t PART_BYTES = 1 << 20;         // of one chunk's sums, at most
 constexpr int64_t LARGEST_EXTENT = 1 << 20;
 
-PYSEQNET_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-PYSEQNET_INLINE int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
-PYSEQNET_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-PYSEQNET_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-
 // An image with its padding, channels fastest: row h of the image is row h + pad_h.
-struct Sizes {
+struct Sizes : OpenedSizes {
   int64_t rows, columns, line;            // of the padded image; line = columns * C
-  int64_t windows;                        // of an image
   int64_t patch, patch_floats;            // elements under one pixel of z, padded to vectors
   int64_t strip;                          // rows of windows whose patches are laid out together
   int64_t strip_rows, z_columns;          // pixels of z that a strip's windows cover
   int64_t area_h, area_w, area, area_floats;  // what a window can reach
-  int64_t filters;                        // K, padded to vectors
   int64_t chunks, part;                   // of images; floats of one chunk's sums
 
   int64_t staged() const { return rows * line + VL; }  // whole vectors may be read from any element
@@ -115,91 +107,33 @@ void unstage_image(const ConvProblem& p, const Sizes& z, const float* from, T* g
   }
 }
 
-// ---- gradients and winners of an image
-
-// g: gy, zero where closed. at: table[tap], 0 where closed. [filter][window] or, transposed, [window][filter].
-struct Opened {
-  float* g;
-  int32_t* at;
-};
-constexpr int64_t TABLE = 256;  // one entry a tap; a window has at most 255
-
-// Rows of `count` elements, row_stride apart, from `rows` rows of gy and arg; returns whether all are finite.
-template <class T>
-bool open_rows(const T* gy, const uint8_t* arg, int64_t rows, int64_t count, int64_t row_stride, int32_t closed,
-               const int32_t* table, Opened to, int64_t to_stride) {
-  vi odd = {};
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t e = 0; e < count; e += VL) {
-      const int64_t n = count - e;
-      const vi tap = load_taps(arg + r * row_stride + e, n);
-      const vi open = tap < closed;
-      const vf loaded = load_lanes_n(gy + r * row_stride + e, n);
-      const vf g = open ? loaded : vf{};
-      odd |= (g - g) != vf{};
-      const vi at = (vi)gather((const float*)table, open ? tap : vi{}) & open;
-      store_lanes_n(to.g + r * to_stride + e, g, n);
-      store_lanes_n((float*)to.at + r * to_stride + e, (vf)at, n);
-    }
-  int32_t any = 0;
-  for (int l = 0; l < VL; ++l) any |= odd[l];
-  return any == 0;
-}
-// to[c][r] = from[r][c]; rows of `to` are whole vectors, zero beyond `rows`.
-void turn(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride) {
-  for (int64_t r = 0; r < rows; r += VL)
-    for (int64_t c = 0; c < columns; c += VL)
-      transpose_block(from + r * from_stride + c, from_stride, int(smaller(VL, rows - r)),
-                      int(smaller(VL, columns - c)), to + c * to_stride + r, to_stride);
-}
-
-// An image's gradients in the wanted order; `spare` holds another such pair.
-template <class T>
-bool open_image(const ConvReluPoolProblem& f, const Sizes& z, const T* gy, const uint8_t* arg,
-                const int32_t* table, bool by_window, Opened to, Opened spare) {
-  const int64_t K = f.conv.K, W = z.windows, turned = round_up(W, VL);
-  const int32_t closed = int32_t(f.closed());
-  const bool planes = f.conv.layout == Layout::nchw;
-  if (planes != by_window) {  // it comes in this order
-    return planes ? open_rows(gy, arg, K, W, W, closed, table, to, turned)
-                  : open_rows(gy, arg, W, K, K, closed, table, to, z.filters);
-  }
-  bool finite;
-  if (planes) {
-    finite = open_rows(gy, arg, K, W, W, closed, table, spare, turned);
-    turn(spare.g, turned, K, W, to.g, z.filters);
-    turn((float*)spare.at, turned, K, W, (float*)to.at, z.filters);
-  } else {
-    finite = open_rows(gy, arg, W, K, K, closed, table, spare, z.filters);
-    turn(spare.g, z.filters, W, K, to.g, turned);
-    turn((float*)spare.at, z.filters, W, K, (float*)to.at, turned);
-  }
-  return finite;
-}
-PYSEQNET_INLINE int64_t opened_floats(const Sizes& z) { return round_up(z.windows, VL) * z.filters; }
-PYSEQNET_INLINE Opened take_opened(const Sizes& z, Carver& carver) {
-  float* g = carver.take<float>(opened_floats(z));
-  return {g, carver.take<int32_t>(opened_floats(z))};
-}
-
 // ---- the weight gradient
 
-// The patches under `rows` x z_columns pixels of z, from row first of z on: [pixel][r][s][c].
+// The patches under `rows` x z_columns pixels of z, from row first of z on: [pixel][r][s][c]. Whole vectors:
+// what is written too far is overwritten by the next run, or lies beyond the patch.
 void lay_out_patches(const ConvProblem& p, const Sizes& z, const float* image, int64_t first, int64_t rows,
                      float* to) {
   const bool whole_rows = p.dilation_w == 1;
   const int64_t runs = whole_rows ? 1 : p.S, length = whole_rows ? p.S * p.C : p.C;
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t q = 0; q < z.z_columns; ++q, to += z.patch_floats) {
-      const float* from = image + (first + i) * p.stride_h * z.line + q * p.stride_w * p.C;
+  const int64_t step = p.stride_w * p.C, down = p.dilation_h * z.line;
+  for (int64_t i = 0; i < rows; ++i) {
+    const float* from = image + (first + i) * p.stride_h * z.line;
+    if (whole_rows && length <= VL) {
+      for (int64_t q = 0; q < z.z_columns; ++q, from += step, to += z.patch_floats) {
+        const float* src = from;
+        for (int64_t r = 0, e = 0; r < p.R; ++r, e += length, src += down) store(to + e, load(src));
+      }
+      continue;
+    }
+    for (int64_t q = 0; q < z.z_columns; ++q, from += step, to += z.patch_floats) {
       float* dst = to;
-      // Whole vectors: what is written too far is overwritten by the next run, or lies beyond the patch.
       for (int64_t r = 0; r < p.R; ++r)
         for (int64_t s = 0; s < runs; ++s, dst += length) {
-          const float* src = from + r * p.dilation_h * z.line + s * p.dilation_w * p.C;
+          const float* src = from + r * down + s * p.dilation_w * p.C;
           for (int64_t e = 0; e < length; e += VL) store(dst + e, load(src + e));
         }
     }
+  }
 }
 
 // sums[f][...] += g * patch over the windows of a strip, for F filters and NV vectors of the patch.
@@ -318,6 +252,7 @@ void run_weight(const ConvReluPoolProblem& f, const ConvReluPoolTensors& t, cons
       return;
     }
     const WeightScratch s = weight_scratch(z, slice.scratch);
+    s.table[f.closed()] = 0;  // its gradient is zero
     for (int64_t tap = 0; tap < f.window(); ++tap)
       s.table[tap] = int32_t((tap / f.pool_w * z.z_columns + tap % f.pool_w) * z.patch_floats);
     for (int64_t chunk = slice.begin; chunk < slice.end; ++chunk)
@@ -478,6 +413,7 @@ void run_input(const ConvReluPoolProblem& f, const ConvReluPoolTensors& t, const
       return;
     }
     const InputScratch s = input_scratch(z, slice.scratch);
+    s.table[f.closed()] = 0;  // its gradient is zero
     for (int64_t tap = 0; tap < f.window(); ++tap) s.table[tap] = int32_t(tap * z.area_floats);
     for (int64_t n = slice.begin; n < slice.end; ++n) input_image<T>(f, z, t, n, shifted, s);
   });

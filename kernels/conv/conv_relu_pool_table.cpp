@@ -7,7 +7,8 @@ namespace pyseqnet {
   extern const ConvReluPoolCpuKernel conv_relu_pool_composed_forward,                                    \
       conv_relu_pool_composed_input_gradient, conv_relu_pool_composed_weight_gradient,                   \
       conv_relu_pool_bias_gradient, conv_relu_pool_sparse_input_gradient,                                \
-      conv_relu_pool_sparse_weight_gradient, conv_relu_pool_tile_forward
+      conv_relu_pool_sparse_weight_gradient, conv_relu_pool_tile_forward,                                \
+      conv_relu_pool_blocks_weight_gradient
 namespace portable {
 DECLARE_CPU_KERNELS;
 }
@@ -17,6 +18,7 @@ DECLARE_CPU_KERNELS;
 }
 namespace avx512 {
 DECLARE_CPU_KERNELS;
+extern const ConvReluPoolCpuKernel conv_relu_pool_blocks_input_gradient;
 }
 #endif
 #undef DECLARE_CPU_KERNELS
@@ -28,16 +30,18 @@ namespace {
 
 #if defined(__x86_64__)
 #define EVERY_ISA(kernel) &avx512::kernel, &avx2::kernel, &portable::kernel
+#define ONLY_AVX512(kernel) &avx512::kernel,  // with its comma: elsewhere there is nothing
 #else
 #define EVERY_ISA(kernel) &portable::kernel
+#define ONLY_AVX512(kernel)
 #endif
 
 constexpr const ConvReluPoolCpuKernel* forward[] = {EVERY_ISA(conv_relu_pool_tile_forward), EVERY_ISA(conv_relu_pool_composed_forward),
                                                     &conv_relu_pool_reference_forward};
-constexpr const ConvReluPoolCpuKernel* input_gradient[] = {EVERY_ISA(conv_relu_pool_sparse_input_gradient), EVERY_ISA(conv_relu_pool_composed_input_gradient),
+constexpr const ConvReluPoolCpuKernel* input_gradient[] = {EVERY_ISA(conv_relu_pool_sparse_input_gradient), ONLY_AVX512(conv_relu_pool_blocks_input_gradient) EVERY_ISA(conv_relu_pool_composed_input_gradient),
                                                            &conv_relu_pool_reference_input_gradient};
 constexpr const ConvReluPoolCpuKernel* weight_gradient[] = {
-    EVERY_ISA(conv_relu_pool_sparse_weight_gradient), EVERY_ISA(conv_relu_pool_composed_weight_gradient), &conv_relu_pool_reference_weight_gradient};
+    EVERY_ISA(conv_relu_pool_sparse_weight_gradient), EVERY_ISA(conv_relu_pool_blocks_weight_gradient), EVERY_ISA(conv_relu_pool_composed_weight_gradient), &conv_relu_pool_reference_weight_gradient};
 constexpr const ConvReluPoolCpuKernel* bias_gradient[] = {EVERY_ISA(conv_relu_pool_bias_gradient),
                                                           &conv_relu_pool_reference_bias_gradient};
 

@@ -150,17 +150,23 @@ def our_gradient(operation: str, p: Problem, x: Tensor, w: Tensor, gy: Tensor, s
 
 @st.composite
 def problems(draw: st.DrawFn, kind: str = "any") -> Problem:
-    """Small problems. Kinds: any, block (a layer as networks have it: stride 1, windows that do not overlap)."""
+    """Small problems. Kinds: any; block, a layer as networks have it (stride 1, windows that do not overlap); many,
+    such a layer with more input channels than half a vector.
+    """
     if kind == "any":
         kind = draw(st.sampled_from(("general", "general", "block", "depthwise")))
-    block = kind == "block"
+    block, many = kind in ("block", "many"), kind == "many"
     both = lambda strategy: (draw(strategy), draw(strategy))  # noqa: E731
     ones, small = (1, 1), st.integers(1, 3)
-    taps = draw(st.sampled_from(((1, 1), (3, 3), (3, 3), (5, 5), (2, 4)))) if block else both(st.integers(1, 4))
+    if block:
+        squares = ((3, 3), (3, 3), (5, 5))
+        taps = draw(st.sampled_from(squares if many else (*squares, (1, 1), (2, 4))))
+    else:
+        taps = both(st.integers(1, 4))
     dilation, stride = (ones, ones) if block else (both(st.integers(1, 2)), both(small))
     before = tuple(k // 2 for k in taps) if block else both(st.integers(0, 3))
     after = before if block else both(st.integers(0, 3))
-    if draw(st.integers(0, 4)) == 0:
+    if not many and draw(st.integers(0, 4)) == 0:
         pool = pool_stride = ones
     elif block:
         pool = draw(st.sampled_from(((2, 2), (2, 2), (2, 2), (3, 3), (1, 2), (4, 2))))
@@ -176,7 +182,8 @@ def problems(draw: st.DrawFn, kind: str = "any") -> Problem:
         groups, group_channels, group_filters = draw(st.sampled_from((2, 7, 16, 17))), 1, 1
     else:
         groups = 1 if block else draw(st.sampled_from((1, 1, 2, 3)))
-        channels = st.one_of(st.integers(1, 4), st.integers(1, 36)) if block else st.integers(1, 12)
+        channels = st.integers(9, 40) if many else st.one_of(st.integers(1, 4), st.integers(1, 36))
+        channels = channels if block else st.integers(1, 12)
         group_channels, group_filters = draw(channels), draw(st.integers(1, 40 if block else 12))
     return Problem(
         N=draw(st.integers(1, 3)),
@@ -204,7 +211,9 @@ def problems(draw: st.DrawFn, kind: str = "any") -> Problem:
 
 def kind_for(kernel: str) -> str:
     """Special kernels get the layers of networks, of which they take most."""
-    return "any" if kernel.startswith(("composed", "reference", "generic", "bias")) else "block"
+    if kernel.startswith("blocks"):
+        return "many"
+    return "block" if kernel.startswith(("tile", "sparse")) else "any"
 
 
 # --- every kernel -----------------------------------------------------------------------------------------------

@@ -1,0 +1,92 @@
+// An image's gradients, opened: which windows pass a gradient on, how much, and where to. What the sparse
+// gradient kernels begin with.
+#pragma once
+#include "common/transpose.h"
+#include "conv/relu_pool.h"
+
+namespace pyseqnet {
+inline namespace PYSEQNET_ISA {
+namespace relu_pool {
+
+PYSEQNET_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+PYSEQNET_INLINE int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
+PYSEQNET_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+PYSEQNET_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+struct OpenedSizes {
+  int64_t windows;  // of an image
+  int64_t filters;  // K, padded to vectors
+};
+
+// g: gy, zero where closed. at: table[tap], table[closed] where closed. [filter][window] or, transposed,
+// [window][filter]; rows are padded to whole vectors.
+struct Opened {
+  float* g;
+  int32_t* at;
+};
+constexpr int64_t TABLE = 256;  // one entry a tap and one for closed: a window has at most 255
+
+// Rows of `count` elements, row_stride apart, from `rows` rows of gy and arg; returns whether all are finite.
+template <class T>
+inline bool open_rows(const T* gy, const uint8_t* arg, int64_t rows, int64_t count, int64_t row_stride, int32_t closed,
+               const int32_t* table, Opened to, int64_t to_stride) {
+  vi odd = {};
+  const bool small = closed < VL;  // the table fits a register: a shuffle, not a gather
+  const vi entries = (vi)load((const float*)table);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t e = 0; e < count; e += VL) {
+      const int64_t n = count - e;
+      const vi tap = load_taps(arg + r * row_stride + e, n);
+      const vi open = (tap >= 0) & (tap < closed);
+      const vf loaded = load_lanes_n(gy + r * row_stride + e, n);
+      const vf g = open ? loaded : vf{};
+      odd |= (g - g) != vf{};
+      const vi entry = open ? tap : closed - vi{};
+      const vi at = small ? __builtin_shuffle(entries, entry) : (vi)gather((const float*)table, entry);
+      store_lanes_n(to.g + r * to_stride + e, g, n);
+      store_lanes_n((float*)to.at + r * to_stride + e, (vf)at, n);
+    }
+  int32_t any = 0;
+  for (int l = 0; l < VL; ++l) any |= odd[l];
+  return any == 0;
+}
+// to[c][r] = from[r][c]; rows of `to` are whole vectors, zero beyond `rows`.
+inline void turn(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride) {
+  for (int64_t r = 0; r < rows; r += VL)
+    for (int64_t c = 0; c < columns; c += VL)
+      transpose_block(from + r * from_stride + c, from_stride, int(smaller(VL, rows - r)),
+                      int(smaller(VL, columns - c)), to + c * to_stride + r, to_stride);
+}
+
+// An image's gradients in the wanted order; `spare` holds another such pair.
+template <class T>
+inline bool open_image(const ConvReluPoolProblem& f, const OpenedSizes& z, const T* gy, const uint8_t* arg,
+                const int32_t* table, bool by_window, Opened to, Opened spare) {
+  const int64_t K = f.conv.K, W = z.windows, turned = round_up(W, VL);
+  const int32_t closed = int32_t(f.closed());
+  const bool planes = f.conv.layout == Layout::nchw;
+  if (planes != by_window) {  // it comes in this order
+    return planes ? open_rows(gy, arg, K, W, W, closed, table, to, turned)
+                  : open_rows(gy, arg, W, K, K, closed, table, to, z.filters);
+  }
+  bool finite;
+  if (planes) {
+    finite = open_rows(gy, arg, K, W, W, closed, table, spare, turned);
+    turn(spare.g, turned, K, W, to.g, z.filters);
+    turn((float*)spare.at, turned, K, W, (float*)to.at, z.filters);
+  } else {
+    finite = open_rows(gy, arg, W, K, K, closed, table, spare, z.filters);
+    turn(spare.g, z.filters, W, K, to.g, turned);
+    turn((float*)spare.at, z.filters, W, K, (float*)to.at, turned);
+  }
+  return finite;
+}
+PYSEQNET_INLINE int64_t opened_floats(const OpenedSizes& z) { return round_up(z.windows, VL) * z.filters; }
+PYSEQNET_INLINE Opened take_opened(const OpenedSizes& z, Carver& carver) {
+  float* g = carver.take<float>(opened_floats(z));
+  return {g, carver.take<int32_t>(opened_floats(z))};
+}
+
+}  // namespace relu_pool
+}  // namespace PYSEQNET_ISA
+}  // namespace pyseqnet
