@@ -43,8 +43,8 @@ Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Te
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& input,
-                                            const Tensor& weight, const ConvGeometry& geometry, bool need_input,
-                                            bool need_weight, bool need_bias, RunPass run) {
+                                            const Tensor& weight, const ConvGeometry& geometry,
+                                            bool need_input, bool need_weight, bool need_bias, RunPass run) {
   const ConvProblem p = conv_problem(input, weight, geometry);
   const ImageShape grad = image_shape(grad_output, "conv: grad_output must have 3 or 4 dimensions");
   require(
@@ -82,9 +82,10 @@ Tensor forward_cpu(const Tensor& input, const Tensor& weight, std::optional<Tens
   return forward(input, weight, bias, CONV_GEOMETRY, run_pass_on_cpu);
 }
 std::tuple<Tensor, Tensor, Tensor> backward_cpu(const Tensor& grad_output, const Tensor& input,
-                                                const Tensor& weight, CONV_GEOMETRY_PARAMETERS, bool need_input,
-                                                bool need_weight, bool need_bias) {
-  return backward(grad_output, input, weight, CONV_GEOMETRY, need_input, need_weight, need_bias, run_pass_on_cpu);
+                                                const Tensor& weight, CONV_GEOMETRY_PARAMETERS,
+                                                bool need_input, bool need_weight, bool need_bias) {
+  return backward(grad_output, input, weight, CONV_GEOMETRY, need_input, need_weight, need_bias,
+                  run_pass_on_cpu);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pyseqnet, CPU, m) {
@@ -101,9 +102,10 @@ Tensor forward_cuda(const Tensor& input, const Tensor& weight, std::optional<Ten
   return forward(input, weight, bias, CONV_GEOMETRY, run_pass_on_cuda);
 }
 std::tuple<Tensor, Tensor, Tensor> backward_cuda(const Tensor& grad_output, const Tensor& input,
-                                                 const Tensor& weight, CONV_GEOMETRY_PARAMETERS, bool need_input,
-                                                 bool need_weight, bool need_bias) {
-  return backward(grad_output, input, weight, CONV_GEOMETRY, need_input, need_weight, need_bias, run_pass_on_cuda);
+                                                 const Tensor& weight, CONV_GEOMETRY_PARAMETERS,
+                                                 bool need_input, bool need_weight, bool need_bias) {
+  return backward(grad_output, input, weight, CONV_GEOMETRY, need_input, need_weight, need_bias,
+                  run_pass_on_cuda);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pyseqnet, CUDA, m) {

@@ -11,7 +11,8 @@ struct ConvGeometry {
 
 constexpr const char* conv_kernel_too_large = "conv: the dilated kernel is larger than the padded input";
 
-inline int64_t conv_output_extent(int64_t input, int64_t taps, int64_t pad, int64_t stride, int64_t dilation) {
+inline int64_t conv_output_extent(int64_t input, int64_t taps, int64_t pad, int64_t stride,
+                                  int64_t dilation) {
   const int64_t room = input + pad - reach(taps, dilation, conv_kernel_too_large);
   require(room >= 0, conv_kernel_too_large);
   return room / stride + 1;
@@ -54,10 +55,12 @@ inline ConvProblem conv_problem(const Tensor& x, const Tensor& w, const ConvGeom
 }
 
 // A convolution's integers as parameters of an operation, and as a ConvGeometry.
-#define CONV_GEOMETRY_PARAMETERS                                                                  \
+#define CONV_GEOMETRY_PARAMETERS                                                             \
   int64_t stride_h, int64_t stride_w, int64_t pad_top, int64_t pad_left, int64_t pad_bottom, \
       int64_t pad_right, int64_t dilation_h, int64_t dilation_w, int64_t groups
-#define CONV_GEOMETRY \
-  ConvGeometry { stride_h, stride_w, pad_top, pad_left, pad_bottom, pad_right, dilation_h, dilation_w, groups }
+#define CONV_GEOMETRY                                                                            \
+  ConvGeometry {                                                                                 \
+    stride_h, stride_w, pad_top, pad_left, pad_bottom, pad_right, dilation_h, dilation_w, groups \
+  }
 
 }  // namespace pyseqnet

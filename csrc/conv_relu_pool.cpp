@@ -31,8 +31,7 @@ ConvReluPoolProblem make_problem(const Tensor& x, const Tensor& w, const ConvGeo
           "conv_relu_pool: pool size and pool stride must be positive");
   require(pool.window_h <= p.conv.P && pool.window_w <= p.conv.Q,
           "conv_relu_pool: the pool's window is larger than the convolution's output");
-  require(product_fits({pool.window_h, pool.window_w}) &&
-              pool.window_h * pool.window_w < (int64_t(1) << 31),
+  require(product_fits({pool.window_h, pool.window_w}) && pool.window_h * pool.window_w < (int64_t(1) << 31),
           "conv_relu_pool: the pool's window has too many taps");
   require(product_fits({p.conv.N, p.conv.K, p.conv.P, p.conv.Q}),
           "conv_relu_pool: the convolution's output is too large");
@@ -44,19 +43,22 @@ ConvReluPoolProblem make_problem(const Tensor& x, const Tensor& w, const ConvGeo
   return p;
 }
 
-ScalarType arg_type(const ConvReluPoolProblem& p) { return p.wide_arg() ? ScalarType::Int : ScalarType::Byte; }
+ScalarType arg_type(const ConvReluPoolProblem& p) {
+  return p.wide_arg() ? ScalarType::Int : ScalarType::Byte;
+}
 
 // Runs one pass on the device that `like` is on.
-using RunPass = void (*)(ConvPass, const ConvReluPoolProblem&, const ConvReluPoolTensors&, const Tensor& like);
+using RunPass = void (*)(ConvPass, const ConvReluPoolProblem&, const ConvReluPoolTensors&,
+                         const Tensor& like);
 
 void run_pass_on_cpu(ConvPass pass, const ConvReluPoolProblem& p, const ConvReluPoolTensors& t,
                      const Tensor& like) {
   run_on_cpu("conv_relu_pool", fused_operation_of(pass), conv_relu_pool_cpu_table(pass), p, t, like);
 }
 
-std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                                   const ConvGeometry& conv, const PoolGeometry& pool, bool with_arg,
-                                   RunPass run) {
+std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& weight,
+                                   const std::optional<Tensor>& bias, const ConvGeometry& conv,
+                                   const PoolGeometry& pool, bool with_arg, RunPass run) {
   ConvReluPoolProblem p = make_problem(input, weight, conv, pool);
   p.with_arg = with_arg && p.pooled;
   const Layout layout = p.conv.layout;

@@ -1,8 +1,9 @@
-// Contract of the fused block: convolution, bias, ReLU and max-pooling as one operation. Its definition are the
-// separate layers, each rounding to the stored type:
+// Contract of the fused block: convolution, bias, ReLU and max-pooling as one operation. Its definition are
+// the separate layers, each rounding to the stored type:
 //
 //   z = conv(x, w) + bias                                  conv.h
-//   y[n,k,u,v] = max over i < pool_h, j < pool_w of  max(0, z[n, k, u*pool_stride_h + i, v*pool_stride_w + j])
+//   y[n,k,u,v] = max over i < pool_h, j < pool_w of  max(0, z[n, k, u*pool_stride_h + i, v*pool_stride_w +
+//   j])
 //
 // z never exists as a result: what the backward pass needs of it is one small integer an element of y.
 //   arg[n,k,u,v] = i * pool_w + j of the tap that won, or closed() where no tap is positive: there ReLU's
@@ -36,9 +37,7 @@ struct ConvReluPoolProblem {
   int64_t closed() const { return window(); }
   bool wide_arg() const { return window() > 255; }
   // No pixel is in two windows.
-  bool disjoint() const {
-    return (pool_stride_h >= pool_h || U <= 1) && (pool_stride_w >= pool_w || V <= 1);
-  }
+  bool disjoint() const { return (pool_stride_h >= pool_h || U <= 1) && (pool_stride_w >= pool_w || V <= 1); }
   Strides y_strides() const { return dense_strides(conv.layout, conv.K, U, V); }
 };
 

@@ -1,10 +1,11 @@
-// Gradients of the fused block for many input channels, where pooling leaves a pixel of each window: lanes are
-// a block of input channels, stride 1, no dilation, square filters.
+// Gradients of the fused block for many input channels, where pooling leaves a pixel of each window: lanes
+// are a block of input channels, stride 1, no dilation, square filters.
 //
 //   weight gradient   gw[k][r][s] += gy * x[pixel + r, s]: 3x3 (or 5x5) sums of one filter stay in registers
 //                     while all windows of a strip pass by; the strip, a block of channels wide, stays in the
 //                     first-level cache.
-//   input gradient    3x3 filters and 2x2 windows: the 4x4 pixels that a window reaches stay in registers, and
+//   input gradient    3x3 filters and 2x2 windows: the 4x4 pixels that a window reaches stay in registers,
+//   and
 //                     the filters that its pixels won are added, sorted by the pixel (a bit mask each), so
 //                     that no address depends on the winner.
 //
@@ -18,19 +19,19 @@ inline namespace PYSEQNET_ISA {
 namespace relu_pool {
 namespace blocks {
 
-constexpr int64_t STRIP_BYTES = 20 * 1024;     // of a block of channels: in the first-level cache
-constexpr int64_t MASK_FILTERS = 32;           // filters sorted by one mask; 3x3 of each: 18 KiB
-constexpr int64_t CHUNKS = 16;                 // of images
-constexpr int64_t PART_BYTES = 1 << 20;        // of one chunk's sums, at most
-constexpr int64_t BLOCK_BYTES = 1 << 20;       // of one image's block of channels, at most
+constexpr int64_t STRIP_BYTES = 20 * 1024;  // of a block of channels: in the first-level cache
+constexpr int64_t MASK_FILTERS = 32;        // filters sorted by one mask; 3x3 of each: 18 KiB
+constexpr int64_t CHUNKS = 16;              // of images
+constexpr int64_t PART_BYTES = 1 << 20;     // of one chunk's sums, at most
+constexpr int64_t BLOCK_BYTES = 1 << 20;    // of one image's block of channels, at most
 constexpr int64_t LARGEST_EXTENT = 1 << 16;
 
 // A block of channels of an image with its padding: [row][column][lane].
 struct Sizes : OpenedSizes {
   int64_t rows, columns, line;  // line = columns * VL
   int64_t blocks, taps;
-  int64_t strip;                // rows of windows
-  int64_t chunks, part;         // of images; floats of one chunk's sums
+  int64_t strip;         // rows of windows
+  int64_t chunks, part;  // of images; floats of one chunk's sums
 
   int64_t staged() const { return rows * line; }
 };
@@ -331,12 +332,14 @@ Refusal refuses_both(const ConvReluPoolProblem& f) {
   if (p.H > LARGEST_EXTENT || p.W > LARGEST_EXTENT || p.P > LARGEST_EXTENT || p.Q > LARGEST_EXTENT ||
       p.pad_h > LARGEST_EXTENT || p.pad_w > LARGEST_EXTENT)
     return "the image is too large to be laid out";
-  if (sizes(f).staged() * int64_t(sizeof(float)) > BLOCK_BYTES) return "the image is too large to be laid out";
+  if (sizes(f).staged() * int64_t(sizeof(float)) > BLOCK_BYTES)
+    return "the image is too large to be laid out";
   return accepted;
 }
 Refusal refuses_weight(const ConvReluPoolProblem& f) {
   if (const Refusal why = refuses_both(f)) return why;
-  return sizes(f).part * int64_t(sizeof(float)) > PART_BYTES ? "too many filters for sums of its own" : accepted;
+  return sizes(f).part * int64_t(sizeof(float)) > PART_BYTES ? "too many filters for sums of its own"
+                                                             : accepted;
 }
 Refusal refuses_input(const ConvReluPoolProblem& f) {
   if (const Refusal why = refuses_both(f)) return why;

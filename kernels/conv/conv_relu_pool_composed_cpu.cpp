@@ -84,8 +84,8 @@ void pool_row(const ConvReluPoolProblem& f, const T* z, T* y, Tap* arg) {
     }
 }
 
-// One plane of the gradient of z, from one plane of gy. `plane` are P * Q floats: where T is float, the result
-// itself.
+// One plane of the gradient of z, from one plane of gy. `plane` are P * Q floats: where T is float, the
+// result itself.
 template <class T, class Tap>
 void open_plane(const ConvReluPoolProblem& f, const T* gy, const Tap* arg, float* plane, T* z) {
   const ConvProblem& p = f.conv;
@@ -123,8 +123,7 @@ void open_row(const ConvReluPoolProblem& f, const T* gy, const Tap* arg, int64_t
       for (int64_t u = us.first; u <= us.last; ++u)
         for (int64_t v = vs.first; v <= vs.last; ++v) {
           const int64_t at = (u * f.V + v) * K + k;
-          const int32_t tap =
-              int32_t((row - u * f.pool_stride_h) * f.pool_w + q - v * f.pool_stride_w);
+          const int32_t tap = int32_t((row - u * f.pool_stride_h) * f.pool_w + q - v * f.pool_stride_w);
           const vf g = load_lanes_n(gy + at, K - k);
           sum += load_taps(arg + at, K - k) == tap ? g : vf{};
         }
@@ -177,7 +176,8 @@ void open_items(const ConvReluPoolProblem& f, const ConvReluPoolTensors& t, T* z
   for (int64_t item = begin; item < end; ++item) {
     if (planar(p)) {
       T* to = z + item * p.P * p.Q;
-      open_plane(f, gy + item * ys.c, arg + item * ys.c, sizeof(T) == sizeof(float) ? (float*)to : scratch, to);
+      open_plane(f, gy + item * ys.c, arg + item * ys.c, sizeof(T) == sizeof(float) ? (float*)to : scratch,
+                 to);
       continue;
     }
     const int64_t n = item / p.P;
@@ -308,9 +308,8 @@ void run_bias(const ConvReluPoolProblem& f, const ConvReluPoolTensors& t, const 
                 [&](int64_t at, int64_t n) PYSEQNET_LAMBDA { return load_taps(arg + at, n) < closed; });
     } else {
       const T* y = static_cast<const T*>(t.arg);
-      bias_sums(f, gy, gb, slice.begin, slice.end, [&](int64_t at, int64_t n) PYSEQNET_LAMBDA {
-        return ~(load_lanes_n(y + at, n) <= vf{});
-      });
+      bias_sums(f, gy, gb, slice.begin, slice.end,
+                [&](int64_t at, int64_t n) PYSEQNET_LAMBDA { return ~(load_lanes_n(y + at, n) <= vf{}); });
     }
   });
 }
@@ -323,9 +322,9 @@ Refusal refuses(const ConvReluPoolProblem& f) {
 
 extern const ConvReluPoolCpuKernel conv_relu_pool_composed_forward, conv_relu_pool_composed_input_gradient,
     conv_relu_pool_composed_weight_gradient, conv_relu_pool_bias_gradient;
-const ConvReluPoolCpuKernel conv_relu_pool_composed_forward = {
-    "composed_" PYSEQNET_ISA_NAME, this_isa, relu_pool::refuses, relu_pool::plan_forward,
-    relu_pool::run_forward};
+const ConvReluPoolCpuKernel conv_relu_pool_composed_forward = {"composed_" PYSEQNET_ISA_NAME, this_isa,
+                                                               relu_pool::refuses, relu_pool::plan_forward,
+                                                               relu_pool::run_forward};
 const ConvReluPoolCpuKernel conv_relu_pool_composed_input_gradient = {
     "composed_" PYSEQNET_ISA_NAME, this_isa, relu_pool::refuses,
     relu_pool::plan_gradient<ConvPass::input_gradient>, relu_pool::run_gradient<ConvPass::input_gradient>};

@@ -25,10 +25,10 @@ constexpr int PANEL_VECTORS = 2;
 constexpr int TILE_PIXELS = VL == 16 ? 6 : 3;  // of each of two rows: 24 or 12 sums
 // Sums are cut into pieces of about this length: the error of one long sum would grow with its root.
 constexpr int64_t SUM_LENGTH = 96;
-constexpr int64_t MOST_DEPTH = 160;       // input channels times taps
-constexpr int64_t BAND_WINDOWS = 256;     // their results stay in the second-level cache
-constexpr int64_t ENOUGH_ITEMS = 16;      // for the threads of a small machine, or few images
-constexpr int64_t LEAST_BAND_ROWS = 4;    // rows of z under a band: a smaller one stages its edges too often
+constexpr int64_t MOST_DEPTH = 160;        // input channels times taps
+constexpr int64_t BAND_WINDOWS = 256;      // their results stay in the second-level cache
+constexpr int64_t ENOUGH_ITEMS = 16;       // for the threads of a small machine, or few images
+constexpr int64_t LEAST_BAND_ROWS = 4;     // rows of z under a band: a smaller one stages its edges too often
 constexpr int64_t STAGED_BYTES = 4 << 20;  // of a band, at most
 constexpr int64_t LARGEST_EXTENT = 1 << 20;
 
@@ -106,8 +106,11 @@ void tile(const TileJob& t) {
 #pragma GCC unroll 2
       for (int j = 0; j < NV; ++j) {
         float *z0 = t.z0 + (q * NV + j) * VL, *z1 = t.z1 + (q * NV + j) * VL;
-        store(z0, c0 ? load(z0) + sum[0][q][j] : sum[0][q][j]);
-        store(z1, c0 ? load(z1) + sum[1][q][j] : sum[1][q][j]);
+        // Both are read before one is written: a single row is both rows.
+        const vf v0 = c0 ? load(z0) + sum[0][q][j] : sum[0][q][j];
+        const vf v1 = c0 ? load(z1) + sum[1][q][j] : sum[1][q][j];
+        store(z0, v0);
+        store(z1, v1);
       }
   }
 }
@@ -219,8 +222,9 @@ struct Item {
   template <int NV>
   void convolve(const float* w, int64_t first_row, int64_t count) const {
     using Tile = void (*)(const TileJob&);
-    static constexpr Tile tiles[] = {tile<NV, 1>, tile<NV, 2>, tile<NV, 3>, tile<NV, VL == 16 ? 4 : 1>,
-                                     tile<NV, VL == 16 ? 5 : 1>, tile<NV, VL == 16 ? 6 : 1>};
+    static constexpr Tile tiles[] = {tile<NV, 1>,        tile<NV, 2>,        tile<NV, 3>,
+                                     tile < NV,          VL == 16 ? 4 : 1 >, tile < NV,
+                                     VL == 16 ? 5 : 1 >, tile < NV,          VL == 16 ? 6 : 1 > };
     const int64_t tile_count = ceil_div(z.z_columns, TILE_PIXELS);
     for (int64_t i = 0; i < count; i += 2) {
       const int64_t i0 = i + 1 < count || i == 0 ? i : i - 1, i1 = smaller(i0 + 1, count - 1);
@@ -229,8 +233,8 @@ struct Item {
       float *z0 = s.z + i0 * z.z_columns * NV * VL, *z1 = s.z + i1 * z.z_columns * NV * VL;
       for (int64_t k = 0, q = 0; k < tile_count; ++k) {  // tiles of nearly equal width
         const int64_t width = (z.z_columns - q + tile_count - k - 1) / (tile_count - k);
-        tiles[width - 1]({a0 + q, a1 + q, w, s.offsets, z.taps, z.channels, z.plane, z0 + q * NV * VL,
-                          z1 + q * NV * VL});
+        tiles[width - 1](
+            {a0 + q, a1 + q, w, s.offsets, z.taps, z.channels, z.plane, z0 + q * NV * VL, z1 + q * NV * VL});
         q += width;
       }
     }
@@ -260,8 +264,8 @@ struct Item {
           for (int64_t i = 0; i < height; ++i)
 #pragma GCC unroll 2
             for (int64_t e = 0; e < width; ++e)
-              winner.consider(as_stored(load(corner + (i * z.z_columns + e) * NV * VL + j * VL) + bias[j], T{}),
-                              tap++);
+              winner.consider(
+                  as_stored(load(corner + (i * z.z_columns + e) * NV * VL + j * VL) + bias[j], T{}), tap++);
         } else {
           winner.best = relu(load(corner + j * VL) + bias[j]);
         }
@@ -306,8 +310,8 @@ struct Item {
   }
 };
 
-// ---- filters: [group][panel][channel][tap][lane], zero in lanes beyond the filters. An item is one channel of
-// one vector of filters.
+// ---- filters: [group][panel][channel][tap][lane], zero in lanes beyond the filters. An item is one channel
+// of one vector of filters.
 template <class T>
 void pack_filters(const ConvReluPoolProblem& f, const Sizes& z, const T* w, float* to, int64_t begin,
                   int64_t end) {
@@ -357,7 +361,8 @@ Refusal refuses(const ConvReluPoolProblem& f) {
   if (p.dtype == DType::f64) return "computes in float, not double";
   if (p.N == 0 || p.C == 0 || p.K == 0) return "an extent is zero";
   if (p.groups > 1 && p.group_filters() < VL) return "few filters in a group would leave lanes empty";
-  if (p.group_channels() * p.R * p.S > MOST_DEPTH) return "many input channels: the composed kernel is faster";
+  if (p.group_channels() * p.R * p.S > MOST_DEPTH)
+    return "many input channels: the composed kernel is faster";
   if (p.H > LARGEST_EXTENT || p.W > LARGEST_EXTENT || p.P > LARGEST_EXTENT || p.Q > LARGEST_EXTENT ||
       p.pad_h > LARGEST_EXTENT || p.pad_w > LARGEST_EXTENT)
     return "the image is too large to be staged";

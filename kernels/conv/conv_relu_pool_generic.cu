@@ -6,14 +6,14 @@
 //   weight gradient   open_windows on the whole batch, weight gradient (its sums run over all images)
 //   bias gradient     mask_gradient -> gy of the open windows, bias gradient
 //
-// Only y and arg outlive the call. A band of z is at most 32 MiB, so that on a GPU with 50 MiB of second-level
-// cache what one kernel writes the next still finds there: of z, almost nothing reaches memory. Without
-// pooling z is y and ReLU happens in place.
+// Only y and arg outlive the call. A band of z is at most 32 MiB, so that on a GPU with 50 MiB of
+// second-level cache what one kernel writes the next still finds there: of z, almost nothing reaches memory.
+// Without pooling z is y and ReLU happens in place.
 //
-// pool_windows: a thread owns an element of y; open_windows: a thread owns an element of z and asks the windows
-// that cover it, in the order of the oracle, so nothing is scattered and there are no atomics. Neighbouring
-// threads hold neighbouring addresses of what they write, in both layouts. Threads walk the tensor in steps of
-// the whole grid; the coordinates of an element are divided out once and then advanced.
+// pool_windows: a thread owns an element of y; open_windows: a thread owns an element of z and asks the
+// windows that cover it, in the order of the oracle, so nothing is scattered and there are no atomics.
+// Neighbouring threads hold neighbouring addresses of what they write, in both layouts. Threads walk the
+// tensor in steps of the whole grid; the coordinates of an element are divided out once and then advanced.
 //
 // Bound: the convolution's. The steps are bound by the second-level cache: 2x2 windows in float32 read 16 and
 // write 5 bytes an output, and back the same. Predicted before any measurement, for an H200 and z of 32 MiB:
@@ -240,7 +240,8 @@ template <ConvPass pass>
 Refusal refuses(const ConvReluPoolProblem& f) {
   if (const Refusal why = refuse_beyond_coordinates(simplified(f.conv))) return why;
   // Windows lie inside z, and their strides are no longer than it.
-  if constexpr (pass == ConvPass::bias_gradient) return conv_bias_gradient_cuda.refuses(pooled_convolution(f));
+  if constexpr (pass == ConvPass::bias_gradient)
+    return conv_bias_gradient_cuda.refuses(pooled_convolution(f));
   return convolution(pass, f.conv).refuses(f.conv);
 }
 
@@ -248,7 +249,8 @@ template <ConvPass pass>
 int64_t workspace_bytes(const ConvReluPoolProblem& f) {
   if constexpr (pass == ConvPass::bias_gradient) {
     const ConvProblem p = pooled_convolution(f);
-    return whole_lines(p.N * p.K * p.P * p.Q * bytes_of(p.dtype)) + conv_bias_gradient_cuda.workspace_bytes(p);
+    return whole_lines(p.N * p.K * p.P * p.Q * bytes_of(p.dtype)) +
+           conv_bias_gradient_cuda.workspace_bytes(p);
   }
   const bool in_place = pass == ConvPass::forward && !f.pooled;
   const ConvReluPoolProblem band =
@@ -262,7 +264,8 @@ int64_t workspace_bytes(const ConvReluPoolProblem& f) {
   return (in_place ? 0 : whole_lines(z_bytes(band))) + bytes;
 }
 
-int launch_forward(const ConvReluPoolProblem& f, const ConvReluPoolTensors& t, void* workspace, void* stream) {
+int launch_forward(const ConvReluPoolProblem& f, const ConvReluPoolTensors& t, void* workspace,
+                   void* stream) {
   const ConvCudaKernel& kernel = convolution(ConvPass::forward, f.conv);
   ConvTensors c;
   c.w = t.w, c.bias = t.bias;
@@ -291,8 +294,9 @@ int launch_input_gradient(const ConvReluPoolProblem& f, const ConvReluPoolTensor
   ConvTensors c;
   c.w = t.w;
   return for_bands(f, [&](const ConvReluPoolProblem& band, int64_t n) {
-    const int error = launch_open(band, moved(t.gy, n * of_y * element),
-                                  moved(static_cast<const void*>(t.arg), n * of_y * of_kept), workspace, stream);
+    const int error =
+        launch_open(band, moved(t.gy, n * of_y * element),
+                    moved(static_cast<const void*>(t.arg), n * of_y * of_kept), workspace, stream);
     if (error != launch_ok) return error;
     c.gy = workspace;
     c.gx = moved(t.gx, n * of_x * element);
@@ -326,24 +330,20 @@ int launch_bias_gradient(const ConvReluPoolProblem& f, const ConvReluPoolTensors
 extern const ConvReluPoolCudaKernel conv_relu_pool_forward_cuda, conv_relu_pool_input_gradient_cuda,
     conv_relu_pool_weight_gradient_cuda, conv_relu_pool_bias_gradient_cuda;
 const ConvReluPoolCudaKernel conv_relu_pool_forward_cuda = {
-    "composed_generic", 80, 0, refuses<ConvPass::forward>, workspace_bytes<ConvPass::forward>, launch_forward};
-const ConvReluPoolCudaKernel conv_relu_pool_input_gradient_cuda = {"composed_generic",
-                                                                   80,
-                                                                   0,
-                                                                   refuses<ConvPass::input_gradient>,
-                                                                   workspace_bytes<ConvPass::input_gradient>,
-                                                                   launch_input_gradient};
-const ConvReluPoolCudaKernel conv_relu_pool_weight_gradient_cuda = {"composed_generic",
-                                                                    80,
-                                                                    0,
-                                                                    refuses<ConvPass::weight_gradient>,
-                                                                    workspace_bytes<ConvPass::weight_gradient>,
-                                                                    launch_weight_gradient};
-const ConvReluPoolCudaKernel conv_relu_pool_bias_gradient_cuda = {"bias_generic",
-                                                                  80,
-                                                                  0,
-                                                                  refuses<ConvPass::bias_gradient>,
-                                                                  workspace_bytes<ConvPass::bias_gradient>,
-                                                                  launch_bias_gradient};
+    "composed_generic", 80, 0, refuses<ConvPass::forward>, workspace_bytes<ConvPass::forward>,
+    launch_forward};
+const ConvReluPoolCudaKernel conv_relu_pool_input_gradient_cuda = {
+    "composed_generic",   80, 0, refuses<ConvPass::input_gradient>, workspace_bytes<ConvPass::input_gradient>,
+    launch_input_gradient};
+const ConvReluPoolCudaKernel conv_relu_pool_weight_gradient_cuda = {
+    "composed_generic",
+    80,
+    0,
+    refuses<ConvPass::weight_gradient>,
+    workspace_bytes<ConvPass::weight_gradient>,
+    launch_weight_gradient};
+const ConvReluPoolCudaKernel conv_relu_pool_bias_gradient_cuda = {
+    "bias_generic",      80, 0, refuses<ConvPass::bias_gradient>, workspace_bytes<ConvPass::bias_gradient>,
+    launch_bias_gradient};
 
 }  // namespace pyseqnet

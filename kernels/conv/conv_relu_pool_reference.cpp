@@ -131,8 +131,8 @@ struct Fused {
           for (int64_t q = 0; q < p.Q; q++) {
             const int64_t u = q * p.stride_w + s * p.dilation_w - p.pad_w;
             if (u < 0 || u >= p.W) continue;
-            sum += conv_gradient(n, k, row, q) *
-                   to_double(x()[n * xs.n + channel * xs.c + h * xs.h + u * xs.w]);
+            sum +=
+                conv_gradient(n, k, row, q) * to_double(x()[n * xs.n + channel * xs.c + h * xs.h + u * xs.w]);
           }
         }
       round_to(gw[s * ws.w], sum);

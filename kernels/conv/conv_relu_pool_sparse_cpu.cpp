@@ -2,10 +2,11 @@
 // 2x2 pooling leaves a quarter of the dense products. Made for few input channels, the first layers of a
 // network, where the dense kernels are bound by memory as well.
 //
-//   weight gradient   gw[k] = sum over windows of  gy * patch of x under the pixel that won.  The patches of a
+//   weight gradient   gw[k] = sum over windows of  gy * patch of x under the pixel that won.  The patches of
+//   a
 //                     strip of rows are laid out once (im2col, some KiB) and used by all filters; the sums of
-//                     a few filters stay in registers while the strip passes by. A closed window multiplies by
-//                     0, which costs less than a branch.
+//                     a few filters stay in registers while the strip passes by. A closed window multiplies
+//                     by 0, which costs less than a branch.
 //   input gradient    gx under a window = sum over filters of  gy * filter, shifted by the pixel that won.
 //                     Every filter is laid out once for each tap, shifted within the area that a window can
 //                     reach: a table look-up instead of a branch, and no two-dimensional addressing.
@@ -34,12 +35,12 @@ constexpr int64_t LARGEST_EXTENT = 1 << 20;
 
 // An image with its padding, channels fastest: row h of the image is row h + pad_h.
 struct Sizes : OpenedSizes {
-  int64_t rows, columns, line;            // of the padded image; line = columns * C
-  int64_t patch, patch_floats;            // elements under one pixel of z, padded to vectors
-  int64_t strip;                          // rows of windows whose patches are laid out together
-  int64_t strip_rows, z_columns;          // pixels of z that a strip's windows cover
+  int64_t rows, columns, line;                // of the padded image; line = columns * C
+  int64_t patch, patch_floats;                // elements under one pixel of z, padded to vectors
+  int64_t strip;                              // rows of windows whose patches are laid out together
+  int64_t strip_rows, z_columns;              // pixels of z that a strip's windows cover
   int64_t area_h, area_w, area, area_floats;  // what a window can reach
-  int64_t chunks, part;                   // of images; floats of one chunk's sums
+  int64_t chunks, part;                       // of images; floats of one chunk's sums
 
   int64_t staged() const { return rows * line + VL; }  // whole vectors may be read from any element
 };
@@ -167,11 +168,11 @@ void add_strip(const ConvReluPoolProblem& f, const Sizes& z, const float* patche
   constexpr int F = (VL == 16 ? 16 : 8) / (NV == 3 ? 4 : NV);
   int64_t k = 0;
   for (; k + F <= f.conv.K; k += F)
-    add_windows<F, NV>(f, z, patches, strip_rows, g + k * filter_stride, at + k * filter_stride, filter_stride,
-                       sums + k * z.patch_floats);
+    add_windows<F, NV>(f, z, patches, strip_rows, g + k * filter_stride, at + k * filter_stride,
+                       filter_stride, sums + k * z.patch_floats);
   for (; k < f.conv.K; ++k)
-    add_windows<1, NV>(f, z, patches, strip_rows, g + k * filter_stride, at + k * filter_stride, filter_stride,
-                       sums + k * z.patch_floats);
+    add_windows<1, NV>(f, z, patches, strip_rows, g + k * filter_stride, at + k * filter_stride,
+                       filter_stride, sums + k * z.patch_floats);
 }
 // Calls f(Int<n>, first) for blocks of at most MOST_VECTORS vectors.
 template <class F>
@@ -227,7 +228,8 @@ void reduce_filter(const ConvProblem& p, const Sizes& z, const float* parts, int
     for (int64_t s = 0; s < p.S; ++s)
       for (int64_t c = 0; c < p.C; ++c, ++e) {
         float sum = 0;
-        for (int64_t chunk = 0; chunk < z.chunks; ++chunk) sum += parts[chunk * z.part + k * z.patch_floats + e];
+        for (int64_t chunk = 0; chunk < z.chunks; ++chunk)
+          sum += parts[chunk * z.part + k * z.patch_floats + e];
         round_to(gw[k * ws.n + c * ws.c + r * ws.h + s * ws.w], sum);
       }
 }
@@ -355,7 +357,8 @@ void add_filters(const ConvReluPoolProblem& f, const Sizes& z, const float* shif
       for_vector_blocks(z.area_floats, [&](auto vectors, int64_t block) PYSEQNET_LAMBDA {
         sum_filters<decltype(vectors)::value>(shifted + block, g, at, last - first, area + block);
       });
-      float* corner = image + u * f.pool_stride_h * p.stride_h * z.line + v * f.pool_stride_w * p.stride_w * p.C;
+      float* corner =
+          image + u * f.pool_stride_h * p.stride_h * z.line + v * f.pool_stride_w * p.stride_w * p.C;
       for (int64_t i = 0; i < z.area_h; ++i, corner += z.line)
         for (int64_t e = 0; e < length; e += VL) {
           const int n = int(smaller(VL, length - e));

@@ -3,11 +3,11 @@
 
 namespace pyseqnet {
 
-#define DECLARE_CPU_KERNELS                                                                              \
-  extern const ConvReluPoolCpuKernel conv_relu_pool_composed_forward,                                    \
-      conv_relu_pool_composed_input_gradient, conv_relu_pool_composed_weight_gradient,                   \
-      conv_relu_pool_bias_gradient, conv_relu_pool_sparse_input_gradient,                                \
-      conv_relu_pool_sparse_weight_gradient, conv_relu_pool_tile_forward,                                \
+#define DECLARE_CPU_KERNELS                                                            \
+  extern const ConvReluPoolCpuKernel conv_relu_pool_composed_forward,                  \
+      conv_relu_pool_composed_input_gradient, conv_relu_pool_composed_weight_gradient, \
+      conv_relu_pool_bias_gradient, conv_relu_pool_sparse_input_gradient,              \
+      conv_relu_pool_sparse_weight_gradient, conv_relu_pool_tile_forward,              \
       conv_relu_pool_blocks_weight_gradient
 namespace portable {
 DECLARE_CPU_KERNELS;
@@ -19,7 +19,7 @@ DECLARE_CPU_KERNELS;
 namespace avx512 {
 DECLARE_CPU_KERNELS;
 extern const ConvReluPoolCpuKernel conv_relu_pool_blocks_input_gradient;
-}
+}  // namespace avx512
 #endif
 #undef DECLARE_CPU_KERNELS
 
@@ -36,12 +36,16 @@ namespace {
 #define ONLY_AVX512(kernel)
 #endif
 
-constexpr const ConvReluPoolCpuKernel* forward[] = {EVERY_ISA(conv_relu_pool_tile_forward), EVERY_ISA(conv_relu_pool_composed_forward),
+constexpr const ConvReluPoolCpuKernel* forward[] = {EVERY_ISA(conv_relu_pool_tile_forward),
+                                                    EVERY_ISA(conv_relu_pool_composed_forward),
                                                     &conv_relu_pool_reference_forward};
-constexpr const ConvReluPoolCpuKernel* input_gradient[] = {EVERY_ISA(conv_relu_pool_sparse_input_gradient), ONLY_AVX512(conv_relu_pool_blocks_input_gradient) EVERY_ISA(conv_relu_pool_composed_input_gradient),
-                                                           &conv_relu_pool_reference_input_gradient};
+constexpr const ConvReluPoolCpuKernel* input_gradient[] = {
+    EVERY_ISA(conv_relu_pool_sparse_input_gradient),
+    ONLY_AVX512(conv_relu_pool_blocks_input_gradient) EVERY_ISA(conv_relu_pool_composed_input_gradient),
+    &conv_relu_pool_reference_input_gradient};
 constexpr const ConvReluPoolCpuKernel* weight_gradient[] = {
-    EVERY_ISA(conv_relu_pool_sparse_weight_gradient), EVERY_ISA(conv_relu_pool_blocks_weight_gradient), EVERY_ISA(conv_relu_pool_composed_weight_gradient), &conv_relu_pool_reference_weight_gradient};
+    EVERY_ISA(conv_relu_pool_sparse_weight_gradient), EVERY_ISA(conv_relu_pool_blocks_weight_gradient),
+    EVERY_ISA(conv_relu_pool_composed_weight_gradient), &conv_relu_pool_reference_weight_gradient};
 constexpr const ConvReluPoolCpuKernel* bias_gradient[] = {EVERY_ISA(conv_relu_pool_bias_gradient),
                                                           &conv_relu_pool_reference_bias_gradient};
 

@@ -28,8 +28,8 @@ constexpr int64_t TABLE = 256;  // one entry a tap and one for closed: a window 
 
 // Rows of `count` elements, row_stride apart, from `rows` rows of gy and arg; returns whether all are finite.
 template <class T>
-inline bool open_rows(const T* gy, const uint8_t* arg, int64_t rows, int64_t count, int64_t row_stride, int32_t closed,
-               const int32_t* table, Opened to, int64_t to_stride) {
+inline bool open_rows(const T* gy, const uint8_t* arg, int64_t rows, int64_t count, int64_t row_stride,
+                      int32_t closed, const int32_t* table, Opened to, int64_t to_stride) {
   vi odd = {};
   const bool small = closed < VL;  // the table fits a register: a shuffle, not a gather
   const vi entries = (vi)load((const float*)table);
@@ -51,7 +51,8 @@ inline bool open_rows(const T* gy, const uint8_t* arg, int64_t rows, int64_t cou
   return any == 0;
 }
 // to[c][r] = from[r][c]; rows of `to` are whole vectors, zero beyond `rows`.
-inline void turn(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride) {
+inline void turn(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to,
+                 int64_t to_stride) {
   for (int64_t r = 0; r < rows; r += VL)
     for (int64_t c = 0; c < columns; c += VL)
       transpose_block(from + r * from_stride + c, from_stride, int(smaller(VL, rows - r)),
@@ -61,7 +62,7 @@ inline void turn(const float* from, int64_t from_stride, int64_t rows, int64_t c
 // An image's gradients in the wanted order; `spare` holds another such pair.
 template <class T>
 inline bool open_image(const ConvReluPoolProblem& f, const OpenedSizes& z, const T* gy, const uint8_t* arg,
-                const int32_t* table, bool by_window, Opened to, Opened spare) {
+                       const int32_t* table, bool by_window, Opened to, Opened spare) {
   const int64_t K = f.conv.K, W = z.windows, turned = round_up(W, VL);
   const int32_t closed = int32_t(f.closed());
   const bool planes = f.conv.layout == Layout::nchw;

@@ -301,6 +301,8 @@ def plain(dtype: torch.dtype = torch.float32, **changes: object) -> Problem:
 CORNERS = {
     "one window": plain(image=(2, 2), group_channels=1, group_filters=1),
     "one window of one pixel": plain(image=(1, 1), pool=(1, 1), pool_stride=(1, 1)),
+    "an odd row, summed in pieces": plain(image=(5, 9), group_channels=5, taps=(5, 5), pool=(1, 1), pool_stride=(2, 2),
+                                          before=(2, 2), after=(2, 2)),
     "every second pixel": plain(pool=(1, 1), pool_stride=(2, 2)),
     "windows that overlap": plain(pool=(3, 3), pool_stride=(2, 2)),
     "windows with gaps": plain(image=(13, 17), pool=(2, 2), pool_stride=(3, 4)),

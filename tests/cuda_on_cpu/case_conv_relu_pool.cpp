@@ -126,17 +126,17 @@ ConvReluPoolProblem problem(int64_t N, int64_t C, Pair image, int64_t K, Pair fi
 
 void check_edges(Suite& suite) {
   const ConvReluPoolProblem edges[] = {
-      problem(1, 1, {1, 1}, 1, {1, 1}, {1, 1}, {1, 1}, 0),           // one element, no pool
-      problem(0, 2, {6, 6}, 3, {3, 3}, {2, 2}, {2, 2}),              // no images
-      problem(2, 3, {9, 11}, 5, {3, 3}, {1, 1}, {1, 1}),             // no pool
-      problem(2, 3, {9, 11}, 5, {3, 3}, {2, 2}, {2, 2}),             // a row and a column left over
-      problem(2, 2, {12, 10}, 4, {3, 3}, {3, 3}, {2, 2}),            // windows that overlap
-      problem(1, 2, {11, 13}, 3, {3, 3}, {2, 2}, {3, 4}),            // windows with gaps
-      problem(2, 2, {8, 8}, 3, {3, 3}, {1, 1}, {2, 2}),              // every second pixel
-      problem(1, 1, {20, 20}, 2, {3, 3}, {17, 16}, {1, 2}),          // more than 255 taps
-      problem(1, 4, {12, 12}, 6, {5, 5}, {2, 3}, {2, 3}, 2, 2, 2),   // stride and groups
-      problem(2, 5, {10, 9}, 5, {3, 3}, {2, 2}, {2, 2}, 1, 1, 5),    // depthwise
-      problem(3, 1, {28, 28}, 4, {5, 5}, {2, 2}, {2, 2}, 2),         // a first layer
+      problem(1, 1, {1, 1}, 1, {1, 1}, {1, 1}, {1, 1}, 0),          // one element, no pool
+      problem(0, 2, {6, 6}, 3, {3, 3}, {2, 2}, {2, 2}),             // no images
+      problem(2, 3, {9, 11}, 5, {3, 3}, {1, 1}, {1, 1}),            // no pool
+      problem(2, 3, {9, 11}, 5, {3, 3}, {2, 2}, {2, 2}),            // a row and a column left over
+      problem(2, 2, {12, 10}, 4, {3, 3}, {3, 3}, {2, 2}),           // windows that overlap
+      problem(1, 2, {11, 13}, 3, {3, 3}, {2, 2}, {3, 4}),           // windows with gaps
+      problem(2, 2, {8, 8}, 3, {3, 3}, {1, 1}, {2, 2}),             // every second pixel
+      problem(1, 1, {20, 20}, 2, {3, 3}, {17, 16}, {1, 2}),         // more than 255 taps
+      problem(1, 4, {12, 12}, 6, {5, 5}, {2, 3}, {2, 3}, 2, 2, 2),  // stride and groups
+      problem(2, 5, {10, 9}, 5, {3, 3}, {2, 2}, {2, 2}, 1, 1, 5),   // depthwise
+      problem(3, 1, {28, 28}, 4, {5, 5}, {2, 2}, {2, 2}, 2),        // a first layer
   };
   int which = 0;
   for (ConvReluPoolProblem f : edges)
