@@ -20,7 +20,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     select = argparse.ArgumentParser(add_help=False)
-    select.add_argument("--family", action="append", default=[], help="conv, pool; may be repeated")
+    select.add_argument("--family", action="append", default=[], help="as `bench list` names them; may be repeated")
     select.add_argument("--case", default="", help="part of a case's name")
     select.add_argument("--mode", choices=("fwd", "fwdbwd"), help="default: both")
     select.add_argument("--dtype", action="append", default=[], choices=("f32", "bf16", "f16", "f64"))

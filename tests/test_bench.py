@@ -46,7 +46,7 @@ def selection(**changes: object) -> run.Selection:
 
 
 def test_every_family_has_cases_with_their_own_names() -> None:
-    assert families() == ["conv", "pool"]
+    assert families() == ["attention", "conv", "conv_relu_pool", "linear_attention", "pool", "recurrent"]
     assert len(CASES) == len(all_cases())
 
 

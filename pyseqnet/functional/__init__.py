@@ -13,7 +13,12 @@ from pyseqnet.functional.conv_relu_pool import (
     conv2d_relu_max_pool2d_reference,
     conv2d_relu_reference,
 )
-from pyseqnet.functional.linear_attention import linear_attention, linear_attention_reference, linear_attention_step
+from pyseqnet.functional.linear_attention import (
+    linear_attention,
+    linear_attention_reference,
+    linear_attention_step,
+    linear_attention_step_reference,
+)
 from pyseqnet.functional.pool import max_pool1d, max_pool1d_reference, max_pool2d, max_pool2d_reference
 from pyseqnet.functional.recurrent import (
     gru,
@@ -48,6 +53,7 @@ __all__ = [
     "linear_attention",
     "linear_attention_reference",
     "linear_attention_step",
+    "linear_attention_step_reference",
     "lstm",
     "lstm_cell",
     "lstm_cell_reference",

@@ -297,8 +297,9 @@ def linear_attention(
 ) -> Any:
     """Attention whose scores are products of features: time and memory grow linearly with the length.
 
-    Equivalent to (without lengths and states)::
+    Equivalent to::
 
+        # without lengths and states
         a, f = phi(scale * query), phi(key)
         scores = a @ f.transpose(2, 3)                      # (B, H, L, S)
         if causal:
@@ -465,6 +466,33 @@ def linear_attention_reference(
     )
     out, last, last_z = _plain(*arguments)
     return (out, (last, last_z)) if return_state else out
+
+
+def linear_attention_step_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    state: State | None = None,
+    *,
+    feature_map: FeatureMap = "elu",
+    normalize: bool | None = None,
+    scale: float | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, State]:
+    """`linear_attention_step` in plain torch: `linear_attention_reference` of one position."""
+    out, new = linear_attention_reference(
+        query.unsqueeze(2),
+        key.unsqueeze(2),
+        value.unsqueeze(2),
+        feature_map=feature_map,
+        causal=True,
+        normalize=normalize,
+        initial_state=state,
+        return_state=True,
+        scale=scale,
+        eps=eps,
+    )
+    return out.squeeze(2), new
 
 
 def _empty_heads(like: Tensor, rows: int, width: int) -> Tensor:
