@@ -17,8 +17,8 @@
 // every run. The row sums that come along are the gradients of the biases.
 //
 // Bound: FMA issue. Of what a warp executes in a step of 8 depths 512 instructions are FMA and, as estimated
-// from the sm_90a code, about 200 are not: 70 % of FMA peak at most. 213 to 225 registers in float, so two
-// blocks a multiprocessor; 164 in double.
+// from the sm_90a code, about 200 are not: 70 % of FMA peak at most. 207 to 255 registers in float, 190 to
+// 234 in double: two blocks a multiprocessor.
 #pragma once
 #include "recurrent/recurrent_sequences.cuh"
 
@@ -37,7 +37,7 @@ struct ProductTile {
   static constexpr int rows = product_row_threads * extent, columns = product_column_threads * extent;
   static constexpr int row_loads = rows * product_depth / product_threads;
   static constexpr int column_loads = columns * product_depth / product_threads;
-  static constexpr int blocks_per_multiprocessor = sizeof(Acc) == 4 ? 2 : 3;
+  static constexpr int blocks_per_multiprocessor = 2;
 
   // One vector of padding a line: eight depths of four neighbours are written to 32 different banks.
   Acc row[2][product_depth][rows + group];
