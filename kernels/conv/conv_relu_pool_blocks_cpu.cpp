@@ -4,10 +4,9 @@
 //   weight gradient   gw[k][r][s] += gy * x[pixel + r, s]: 3x3 (or 5x5) sums of one filter stay in registers
 //                     while all windows of a strip pass by; the strip, a block of channels wide, stays in the
 //                     first-level cache.
-//   input gradient    3x3 filters and 2x2 windows: the 4x4 pixels that a window reaches stay in registers,
-//   and
-//                     the filters that its pixels won are added, sorted by the pixel (a bit mask each), so
-//                     that no address depends on the winner.
+//   input gradient    2x2 windows: the pixels that a window reaches stay in registers (4x4; for 5x5 filters,
+//                     three of their rows at a time), and the filters that its pixels won are added, sorted
+//                     by the pixel, a bit mask each: no address depends on the winner.
 //
 // Images are the unit of work; the weight gradient adds a fixed number of chunks of them in order.
 //
@@ -202,7 +201,7 @@ void run_weight(const ConvReluPoolProblem& f, const ConvReluPoolTensors& t, cons
   });
 }
 
-// ---- the input gradient: 3x3 filters, 2x2 windows
+// ---- the input gradient: 2x2 windows
 
 PYSEQNET_INLINE uint32_t lanes_equal(vi v, int32_t to) {
 #if defined(__AVX512F__)
@@ -214,23 +213,26 @@ PYSEQNET_INLINE uint32_t lanes_equal(vi v, int32_t to) {
 #endif
 }
 
-// The filters of a mask, whose pixel is number A of the window.
-template <int A>
-PYSEQNET_INLINE void add_filters(vf (&sum)[4][4], uint32_t mask, const float* g, const float* w) {
+// The filters of a mask, whose pixel is number A of the window: RB rows of filters S wide.
+template <int A, int RB, int S>
+PYSEQNET_INLINE void add_filters(vf (&sum)[RB + 1][S + 1], uint32_t mask, const float* g, const float* w) {
   for (; mask; mask &= mask - 1) {
     const int k = __builtin_ctz(mask);
     const vf gv = set1(g[k]);
-    const float* filter = w + k * 9 * VL;
+    const float* filter = w + k * S * S * VL;
 #pragma GCC unroll 3
-    for (int r = 0; r < 3; ++r)
-#pragma GCC unroll 3
-      for (int s = 0; s < 3; ++s) sum[r + A / 2][s + A % 2] += gv * load(filter + (r * 3 + s) * VL);
+    for (int r = 0; r < RB; ++r)
+#pragma GCC unroll 5
+      for (int s = 0; s < S; ++s) sum[r + A / 2][s + A % 2] += gv * load(filter + (r * S + s) * VL);
   }
 }
 
-// MASK_FILTERS filters over all windows of an image; w: [filter][tap][lane].
+// At most MASK_FILTERS filters, their rows first_row .. first_row + RB, over all windows of an image;
+// w: [filter][tap][lane].
+template <int RB, int S>
 void add_image(const ConvReluPoolProblem& f, const Sizes& z, const Opened& o, int64_t first, int64_t last,
-               const float* w, float* image) {
+               int first_row, const float* w, float* image) {
+  w += first_row * S * VL;
   for (int64_t u = 0; u < f.U; ++u)
     for (int64_t v = 0; v < f.V; ++v) {
       const int64_t window = u * f.V + v;
@@ -242,20 +244,20 @@ void add_image(const ConvReluPoolProblem& f, const Sizes& z, const Opened& o, in
 #pragma GCC unroll 4
         for (int a = 0; a < 4; ++a) who[a] |= lanes_equal(tap, a) << k;
       }
-      float* corner = image + u * f.pool_stride_h * z.line + v * f.pool_stride_w * VL;
-      vf sum[4][4];
+      float* corner = image + (u * f.pool_stride_h + first_row) * z.line + v * f.pool_stride_w * VL;
+      vf sum[RB + 1][S + 1];
 #pragma GCC unroll 4
-      for (int r = 0; r < 4; ++r)
+      for (int r = 0; r <= RB; ++r)
+#pragma GCC unroll 6
+        for (int s = 0; s <= S; ++s) sum[r][s] = load(corner + r * z.line + s * VL);
+      add_filters<0, RB, S>(sum, who[0], g, w);
+      add_filters<1, RB, S>(sum, who[1], g, w);
+      add_filters<2, RB, S>(sum, who[2], g, w);
+      add_filters<3, RB, S>(sum, who[3], g, w);
 #pragma GCC unroll 4
-        for (int s = 0; s < 4; ++s) sum[r][s] = load(corner + r * z.line + s * VL);
-      add_filters<0>(sum, who[0], g, w);
-      add_filters<1>(sum, who[1], g, w);
-      add_filters<2>(sum, who[2], g, w);
-      add_filters<3>(sum, who[3], g, w);
-#pragma GCC unroll 4
-      for (int r = 0; r < 4; ++r)
-#pragma GCC unroll 4
-        for (int s = 0; s < 4; ++s) store(corner + r * z.line + s * VL, sum[r][s]);
+      for (int r = 0; r <= RB; ++r)
+#pragma GCC unroll 6
+        for (int s = 0; s <= S; ++s) store(corner + r * z.line + s * VL, sum[r][s]);
     }
 }
 
@@ -282,9 +284,16 @@ void input_image(const ConvReluPoolProblem& f, const Sizes& z, const ConvReluPoo
     for (int64_t k = p.K; k < z.filters; ++k) s.opened.at[window * z.filters + k] = s.table[f.closed()];
   for (int64_t block = 0; block < z.blocks; ++block) {
     for (int64_t e = 0; e < z.staged(); e += VL) store(s.block + e, vf{});
-    for (int64_t k = 0; k < p.K; k += MASK_FILTERS)
-      add_image(f, z, s.opened, k, smaller(k + MASK_FILTERS, p.K), filters + (block * p.K + k) * z.taps * VL,
-                s.block);
+    for (int64_t k = 0; k < p.K; k += MASK_FILTERS) {
+      const int64_t last = smaller(k + MASK_FILTERS, p.K);
+      const float* w = filters + (block * p.K + k) * z.taps * VL;
+      if (p.R == 3) {
+        add_image<3, 3>(f, z, s.opened, k, last, 0, w, s.block);
+      } else {
+        add_image<3, 5>(f, z, s.opened, k, last, 0, w, s.block);
+        add_image<2, 5>(f, z, s.opened, k, last, 3, w, s.block);
+      }
+    }
     unstage_block(p, z, s.block, block, static_cast<T*>(t.gx) + n * of_x);
   }
 }
@@ -343,8 +352,8 @@ Refusal refuses_weight(const ConvReluPoolProblem& f) {
 }
 Refusal refuses_input(const ConvReluPoolProblem& f) {
   if (const Refusal why = refuses_both(f)) return why;
-  if (VL != 16) return "keeps 4x4 pixels in registers, of which AVX-512 has enough";
-  if (f.conv.R != 3 || f.pool_h != 2 || f.pool_w != 2) return "3x3 filters and 2x2 windows only";
+  if (VL != 16) return "keeps 4x4 pixels and more in registers, of which AVX-512 has enough";
+  if (f.pool_h != 2 || f.pool_w != 2) return "2x2 windows only";
   return accepted;
 }
 
