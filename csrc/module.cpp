@@ -10,8 +10,8 @@
 #include "common/isa.h"
 #include "common/probe.h"
 #include "conv/conv.h"
-#include "linear_attention/linear_attention.h"
 #include "conv/conv_relu_pool.h"
+#include "linear_attention/linear_attention.h"
 #include "pool/max_pool.h"
 #include "recurrent/recurrent.h"
 
