@@ -12,7 +12,7 @@
 // overlap need a strip of one or two rows of windows at a time; others keep the band's.
 //
 // Bound: FMA, 24 of them for 12 broadcasts and two loads. Where many input channels make the convolution
-// outweigh the rest, the composed kernel is faster: it multiplies less (Winograd).
+// outweigh the rest, the composed kernel is faster: it multiplies less (Winograd); also without pooling.
 #include "common/transpose.h"
 #include "conv/relu_pool.h"
 
@@ -133,7 +133,7 @@ Scratch scratch_of(const ConvReluPoolProblem& f, const Sizes& z, std::byte* base
   s.bias = carver.take<float>(z.vectors * VL);
   s.offsets = carver.take<int64_t>(z.taps);
   s.best = carver.take<float>(planes ? z.band * f.V * lanes : 0);
-  s.tap = carver.take<int32_t>(planes && f.pooled && f.with_arg ? z.band * f.V * lanes : 0);
+  s.tap = carver.take<int32_t>(planes && f.with_arg ? z.band * f.V * lanes : 0);
   s.bytes = carver.used();
   return s;
 }
@@ -243,7 +243,7 @@ struct Item {
   // One row of windows, number u of the band, whose z begins at `from`. W x W windows, or any (0).
   template <int NV, int W>
   void pool(const float* from, int64_t u, int64_t vector) const {
-    const bool planes = p.layout == Layout::nchw, args = f.pooled && f.with_arg;
+    const bool planes = p.layout == Layout::nchw, args = f.with_arg;
     const Strides ys = f.y_strides();
     const int64_t k = vector * VL, K = z.filters;
     const int64_t row = n * ys.n + (group * K + k) * ys.c + (first + u) * ys.h;  // where channels are last
@@ -257,18 +257,14 @@ struct Item {
 #pragma GCC unroll 2
       for (int j = 0; j < NV; ++j) {
         Winner winner(f.closed());
-        if (f.pooled) {
-          int32_t tap = 0;
-          const int64_t height = W ? W : f.pool_h, width = W ? W : f.pool_w;
+        int32_t tap = 0;
+        const int64_t height = W ? W : f.pool_h, width = W ? W : f.pool_w;
 #pragma GCC unroll 2
-          for (int64_t i = 0; i < height; ++i)
+        for (int64_t i = 0; i < height; ++i)
 #pragma GCC unroll 2
-            for (int64_t e = 0; e < width; ++e)
-              winner.consider(
-                  as_stored(load(corner + (i * z.z_columns + e) * NV * VL + j * VL) + bias[j], T{}), tap++);
-        } else {
-          winner.best = relu(load(corner + j * VL) + bias[j]);
-        }
+          for (int64_t e = 0; e < width; ++e)
+            winner.consider(as_stored(load(corner + (i * z.z_columns + e) * NV * VL + j * VL) + bias[j], T{}),
+                            tap++);
         const int64_t at = (u * f.V + v) * NV * VL + j * VL;
         if (planes) {
           store(s.best + at, winner.best);
@@ -293,7 +289,7 @@ struct Item {
         const int count = int(smaller(VL, windows - e));
         transpose_block_exact(s.best + (e * NV + j) * VL, NV * VL, count, columns,
                               static_cast<T*>(t.y) + to + e, plane);
-        if (f.pooled && f.with_arg)
+        if (f.with_arg)
           turn_taps((const float*)s.tap + (e * NV + j) * VL, NV * VL, count, columns,
                     static_cast<Tap*>(t.arg) + to + e, plane);
       }
@@ -359,6 +355,8 @@ void run(const ConvReluPoolProblem& f, const ConvReluPoolTensors& t, const WorkS
 Refusal refuses(const ConvReluPoolProblem& f) {
   const ConvProblem& p = f.conv;
   if (p.dtype == DType::f64) return "computes in float, not double";
+  // Measured, 1x1 to 5x5: z goes straight to y there, and reading it once more is cheaper than the strip.
+  if (!f.pooled) return "nothing is pooled: the composed kernel is faster";
   if (p.N == 0 || p.C == 0 || p.K == 0) return "an extent is zero";
   if (p.groups > 1 && p.group_filters() < VL) return "few filters in a group would leave lanes empty";
   if (p.group_channels() * p.R * p.S > MOST_DEPTH)
