@@ -37,6 +37,29 @@ POOLS = [
     ((1, 2, 40, 41), (17, 5, 8, 1, True)),
     ((0, 3, 8, 8), (2, 2, 0, 1, False)),
 ]
+# (cell, T, B, I, H, directions, lengths)
+RECURRENT = [
+    ("lstm", 5, 3, 7, 9, 1, None),
+    ("lstm", 6, 4, 17, 33, 2, [6, 0, 3, 5]),
+    ("gru", 4, 2, 5, 16, 2, [1, 4]),
+    ("rnn", 3, 7, 1, 1, 1, None),
+    ("rnn", 2, 70, 19, 40, 2, None),
+]
+# (B, H, key heads, L, S, D, E, options)
+ATTENTION = [
+    (2, 2, 2, 5, 7, 9, 11, {}),
+    (1, 4, 2, 70, 130, 33, 16, {"is_causal": True, "enable_gqa": True}),
+    (2, 1, 1, 1, 65, 64, 64, {"key_lengths": torch.tensor([0, 40])}),
+    (1, 2, 2, 19, 19, 1, 1, {"dropout_p": 0.3}),
+    (2, 2, 2, 0, 3, 4, 4, {}),
+]
+# (B, H, L, S, D, E, options)
+LINEAR = [
+    (2, 2, 70, 70, 9, 17, {"causal": True}),
+    (1, 3, 5, 130, 33, 16, {"feature_map": "relu"}),
+    (2, 1, 65, 65, 64, 64, {"key_lengths": torch.tensor([0, 40]), "normalize": False, "feature_map": "identity"}),
+    (1, 1, 1, 1, 1, 1, {"causal": True}),
+]
 
 
 def kernels_of(*operations: str) -> list[str]:
@@ -56,7 +79,44 @@ def pooling(x: torch.Tensor, arguments: tuple[int, int, int, int, bool]) -> list
     return [y, *torch.autograd.grad(y, [x], torch.randn_like(y))]
 
 
-def cases() -> Iterator[Callable[[], list[torch.Tensor]]]:
+def fused(x: torch.Tensor, w: torch.Tensor, options: dict[str, int]) -> list[torch.Tensor]:
+    leaves = [t.requires_grad_() for t in (x, w, torch.randn(w.shape[0]).to(x.dtype))]
+    y = F.conv1d_relu(*leaves, **options) if x.dim() == 3 else F.conv2d_relu_max_pool2d(*leaves, **options)
+    return [y, *torch.autograd.grad(y, leaves, torch.randn_like(y))]
+
+
+def recurrent(case: tuple, dtype: torch.dtype) -> list[torch.Tensor]:
+    cell, T, B, features, H, directions, lengths = case
+    rows = {"lstm": 4, "gru": 3, "rnn": 1}[cell] * H
+    shapes = [(rows, features), (rows, H), (rows,), (rows,)] * directions
+    leaves = [torch.randn(shape).to(dtype).requires_grad_() for shape in ((T, B, features), *shapes)]
+    function = {"lstm": F.lstm, "gru": F.gru, "rnn": F.rnn}[cell]
+    y, _ = function(leaves[0], None, leaves[1:], bidirectional=directions == 2, lengths=lengths)
+    return [y, *torch.autograd.grad(y, leaves, torch.randn_like(y))]
+
+
+def attention(case: tuple, dtype: torch.dtype) -> list[torch.Tensor]:
+    B, H, Hk, L, S, D, E, options = case
+    leaves = [torch.randn(s).to(dtype).requires_grad_() for s in ((B, H, L, D), (B, Hk, S, D), (B, Hk, S, E))]
+    if "is_causal" not in options:
+        leaves.append(torch.randn(B, 1, 1, S).to(dtype).requires_grad_())
+    y, weights = F.scaled_dot_product_attention(*leaves, **options, return_weights=True)
+    return [y, weights, *torch.autograd.grad([y, weights], leaves, [torch.randn_like(y), torch.randn_like(weights)])]
+
+
+def linear_attention(case: tuple, dtype: torch.dtype) -> list[torch.Tensor]:
+    B, H, L, S, D, E, options = case
+    leaves = [torch.randn(s).to(dtype).requires_grad_() for s in ((B, H, L, D), (B, H, S, D), (B, H, S, E))]
+    y, (state, _) = F.linear_attention(*leaves, **options, return_state=True)
+    return [y, state, *torch.autograd.grad([y, state], leaves, [torch.randn_like(y), torch.randn_like(state)])]
+
+
+def cases() -> Iterator[tuple[str, Callable[[], list[torch.Tensor]]]]:
+    """Each with the beginning of its operations' names."""
+    for dtype in DTYPES:
+        yield from (("recurrent", functools.partial(recurrent, case, dtype)) for case in RECURRENT)
+        yield from (("attention", functools.partial(attention, case, dtype)) for case in ATTENTION)
+        yield from (("linear_attention", functools.partial(linear_attention, case, dtype)) for case in LINEAR)
     for dtype, layout in itertools.product(DTYPES, (torch.contiguous_format, torch.channels_last)):
 
         def tensor(shape: tuple[int, ...], dtype: torch.dtype = dtype, layout: torch.memory_format = layout):
@@ -64,15 +124,18 @@ def cases() -> Iterator[Callable[[], list[torch.Tensor]]]:
             return made.contiguous(memory_format=layout) if made.dim() == 4 else made
 
         for x_shape, w_shape, options in CONVOLUTIONS:
-            yield functools.partial(convolution, tensor(x_shape), tensor(w_shape), options)
+            yield "conv", functools.partial(convolution, tensor(x_shape), tensor(w_shape), options)
+            yield "conv_relu_pool", functools.partial(fused, tensor(x_shape), tensor(w_shape), options)
         for shape, arguments in POOLS:
-            yield functools.partial(pooling, tensor(shape), arguments)
+            yield "max_pool", functools.partial(pooling, tensor(shape), arguments)
 
 
-def run_all() -> int:
-    """Runs every case; the number of those that the pinned kernel took."""
+def run_all(operation: str = "") -> int:
+    """Runs every case, or those of an operation's family; the number of those that the pinned kernel took."""
     ran = 0
-    for case in cases():
+    for family, case in cases():
+        if not operation.startswith(family) and operation:
+            continue
         try:
             results = case()
         except RuntimeError as error:
@@ -96,7 +159,7 @@ def main() -> None:
     for operation in sorted(_C.dispatch_tables()):
         for name in kernels_of(operation):
             os.environ["PYSEQNET_FORCE"] = f"{operation}:{name}"
-            print(f"{operation}:{name}:", run_all(), "cases")
+            print(f"{operation}:{name}:", run_all(operation), "cases")
     del os.environ["PYSEQNET_FORCE"]
     model = torch.nn.Sequential(nn.Conv2d(1, 8, 3), torch.nn.ReLU(), nn.MaxPool2d(2))
     model(torch.randn(4, 1, 13, 13)).sum().backward()
