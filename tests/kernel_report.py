@@ -168,6 +168,7 @@ def examine(source: Path, arch: str, nvdisasm: str | None, folder: Path) -> list
     cubin = folder / f"{source.stem}.{arch}.cubin"
     file = source.relative_to(ROOT).as_posix()
     command = [str(nvcc), "-std=c++20", "-O3", "-Ikernels", "-Xptxas=-v", f"-arch=sm_{arch}", "-cubin"]
+    command.append(f'-DPYSEQNET_CUDA_ARCHS="{arch}"')
     done = subprocess.run([*command, "-o", str(cubin), str(source)], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{file} does not compile for sm_{arch}:\n{done.stderr[-4000:]}")
