@@ -104,6 +104,7 @@ def plain_layer(
 def zero_state(
     mode: str, rows: int, input: Tensor, batch: int, weights: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor | None]:
+    """Zeros for h and, in an LSTM, c: (rows, batch, features) each."""
     h_0 = input.new_zeros(rows, batch, weights[1].shape[1])
     hidden = weights[1].shape[0] // reference.GATES[mode]
     return h_0, (input.new_zeros(rows, batch, hidden) if mode == "LSTM" else None)
@@ -157,6 +158,7 @@ def fast_layer(
     c_0: Tensor | None,
     *weights: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
+    """One layer by the kernels: output, h_n and, in an LSTM, c_n; recorded only where a gradient is wanted."""
     if _wants_gradient(input, h_0, c_0, weights):
         found = _Layer.apply(mode, directions, batch_first, lengths, batch_sizes, input, h_0, c_0, *weights)
         return found if mode == "LSTM" else (*found, None)
@@ -233,6 +235,7 @@ def plain_step(
 def fast_step(
     mode: str, input: Tensor, h: Tensor | None, c: Tensor | None, *weights: Tensor
 ) -> tuple[Tensor, Tensor | None]:
+    """One step of one layer by the kernels: h and, in an LSTM, c."""
     if _wants_gradient(input, h, c, weights):
         found = _Step.apply(mode, input, h, c, *weights)
         return found if mode == "LSTM" else (found, None)

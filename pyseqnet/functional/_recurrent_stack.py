@@ -101,6 +101,7 @@ def run_layers(
 
 
 def unbatched_state(state: Tensor) -> Tensor:
+    """A state (rows, features) as one of a batch of 1; RuntimeError in torch's words for another shape."""
     if state.dim() != 2:
         raise RuntimeError(f"For unbatched 2-D input, hx should also be 2-D but got {state.dim()}-D tensor")
     return state.unsqueeze(1)
@@ -170,6 +171,7 @@ def run_cell(
     b_hh: Tensor | None,
     one_step: Callable[..., tuple[Tensor, Tensor | None]] = fast_step,
 ) -> Any:
+    """One step with torch's forms of input and state, batched or not: h, in an LSTM (h, c)."""
     is_lstm = mode == "LSTM"
     h = c = None
     if hx is not None:
