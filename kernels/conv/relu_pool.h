@@ -56,6 +56,29 @@ PYSEQNET_INLINE vi load_taps(const uint8_t* from, int64_t n) {
 #endif
 }
 
+// Lanes 0, 2, 4, .. of two neighbouring vectors.
+PYSEQNET_INLINE vf even_lanes(vf low, vf high) {
+#if defined(__AVX512F__)
+  return __builtin_shufflevector(low, high, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+#elif defined(__AVX2__)
+  return __builtin_shufflevector(low, high, 0, 2, 4, 6, 8, 10, 12, 14);
+#else
+  return __builtin_shufflevector(low, high, 0, 2, 4, 6);
+#endif
+}
+// Lane l is table[index[l]], 0 <= index < VL.
+PYSEQNET_INLINE vi look_up(vi table, vi index) {
+#if defined(__AVX512F__)
+  return (vi)_mm512_permutexvar_epi32((__m512i)index, (__m512i)table);
+#elif defined(__AVX2__)
+  return (vi)_mm256_permutevar8x32_epi32((__m256i)table, (__m256i)index);
+#else
+  vi found;
+  for (int l = 0; l < VL; ++l) found[l] = table[index[l]];
+  return found;
+#endif
+}
+
 // Lanes l < n hold p[l * step], the others zero; nothing beyond p[(n - 1) * step] is read.
 template <class T>
 PYSEQNET_INLINE vf load_every(const T* p, int64_t step, int64_t n) {
@@ -64,7 +87,7 @@ PYSEQNET_INLINE vf load_every(const T* p, int64_t step, int64_t n) {
   if (step == 2) {
     const int64_t span = 2 * n - 1;
     const vf low = load_between(p, 0, span, vf{}), high = load_between(p + VL, 0, span - VL, vf{});
-    return __builtin_shuffle(low, high, 2 * iota());
+    return even_lanes(low, high);
   }
   vf v = {};
   for (int64_t l = 0; l < n; ++l) v[l] = to_float(p[l * step]);

@@ -42,7 +42,7 @@ inline bool open_rows(const T* gy, const uint8_t* arg, int64_t rows, int64_t cou
       const vf g = open ? loaded : vf{};
       odd |= (g - g) != vf{};
       const vi entry = open ? tap : closed - vi{};
-      const vi at = small ? __builtin_shuffle(entries, entry) : (vi)gather((const float*)table, entry);
+      const vi at = small ? look_up(entries, entry) : (vi)gather((const float*)table, entry);
       store_lanes_n(to.g + r * to_stride + e, g, n);
       store_lanes_n((float*)to.at + r * to_stride + e, (vf)at, n);
     }
