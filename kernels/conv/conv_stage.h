@@ -8,22 +8,12 @@
 //             into in_step phases, so that neighbouring outputs read neighbouring elements.
 //   pixels    [slot][column][channel]: depth runs along channels.
 #pragma once
+#include "common/even_lanes.h"
 #include "conv/conv_geometry.h"
 
 namespace pyseqnet {
 inline namespace PYSEQNET_ISA {
 namespace conv {
-
-// Lanes 0, 2, 4, .. of two neighbouring vectors, and the reverse: a vector's lanes spread to every other
-// place.
-#if defined(__AVX512F__)
-#define PYSEQNET_EVEN_LANES(a, b) \
-  __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30)
-#elif defined(__AVX2__)
-#define PYSEQNET_EVEN_LANES(a, b) __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14)
-#else
-#define PYSEQNET_EVEN_LANES(a, b) __builtin_shufflevector(a, b, 0, 2, 4, 6)
-#endif
 
 // Offsets, in elements, of a staged or in-place arrangement.
 struct Planes {
@@ -54,7 +44,7 @@ PYSEQNET_INLINE vf staged_vector(const T* from, int64_t i, Inside in, Partner pa
   const int64_t first = 2 * (in.first - i), last = 2 * (in.last - i) - 1;
   const vf low = load_words(from + 2 * i, first, last, partner);
   const vf high = load_words(from + 2 * i + VL, first - VL, last - VL, partner);
-  return PYSEQNET_EVEN_LANES(low, high);
+  return even_lanes(low, high);
 }
 template <int step, class T>
 PYSEQNET_INLINE void stage_rows_by(float* to, int64_t to_stride, const T* from, int64_t from_stride,

@@ -1,6 +1,7 @@
 // ReLU and max-pooling of lanes, and the bytes that remember which tap won: what every fused kernel shares.
 #pragma once
 #include "common/element_lanes.h"
+#include "common/even_lanes.h"
 #include "conv/conv_relu_pool.h"
 
 namespace pyseqnet {
@@ -56,16 +57,6 @@ PYSEQNET_INLINE vi load_taps(const uint8_t* from, int64_t n) {
 #endif
 }
 
-// Lanes 0, 2, 4, .. of two neighbouring vectors.
-PYSEQNET_INLINE vf even_lanes(vf low, vf high) {
-#if defined(__AVX512F__)
-  return __builtin_shufflevector(low, high, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-#elif defined(__AVX2__)
-  return __builtin_shufflevector(low, high, 0, 2, 4, 6, 8, 10, 12, 14);
-#else
-  return __builtin_shufflevector(low, high, 0, 2, 4, 6);
-#endif
-}
 // Lane l is table[index[l]], 0 <= index < VL.
 PYSEQNET_INLINE vi look_up(vi table, vi index) {
 #if defined(__AVX512F__)
