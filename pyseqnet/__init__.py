@@ -22,6 +22,7 @@ except ImportError as error:
     ) from error
 
 from pyseqnet import functional, nn
+from pyseqnet.conversion import Conversion, convert
 
 
 def build_info() -> dict[str, Any]:
@@ -35,4 +36,4 @@ def build_info() -> dict[str, Any]:
     return {"version": __version__, **_C.build_info(), "torch": torch.__version__}
 
 
-__all__ = ["__version__", "build_info", "functional", "nn"]
+__all__ = ["Conversion", "__version__", "build_info", "convert", "functional", "nn"]

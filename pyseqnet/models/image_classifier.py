@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyseqnet import functional as F
 from pyseqnet import nn
 
 
@@ -61,46 +59,10 @@ class ImageClassifier(torch.nn.Module):
             raise ValueError(
                 f"image_size {image_size} is too small: {len(channels)} poolings by {pool_size} leave nothing"
             )
-        self.features = torch.nn.Sequential(*blocks)
+        self.features = nn.Sequential(*blocks)  # runs each block as one operation
         self.dropout = torch.nn.Dropout(dropout)
         self.head = torch.nn.Linear(before * height * width, classes)
 
     def forward(self, input: Tensor) -> Tensor:
-        scores: Tensor = self.head(self.dropout(self._features(input).flatten(-3)))
+        scores: Tensor = self.head(self.dropout(self.features(input).flatten(-3)))
         return scores
-
-    def _features(self, input: Tensor) -> Tensor:
-        """`self.features`, each block as one operation that keeps no map larger than its output."""
-        layers: list[Any] = list(self.features)
-        blocks = [layers[i : i + 3] for i in range(0, len(layers), 3)]
-        if _is_observed(self.features) or not all(_is_plain_block(block) for block in blocks):
-            output: Tensor = self.features(input)  # somebody exchanged a layer, or listens to one
-            return output
-        for conv, _, pool in blocks:
-            input = F.conv2d_relu_max_pool2d(
-                input,
-                conv.weight,
-                conv.bias,
-                conv.stride,
-                conv.padding,
-                conv.dilation,
-                conv.groups,
-                pool_size=pool.kernel_size,
-                pool_stride=pool.stride,
-            )
-        return input
-
-
-def _is_observed(layer: torch.nn.Module) -> bool:
-    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
-
-
-def _is_plain_block(layers: list[Any]) -> bool:
-    """Whether these are convolution, ReLU and pooling as the constructor makes them, observed by nobody."""
-    if [type(layer) for layer in layers] != [nn.Conv2d, torch.nn.ReLU, nn.MaxPool2d]:
-        return False
-    conv, _, pool = layers
-    plain_pool: bool = pool.padding == 0 and pool.dilation == 1 and not pool.ceil_mode and not pool.return_indices
-    if conv.padding_mode != "zeros":
-        return False
-    return plain_pool and not any(_is_observed(layer) for layer in layers)
