@@ -15,6 +15,7 @@
 // T and dims of PYSEQNET_SHARED may not contain a comma outside parentheses: name such a type first.
 #pragma once
 #include <cstdint>
+#include <type_traits>
 
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
@@ -30,7 +31,6 @@ extern __shared__ __align__(1024) unsigned char pyseqnet_dynamic_shared_[];
 
 #else
 #include <tuple>
-#include <type_traits>
 
 #include "cuda_sim.h"
 

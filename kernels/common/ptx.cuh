@@ -7,9 +7,9 @@
 // compiled without its instruction traps.
 #pragma once
 #include "common/launch.cuh"
+#include "common/tensor_map.cuh"
 
 #ifdef __CUDACC__
-#include <cuda.h>
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 #define PYSEQNET_SM90 1
 #else
@@ -203,11 +203,6 @@ PYSEQNET_DEVICE void grid_barrier(unsigned* ctr, unsigned nblocks, unsigned epoc
 }
 
 // ---------------------------------------------------------------- sm_90: mbarrier, TMA, clusters
-#ifdef __CUDACC__
-using TensorMap = CUtensorMap;
-#else
-using TensorMap = cusim::TensorMap;
-#endif
 PYSEQNET_DEVICE void mbar_init(uint32_t bar, uint32_t count) {
 #ifndef __CUDACC__
   cusim::mbar_init(bar, count);
@@ -270,49 +265,219 @@ PYSEQNET_DEVICE void mbar_wait(uint32_t bar, uint32_t parity) {
   __trap();
 #endif
 }
+// Orders this thread's accesses to shared memory before later ones of TMA, bulk copies and wgmma: between
+// ordinary stores and what reads them, and the barrier that tells the reader follows the fence.
 PYSEQNET_DEVICE void fence_async_proxy() {
 #ifndef __CUDACC__
-  cusim::fence_async_proxy();
+  cusim::fence_async_proxy(false);
 #elif PYSEQNET_SM90
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #else
   __trap();
 #endif
 }
-PYSEQNET_DEVICE void tma_load_2d(uint32_t dst, const TensorMap* map, int x, int y, uint32_t bar) {
+// The same for global memory: a kernel that writes what TMA reads later in the same launch.
+PYSEQNET_DEVICE void fence_async_proxy_global() {
 #ifndef __CUDACC__
-  cusim::tma_load_2d(dst, map, x, y, bar, 0);
+  cusim::fence_async_proxy(true);
 #elif PYSEQNET_SM90
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], "
-      "[%2];" ::"r"(dst),
-      "l"(map), "r"(bar), "r"(x), "r"(y)
-      : "memory");
+  asm volatile("fence.proxy.async.global;" ::: "memory");
 #else
   __trap();
 #endif
 }
-PYSEQNET_DEVICE void tma_load_2d_multicast(uint32_t dst, const TensorMap* map, int x, int y, uint32_t bar,
-                                           uint16_t mask) {
+
+// ---------------------------------------------------------------- sm_90: TMA and bulk copies
+// One thread issues a copy; bytes arrive at `bar` (mbar_arrive_expect_tx says how many: whole boxes, zeros
+// included). Coordinates come as {x}, {x, y} ... {x, y, z, u, v}, dimension 0 first, one for each dimension
+// of the map. The multicast forms write the same shared offsets, and complete the barrier at the same offset,
+// in each block of the cluster that `blocks` has a bit for.
+//
+// One text for every number of dimensions. Operands: 0 shared address, 1 map, 2 barrier, 3 blocks, from 4 on
+// coordinates, then offsets.
+#define PYSEQNET_AT1(c) "r"(c[0])
+#define PYSEQNET_AT2(c) PYSEQNET_AT1(c), "r"(c[1])
+#define PYSEQNET_AT3(c) PYSEQNET_AT2(c), "r"(c[2])
+#define PYSEQNET_AT4(c) PYSEQNET_AT3(c), "r"(c[3])
+#define PYSEQNET_AT5(c) PYSEQNET_AT4(c), "r"(c[4])
+#define PYSEQNET_TMA(text, shared, map, bar, blocks, ...) \
+  asm volatile(text::"r"(shared), "l"(map), "r"(bar), "h"(blocks), __VA_ARGS__ : "memory")
+#define PYSEQNET_TMA_BY_RANK(before, after, shared, map, bar, blocks, at)                             \
+  if constexpr (R == 1)                                                                               \
+    PYSEQNET_TMA(before("1d", "{%4}") after, shared, map, bar, blocks, PYSEQNET_AT1(at));             \
+  else if constexpr (R == 2)                                                                          \
+    PYSEQNET_TMA(before("2d", "{%4, %5}") after, shared, map, bar, blocks, PYSEQNET_AT2(at));         \
+  else if constexpr (R == 3)                                                                          \
+    PYSEQNET_TMA(before("3d", "{%4, %5, %6}") after, shared, map, bar, blocks, PYSEQNET_AT3(at));     \
+  else if constexpr (R == 4)                                                                          \
+    PYSEQNET_TMA(before("4d", "{%4, %5, %6, %7}") after, shared, map, bar, blocks, PYSEQNET_AT4(at)); \
+  else                                                                                                \
+    PYSEQNET_TMA(before("5d", "{%4, %5, %6, %7, %8}") after, shared, map, bar, blocks, PYSEQNET_AT5(at))
+#define PYSEQNET_LOAD_TEXT(dims, at)                                                                      \
+  "cp.async.bulk.tensor." dims ".shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, " at \
+  "], [%2]"
+#define PYSEQNET_MULTICAST_TEXT(dims, at)                                                       \
+  "cp.async.bulk.tensor." dims                                                                  \
+  ".shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, " at \
+  "], [%2], "                                                                                   \
+  "%3"
+#define PYSEQNET_STORE_TEXT(dims, at) \
+  "cp.async.bulk.tensor." dims ".global.shared::cta.tile.bulk_group [%1, " at "], [%0]"
+#define PYSEQNET_REDUCE_TEXT(dims, at) \
+  "cp.reduce.async.bulk.tensor." dims ".global.shared::cta.add.tile.bulk_group [%1, " at "], [%0]"
+
+template <int R>
+PYSEQNET_DEVICE void tma_load(uint32_t dst, const TensorMap* map, const int (&at)[R], uint32_t bar) {
+  static_assert(R <= tma_dimensions);
 #ifndef __CUDACC__
-  cusim::tma_load_2d(dst, map, x, y, bar, mask);
+  cusim::tma_load(dst, map, R, at, bar, 0);
 #elif PYSEQNET_SM90
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
-      "[%1, {%3, %4}], [%2], %5;" ::"r"(dst),
-      "l"(map), "r"(bar), "r"(x), "r"(y), "h"(mask)
-      : "memory");
+  PYSEQNET_TMA_BY_RANK(PYSEQNET_LOAD_TEXT, ";", dst, map, bar, uint16_t(0), at);
 #else
   __trap();
 #endif
 }
+template <int R>
+PYSEQNET_DEVICE void tma_load_multicast(uint32_t dst, const TensorMap* map, const int (&at)[R], uint32_t bar,
+                                        uint16_t blocks) {
+  static_assert(R <= tma_dimensions);
+#ifndef __CUDACC__
+  cusim::tma_load(dst, map, R, at, bar, blocks);
+#elif PYSEQNET_SM90
+  PYSEQNET_TMA_BY_RANK(PYSEQNET_MULTICAST_TEXT, ";", dst, map, bar, blocks, at);
+#else
+  __trap();
+#endif
+}
+
+// {c, w, n}, {s}; {c, w, h, n}, {s, r}; {c, w, h, d, n}, {s, r, t}: tensor_map.cuh says what moves.
+template <int R, int S>
+PYSEQNET_DEVICE void tma_load_im2col(uint32_t dst, const TensorMap* map, const int (&at)[R],
+                                     const uint16_t (&tap)[S], uint32_t bar) {
+  static_assert(R >= 3 && R <= tma_dimensions && S == R - 2);
+#ifndef __CUDACC__
+  cusim::tma_load_im2col(dst, map, R, at, tap, bar, 0);
+#elif PYSEQNET_SM90
+#define PYSEQNET_IM2COL(dims, coordinates, offsets, ...)                                             \
+  PYSEQNET_TMA("cp.async.bulk.tensor." dims                                                          \
+               ".shared::cluster.global.im2col.mbarrier::complete_tx::bytes [%0], [%1, " coordinates \
+               "], [%2], " offsets ";",                                                              \
+               dst, map, bar, uint16_t(0), __VA_ARGS__)
+  if constexpr (R == 3)
+    PYSEQNET_IM2COL("3d", "{%4, %5, %6}", "{%7}", PYSEQNET_AT3(at), "h"(tap[0]));
+  else if constexpr (R == 4)
+    PYSEQNET_IM2COL("4d", "{%4, %5, %6, %7}", "{%8, %9}", PYSEQNET_AT4(at), "h"(tap[0]), "h"(tap[1]));
+  else
+    PYSEQNET_IM2COL("5d", "{%4, %5, %6, %7, %8}", "{%9, %10, %11}", PYSEQNET_AT5(at), "h"(tap[0]),
+                    "h"(tap[1]), "h"(tap[2]));
+#undef PYSEQNET_IM2COL
+#else
+  __trap();
+#endif
+}
+template <int R, int S>
+PYSEQNET_DEVICE void tma_load_im2col_multicast(uint32_t dst, const TensorMap* map, const int (&at)[R],
+                                               const uint16_t (&tap)[S], uint32_t bar, uint16_t blocks) {
+  static_assert(R >= 3 && R <= tma_dimensions && S == R - 2);
+#ifndef __CUDACC__
+  cusim::tma_load_im2col(dst, map, R, at, tap, bar, blocks);
+#elif PYSEQNET_SM90
+#define PYSEQNET_IM2COL(dims, coordinates, offsets, ...)                                               \
+  PYSEQNET_TMA("cp.async.bulk.tensor." dims                                                            \
+               ".shared::cluster.global.im2col.mbarrier::complete_tx::bytes.multicast::cluster [%0], " \
+               "[%1, " coordinates "], [%2], " offsets ", %3;",                                        \
+               dst, map, bar, blocks, __VA_ARGS__)
+  if constexpr (R == 3)
+    PYSEQNET_IM2COL("3d", "{%4, %5, %6}", "{%7}", PYSEQNET_AT3(at), "h"(tap[0]));
+  else if constexpr (R == 4)
+    PYSEQNET_IM2COL("4d", "{%4, %5, %6, %7}", "{%8, %9}", PYSEQNET_AT4(at), "h"(tap[0]), "h"(tap[1]));
+  else
+    PYSEQNET_IM2COL("5d", "{%4, %5, %6, %7, %8}", "{%9, %10, %11}", PYSEQNET_AT5(at), "h"(tap[0]),
+                    "h"(tap[1]), "h"(tap[2]));
+#undef PYSEQNET_IM2COL
+#else
+  __trap();
+#endif
+}
+
 // Writes a box back to global memory; the box belongs to the thread's next bulk group.
-PYSEQNET_DEVICE void tma_store_2d(const TensorMap* map, uint32_t src, int x, int y) {
+template <int R>
+PYSEQNET_DEVICE void tma_store(const TensorMap* map, uint32_t src, const int (&at)[R]) {
+  static_assert(R <= tma_dimensions);
 #ifndef __CUDACC__
-  cusim::tma_store_2d(map, src, x, y);
+  cusim::tma_store(map, src, R, at, false);
 #elif PYSEQNET_SM90
-  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
-               "r"(src), "r"(x), "r"(y)
+  PYSEQNET_TMA_BY_RANK(PYSEQNET_STORE_TEXT, ";", src, map, 0, uint16_t(0), at);
+#else
+  __trap();
+#endif
+}
+// Adds a box to global memory, element by element, in no order: the sum of several is not deterministic.
+template <int R>
+PYSEQNET_DEVICE void tma_reduce_add(const TensorMap* map, uint32_t src, const int (&at)[R]) {
+  static_assert(R <= tma_dimensions);
+#ifndef __CUDACC__
+  cusim::tma_store(map, src, R, at, true);
+#elif PYSEQNET_SM90
+  PYSEQNET_TMA_BY_RANK(PYSEQNET_REDUCE_TEXT, ";", src, map, 0, uint16_t(0), at);
+#else
+  __trap();
+#endif
+}
+#undef PYSEQNET_AT1
+#undef PYSEQNET_AT2
+#undef PYSEQNET_AT3
+#undef PYSEQNET_AT4
+#undef PYSEQNET_AT5
+#undef PYSEQNET_TMA
+#undef PYSEQNET_TMA_BY_RANK
+#undef PYSEQNET_LOAD_TEXT
+#undef PYSEQNET_MULTICAST_TEXT
+#undef PYSEQNET_STORE_TEXT
+#undef PYSEQNET_REDUCE_TEXT
+
+// Fetches the map itself, which lies in the kernel's parameters, ahead of its first use.
+PYSEQNET_DEVICE void tma_prefetch_map(const TensorMap* map) {
+#ifdef __CUDACC__
+#if PYSEQNET_SM90
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+#else
+  __trap();
+#endif
+#else
+  (void)map;
+#endif
+}
+// Contiguous bytes without a map: addresses and size are multiples of 16.
+PYSEQNET_DEVICE void bulk_load(uint32_t dst, const void* src, uint32_t bytes, uint32_t bar) {
+#ifndef __CUDACC__
+  cusim::bulk_load(dst, src, bytes, bar);
+#elif PYSEQNET_SM90
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(dst),
+      "l"(src), "r"(bytes), "r"(bar)
+      : "memory");
+#else
+  __trap();
+#endif
+}
+PYSEQNET_DEVICE void bulk_store(void* dst, uint32_t src, uint32_t bytes) {
+#ifndef __CUDACC__
+  cusim::bulk_store(dst, src, bytes, cusim::Numbers::none);
+#elif PYSEQNET_SM90
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(dst), "r"(src), "r"(bytes)
+               : "memory");
+#else
+  __trap();
+#endif
+}
+// Adds floats to global memory, in no order.
+PYSEQNET_DEVICE void bulk_reduce_add(float* dst, uint32_t src, uint32_t bytes) {
+#ifndef __CUDACC__
+  cusim::bulk_store(dst, src, bytes, cusim::Numbers::f32);
+#elif PYSEQNET_SM90
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(dst),
+               "r"(src), "r"(bytes)
                : "memory");
 #else
   __trap();
@@ -327,7 +492,8 @@ PYSEQNET_DEVICE void bulk_commit() {
   __trap();
 #endif
 }
-// Waits until at most N groups still read shared memory.
+// Waits until at most N of the thread's bulk groups still read shared memory: their source may be
+// overwritten, their results need not be visible.
 template <int N>
 PYSEQNET_DEVICE void bulk_wait_read() {
 #ifndef __CUDACC__
@@ -338,6 +504,19 @@ PYSEQNET_DEVICE void bulk_wait_read() {
   __trap();
 #endif
 }
+// Waits until at most N of the thread's bulk groups are unfinished.
+template <int N>
+PYSEQNET_DEVICE void bulk_wait() {
+#ifndef __CUDACC__
+  cusim::bulk_wait(N, false);
+#elif PYSEQNET_SM90
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(N) : "memory");
+#else
+  __trap();
+#endif
+}
+
+// ---------------------------------------------------------------- sm_90: clusters
 PYSEQNET_DEVICE void cluster_sync() {
 #ifndef __CUDACC__
   cusim::cluster_arrive();
@@ -422,70 +601,213 @@ PYSEQNET_DEVICE void wgmma_wait() {
   __trap();
 #endif
 }
-// Shared-memory matrix descriptor, 128-byte swizzle, K-major: rows of 128 bytes, groups of 8 rows = 1024
-// bytes.
-PYSEQNET_DEVICE uint64_t wgmma_desc_sw128(uint32_t addr, uint32_t lbo_bytes = 16, uint32_t sbo_bytes = 1024) {
-  return (uint64_t)((addr & 0x3FFFF) >> 4) | (uint64_t)(lbo_bytes >> 4) << 16 |
-         (uint64_t)(sbo_bytes >> 4) << 32 | (uint64_t)1 << 62;
+// Descriptor of an operand in shared memory. Rows are those of A and of B^T (M and N), as long as the swizzle's
+// span along the contiguous dimension; what lies outside one swizzle atom of eight rows is found through two
+// strides in bytes. Distances in the layouts of CUTLASS, T elements of 16 bits (or 32: tf32 is K-major only):
+//
+//   K-major, swizzled       atom 8 rows x span of K; stride: from one group of 8 rows to the next (8 * span
+//                           where they are dense); leading: not used. The next 16 of K: address + 32
+//   MN-major, swizzled      atom 8 of K x span of rows; leading: from one span of rows to the next; stride:
+//                           from 8 of K to the next 8. The next 16 of K: address + 2 * stride
+//   K-major, no swizzle     atom 8 rows x 16 bytes of K; leading: to the next 16 bytes of K; stride: to the
+//                           next 8 rows
+//   MN-major, no swizzle    atom 8 of K x 16 bytes of rows; leading: to the next 8 of K; stride: to the next
+//                           16 bytes of rows
+PYSEQNET_DEVICE uint64_t wgmma_descriptor(uint32_t addr, uint32_t leading_bytes, uint32_t stride_bytes,
+                                          Swizzle swizzle) {
+  const uint64_t mode = swizzle == Swizzle::b128  ? 1
+                        : swizzle == Swizzle::b64 ? 2
+                        : swizzle == Swizzle::b32 ? 3
+                                                  : 0;
+  return uint64_t((addr & 0x3FFFF) >> 4) | uint64_t(leading_bytes >> 4) << 16 |
+         uint64_t(stride_bytes >> 4) << 32 | mode << 62;
 }
-#define PYSEQNET_R4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define PYSEQNET_R16(d, i) \
-  PYSEQNET_R4(d, i), PYSEQNET_R4(d, i + 4), PYSEQNET_R4(d, i + 8), PYSEQNET_R4(d, i + 12)
-// D[64xN per warpgroup] (+)= A(smem, K-major) * B(smem, K-major or MN-major). N = 128.
-template <int TransB = 0>
-PYSEQNET_DEVICE void wgmma_m64n128k16_bf16(float (&d)[64], uint64_t da, uint64_t db, int scale_d) {
+// K-major with dense rows of 128 bytes: what a TMA box with Swizzle::b128 is.
+PYSEQNET_DEVICE uint64_t wgmma_desc_sw128(uint32_t addr, uint32_t leading_bytes = 16,
+                                          uint32_t stride_bytes = 1024) {
+  return wgmma_descriptor(addr, leading_bytes, stride_bytes, Swizzle::b128);
+}
+
+// D (64 x N of a warpgroup, float) = A B, or += where `accumulate` is not 0. N is twice the accumulators of a
+// thread: any multiple of 8 up to 256. T: __nv_bfloat16 or __half, K = 16, or float (tf32), K = 8. Value
+// 4 j + 2 i + e of lane l in warp w is D[16 w + 8 i + l / 4][8 j + 2 (l % 4) + e].
+//   wgmma(d, a, b, accumulate)          A and B by descriptor; a_mn_major, b_mn_major: 1 where stored along M, N
+//   wgmma(d, registers, b, accumulate)  A in registers, in the fragments of mma_m16n8k16 (tf32: m16n8k8)
+// Registers of A and D may be touched again after wgmma_wait; between other writes to them and wgmma stands a
+// wgmma_fence.
 #ifndef __CUDACC__
-  cusim::wgmma(d, 128, nullptr, da, db, scale_d, false, TransB, true);
+template <class T>
+constexpr cusim::Numbers numbers_of = std::is_same_v<T, float>    ? cusim::Numbers::f32
+                                      : std::is_same_v<T, __half> ? cusim::Numbers::f16
+                                                                  : cusim::Numbers::bf16;
+template <class T, int a_mn_major = 0, int b_mn_major = 0, int v>
+PYSEQNET_DEVICE void wgmma(float (&d)[v], uint64_t a, uint64_t b, int accumulate) {
+  static_assert(v % 4 == 0 && v <= 128 && !(std::is_same_v<T, float> && (a_mn_major || b_mn_major)));
+  cusim::wgmma(d, 2 * v, nullptr, a, b, accumulate, a_mn_major, b_mn_major, numbers_of<T>);
+}
+template <class T, int b_mn_major = 0, int v>
+PYSEQNET_DEVICE void wgmma(float (&d)[v], const uint32_t (&a)[4], uint64_t b, int accumulate) {
+  static_assert(v % 4 == 0 && v <= 128 && !(std::is_same_v<T, float> && b_mn_major));
+  cusim::wgmma(d, 2 * v, a, 0, b, accumulate, false, b_mn_major, numbers_of<T>);
+}
 #elif PYSEQNET_SM90A
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
-      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%"
-      "27,%28,%29,%30,%31,"
-      "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%"
-      "57,%58,%59,%60,%61,%62,%63},"
-      " %64, %65, p, 1, 1, 0, %67;\n}\n"
-      : PYSEQNET_R16(d, 0), PYSEQNET_R16(d, 16), PYSEQNET_R16(d, 32), PYSEQNET_R16(d, 48)
-      : "l"(da), "l"(db), "r"(scale_d), "n"(TransB));
+// clang-format off
+#define PYSEQNET_F4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define PYSEQNET_NAMES_4 "%0,%1,%2,%3"
+#define PYSEQNET_VALUES_4(d) PYSEQNET_F4(d, 0)
+#define PYSEQNET_NAMES_8 PYSEQNET_NAMES_4 ",%4,%5,%6,%7"
+#define PYSEQNET_VALUES_8(d) PYSEQNET_VALUES_4(d), PYSEQNET_F4(d, 4)
+#define PYSEQNET_NAMES_12 PYSEQNET_NAMES_8 ",%8,%9,%10,%11"
+#define PYSEQNET_VALUES_12(d) PYSEQNET_VALUES_8(d), PYSEQNET_F4(d, 8)
+#define PYSEQNET_NAMES_16 PYSEQNET_NAMES_12 ",%12,%13,%14,%15"
+#define PYSEQNET_VALUES_16(d) PYSEQNET_VALUES_12(d), PYSEQNET_F4(d, 12)
+#define PYSEQNET_NAMES_20 PYSEQNET_NAMES_16 ",%16,%17,%18,%19"
+#define PYSEQNET_VALUES_20(d) PYSEQNET_VALUES_16(d), PYSEQNET_F4(d, 16)
+#define PYSEQNET_NAMES_24 PYSEQNET_NAMES_20 ",%20,%21,%22,%23"
+#define PYSEQNET_VALUES_24(d) PYSEQNET_VALUES_20(d), PYSEQNET_F4(d, 20)
+#define PYSEQNET_NAMES_28 PYSEQNET_NAMES_24 ",%24,%25,%26,%27"
+#define PYSEQNET_VALUES_28(d) PYSEQNET_VALUES_24(d), PYSEQNET_F4(d, 24)
+#define PYSEQNET_NAMES_32 PYSEQNET_NAMES_28 ",%28,%29,%30,%31"
+#define PYSEQNET_VALUES_32(d) PYSEQNET_VALUES_28(d), PYSEQNET_F4(d, 28)
+#define PYSEQNET_NAMES_36 PYSEQNET_NAMES_32 ",%32,%33,%34,%35"
+#define PYSEQNET_VALUES_36(d) PYSEQNET_VALUES_32(d), PYSEQNET_F4(d, 32)
+#define PYSEQNET_NAMES_40 PYSEQNET_NAMES_36 ",%36,%37,%38,%39"
+#define PYSEQNET_VALUES_40(d) PYSEQNET_VALUES_36(d), PYSEQNET_F4(d, 36)
+#define PYSEQNET_NAMES_44 PYSEQNET_NAMES_40 ",%40,%41,%42,%43"
+#define PYSEQNET_VALUES_44(d) PYSEQNET_VALUES_40(d), PYSEQNET_F4(d, 40)
+#define PYSEQNET_NAMES_48 PYSEQNET_NAMES_44 ",%44,%45,%46,%47"
+#define PYSEQNET_VALUES_48(d) PYSEQNET_VALUES_44(d), PYSEQNET_F4(d, 44)
+#define PYSEQNET_NAMES_52 PYSEQNET_NAMES_48 ",%48,%49,%50,%51"
+#define PYSEQNET_VALUES_52(d) PYSEQNET_VALUES_48(d), PYSEQNET_F4(d, 48)
+#define PYSEQNET_NAMES_56 PYSEQNET_NAMES_52 ",%52,%53,%54,%55"
+#define PYSEQNET_VALUES_56(d) PYSEQNET_VALUES_52(d), PYSEQNET_F4(d, 52)
+#define PYSEQNET_NAMES_60 PYSEQNET_NAMES_56 ",%56,%57,%58,%59"
+#define PYSEQNET_VALUES_60(d) PYSEQNET_VALUES_56(d), PYSEQNET_F4(d, 56)
+#define PYSEQNET_NAMES_64 PYSEQNET_NAMES_60 ",%60,%61,%62,%63"
+#define PYSEQNET_VALUES_64(d) PYSEQNET_VALUES_60(d), PYSEQNET_F4(d, 60)
+#define PYSEQNET_NAMES_68 PYSEQNET_NAMES_64 ",%64,%65,%66,%67"
+#define PYSEQNET_VALUES_68(d) PYSEQNET_VALUES_64(d), PYSEQNET_F4(d, 64)
+#define PYSEQNET_NAMES_72 PYSEQNET_NAMES_68 ",%68,%69,%70,%71"
+#define PYSEQNET_VALUES_72(d) PYSEQNET_VALUES_68(d), PYSEQNET_F4(d, 68)
+#define PYSEQNET_NAMES_76 PYSEQNET_NAMES_72 ",%72,%73,%74,%75"
+#define PYSEQNET_VALUES_76(d) PYSEQNET_VALUES_72(d), PYSEQNET_F4(d, 72)
+#define PYSEQNET_NAMES_80 PYSEQNET_NAMES_76 ",%76,%77,%78,%79"
+#define PYSEQNET_VALUES_80(d) PYSEQNET_VALUES_76(d), PYSEQNET_F4(d, 76)
+#define PYSEQNET_NAMES_84 PYSEQNET_NAMES_80 ",%80,%81,%82,%83"
+#define PYSEQNET_VALUES_84(d) PYSEQNET_VALUES_80(d), PYSEQNET_F4(d, 80)
+#define PYSEQNET_NAMES_88 PYSEQNET_NAMES_84 ",%84,%85,%86,%87"
+#define PYSEQNET_VALUES_88(d) PYSEQNET_VALUES_84(d), PYSEQNET_F4(d, 84)
+#define PYSEQNET_NAMES_92 PYSEQNET_NAMES_88 ",%88,%89,%90,%91"
+#define PYSEQNET_VALUES_92(d) PYSEQNET_VALUES_88(d), PYSEQNET_F4(d, 88)
+#define PYSEQNET_NAMES_96 PYSEQNET_NAMES_92 ",%92,%93,%94,%95"
+#define PYSEQNET_VALUES_96(d) PYSEQNET_VALUES_92(d), PYSEQNET_F4(d, 92)
+#define PYSEQNET_NAMES_100 PYSEQNET_NAMES_96 ",%96,%97,%98,%99"
+#define PYSEQNET_VALUES_100(d) PYSEQNET_VALUES_96(d), PYSEQNET_F4(d, 96)
+#define PYSEQNET_NAMES_104 PYSEQNET_NAMES_100 ",%100,%101,%102,%103"
+#define PYSEQNET_VALUES_104(d) PYSEQNET_VALUES_100(d), PYSEQNET_F4(d, 100)
+#define PYSEQNET_NAMES_108 PYSEQNET_NAMES_104 ",%104,%105,%106,%107"
+#define PYSEQNET_VALUES_108(d) PYSEQNET_VALUES_104(d), PYSEQNET_F4(d, 104)
+#define PYSEQNET_NAMES_112 PYSEQNET_NAMES_108 ",%108,%109,%110,%111"
+#define PYSEQNET_VALUES_112(d) PYSEQNET_VALUES_108(d), PYSEQNET_F4(d, 108)
+#define PYSEQNET_NAMES_116 PYSEQNET_NAMES_112 ",%112,%113,%114,%115"
+#define PYSEQNET_VALUES_116(d) PYSEQNET_VALUES_112(d), PYSEQNET_F4(d, 112)
+#define PYSEQNET_NAMES_120 PYSEQNET_NAMES_116 ",%116,%117,%118,%119"
+#define PYSEQNET_VALUES_120(d) PYSEQNET_VALUES_116(d), PYSEQNET_F4(d, 116)
+#define PYSEQNET_NAMES_124 PYSEQNET_NAMES_120 ",%120,%121,%122,%123"
+#define PYSEQNET_VALUES_124(d) PYSEQNET_VALUES_120(d), PYSEQNET_F4(d, 120)
+#define PYSEQNET_NAMES_128 PYSEQNET_NAMES_124 ",%124,%125,%126,%127"
+#define PYSEQNET_VALUES_128(d) PYSEQNET_VALUES_124(d), PYSEQNET_F4(d, 124)
+// v: accumulators of a thread; n: columns; i0 ...: the operands behind them, by number.
+#define PYSEQNET_WGMMA(v, n, i0, i1, i2, i3, i4, i5, i6)                                                     \
+  template <class T, int a_mn_major = 0, int b_mn_major = 0>                                                 \
+  PYSEQNET_DEVICE void wgmma(float (&d)[v], uint64_t a, uint64_t b, int accumulate) {                        \
+    if constexpr (std::is_same_v<T, float>) {                                                                \
+      static_assert(!a_mn_major && !b_mn_major, "tf32 is K-major");                                          \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #i2                                                  \
+                   ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n "k8.f32.tf32.tf32 {" PYSEQNET_NAMES_##v     \
+                   "}, %" #i0 ", %" #i1 ", p, 1, 1;\n}"                                                      \
+                   : PYSEQNET_VALUES_##v(d)                                                                  \
+                   : "l"(a), "l"(b), "r"(accumulate));                                                       \
+    } else if constexpr (std::is_same_v<T, __half>) {                                                        \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #i2                                                  \
+                   ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n "k16.f32.f16.f16 {" PYSEQNET_NAMES_##v      \
+                   "}, %" #i0 ", %" #i1 ", p, 1, 1, %" #i3 ", %" #i4 ";\n}"                                  \
+                   : PYSEQNET_VALUES_##v(d)                                                                  \
+                   : "l"(a), "l"(b), "r"(accumulate), "n"(a_mn_major), "n"(b_mn_major));                     \
+    } else {                                                                                                 \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #i2                                                  \
+                   ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n "k16.f32.bf16.bf16 {" PYSEQNET_NAMES_##v    \
+                   "}, %" #i0 ", %" #i1 ", p, 1, 1, %" #i3 ", %" #i4 ";\n}"                                  \
+                   : PYSEQNET_VALUES_##v(d)                                                                  \
+                   : "l"(a), "l"(b), "r"(accumulate), "n"(a_mn_major), "n"(b_mn_major));                     \
+    }                                                                                                        \
+  }                                                                                                          \
+  template <class T, int b_mn_major = 0>                                                                     \
+  PYSEQNET_DEVICE void wgmma(float (&d)[v], const uint32_t (&a)[4], uint64_t b, int accumulate) {            \
+    if constexpr (std::is_same_v<T, float>) {                                                                \
+      static_assert(!b_mn_major, "tf32 is K-major");                                                         \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #i5                                                  \
+                   ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n "k8.f32.tf32.tf32 {" PYSEQNET_NAMES_##v     \
+                   "}, {%" #i0 ",%" #i1 ",%" #i2 ",%" #i3 "}, %" #i4 ", p, 1, 1;\n}"                         \
+                   : PYSEQNET_VALUES_##v(d)                                                                  \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));                   \
+    } else if constexpr (std::is_same_v<T, __half>) {                                                        \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #i5                                                  \
+                   ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n "k16.f32.f16.f16 {" PYSEQNET_NAMES_##v      \
+                   "}, {%" #i0 ",%" #i1 ",%" #i2 ",%" #i3 "}, %" #i4 ", p, 1, 1, %" #i6 ";\n}"               \
+                   : PYSEQNET_VALUES_##v(d)                                                                  \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(b_mn_major));  \
+    } else {                                                                                                 \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #i5                                                  \
+                   ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n "k16.f32.bf16.bf16 {" PYSEQNET_NAMES_##v    \
+                   "}, {%" #i0 ",%" #i1 ",%" #i2 ",%" #i3 "}, %" #i4 ", p, 1, 1, %" #i6 ";\n}"               \
+                   : PYSEQNET_VALUES_##v(d)                                                                  \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(b_mn_major));  \
+    }                                                                                                        \
+  }
+PYSEQNET_WGMMA(4, 8, 4, 5, 6, 7, 8, 9, 10)
+PYSEQNET_WGMMA(8, 16, 8, 9, 10, 11, 12, 13, 14)
+PYSEQNET_WGMMA(12, 24, 12, 13, 14, 15, 16, 17, 18)
+PYSEQNET_WGMMA(16, 32, 16, 17, 18, 19, 20, 21, 22)
+PYSEQNET_WGMMA(20, 40, 20, 21, 22, 23, 24, 25, 26)
+PYSEQNET_WGMMA(24, 48, 24, 25, 26, 27, 28, 29, 30)
+PYSEQNET_WGMMA(28, 56, 28, 29, 30, 31, 32, 33, 34)
+PYSEQNET_WGMMA(32, 64, 32, 33, 34, 35, 36, 37, 38)
+PYSEQNET_WGMMA(36, 72, 36, 37, 38, 39, 40, 41, 42)
+PYSEQNET_WGMMA(40, 80, 40, 41, 42, 43, 44, 45, 46)
+PYSEQNET_WGMMA(44, 88, 44, 45, 46, 47, 48, 49, 50)
+PYSEQNET_WGMMA(48, 96, 48, 49, 50, 51, 52, 53, 54)
+PYSEQNET_WGMMA(52, 104, 52, 53, 54, 55, 56, 57, 58)
+PYSEQNET_WGMMA(56, 112, 56, 57, 58, 59, 60, 61, 62)
+PYSEQNET_WGMMA(60, 120, 60, 61, 62, 63, 64, 65, 66)
+PYSEQNET_WGMMA(64, 128, 64, 65, 66, 67, 68, 69, 70)
+PYSEQNET_WGMMA(68, 136, 68, 69, 70, 71, 72, 73, 74)
+PYSEQNET_WGMMA(72, 144, 72, 73, 74, 75, 76, 77, 78)
+PYSEQNET_WGMMA(76, 152, 76, 77, 78, 79, 80, 81, 82)
+PYSEQNET_WGMMA(80, 160, 80, 81, 82, 83, 84, 85, 86)
+PYSEQNET_WGMMA(84, 168, 84, 85, 86, 87, 88, 89, 90)
+PYSEQNET_WGMMA(88, 176, 88, 89, 90, 91, 92, 93, 94)
+PYSEQNET_WGMMA(92, 184, 92, 93, 94, 95, 96, 97, 98)
+PYSEQNET_WGMMA(96, 192, 96, 97, 98, 99, 100, 101, 102)
+PYSEQNET_WGMMA(100, 200, 100, 101, 102, 103, 104, 105, 106)
+PYSEQNET_WGMMA(104, 208, 104, 105, 106, 107, 108, 109, 110)
+PYSEQNET_WGMMA(108, 216, 108, 109, 110, 111, 112, 113, 114)
+PYSEQNET_WGMMA(112, 224, 112, 113, 114, 115, 116, 117, 118)
+PYSEQNET_WGMMA(116, 232, 116, 117, 118, 119, 120, 121, 122)
+PYSEQNET_WGMMA(120, 240, 120, 121, 122, 123, 124, 125, 126)
+PYSEQNET_WGMMA(124, 248, 124, 125, 126, 127, 128, 129, 130)
+PYSEQNET_WGMMA(128, 256, 128, 129, 130, 131, 132, 133, 134)
+#undef PYSEQNET_WGMMA
+// clang-format on
 #else
+template <class T, int a_mn_major = 0, int b_mn_major = 0, int v>
+PYSEQNET_DEVICE void wgmma(float (&)[v], uint64_t, uint64_t, int) {
   __trap();
-#endif
 }
+template <class T, int b_mn_major = 0, int v>
+PYSEQNET_DEVICE void wgmma(float (&)[v], const uint32_t (&)[4], uint64_t, int) {
+  __trap();
+}
+#endif
 
-#undef PYSEQNET_R4
-#undef PYSEQNET_R16
 }  // namespace pyseqnet::ptx
-
-namespace pyseqnet {
-
-// Host: describes a row-major matrix of bfloat16 (rows x cols, `row_elements` apart) whose boxes of box_rows
-// x box_cols TMA moves with the 128-byte swizzle. Returns 0, or a cudaError_t.
-inline int make_tensor_map_2d(ptx::TensorMap* map, const void* base, uint64_t rows, uint64_t cols,
-                              uint64_t row_elements, uint32_t box_rows, uint32_t box_cols) {
-#ifdef __CUDACC__
-  // The driver's function comes through the runtime, so that nothing links against libcuda.
-  void* entry = nullptr;
-  cudaDriverEntryPointQueryResult found;
-  const cudaError_t error =
-      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found);
-  if (error != cudaSuccess) return int(error);
-  if (found != cudaDriverEntryPointSuccess || !entry) return int(cudaErrorNotSupported);
-  const cuuint64_t extent[2] = {cols, rows}, stride_bytes[1] = {row_elements * 2};
-  const cuuint32_t box[2] = {box_cols, box_rows}, element_stride[2] = {1, 1};
-  const CUresult result = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(entry)(
-      map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(base), extent, stride_bytes, box,
-      element_stride, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-      CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? 0 : int(cudaErrorInvalidValue);
-#else
-  *map = {const_cast<char*>(static_cast<const char*>(base)),
-          {cols, rows},
-          row_elements * 2,
-          {box_cols, box_rows},
-          2,
-          128};
-  return 0;
-#endif
-}
-
-}  // namespace pyseqnet

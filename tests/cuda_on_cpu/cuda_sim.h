@@ -158,25 +158,34 @@ void mbar_arrive(uint32_t a, uint32_t count, uint32_t tx);  // a may be shared::
 void mbar_expect_tx(uint32_t a, uint32_t tx);
 bool mbar_try_wait(uint32_t a, uint32_t parity);
 void mbar_wait(uint32_t a, uint32_t parity);
-void fence_async_proxy();
-struct TensorMap {  // stand-in for CUtensorMap (2-D, 16-bit or 32-bit elements)
+void fence_async_proxy(bool global);
+enum class Numbers { none, f32, bf16, f16, f64 };
+struct TensorMap {  // stand-in for CUtensorMap: see common/tensor_map.cuh
   char* base;
-  uint64_t dim[2];
-  uint64_t row_stride;
-  uint32_t box[2];
-  int elem;
-  int swizzle;  // swizzle bytes 0/32/64/128
+  int rank, element_bytes, swizzle;  // swizzle: span in bytes, 0 for none
+  Numbers numbers;
+  uint64_t extent[5], stride[5];  // elements, bytes
+  uint32_t step[5];
+  uint32_t box[5];  // tiled
+  bool im2col;
+  int lower[3], upper[3];
+  uint32_t channels, pixels;
 };
-void tma_load_2d(uint32_t dst, const TensorMap* m, int x, int y, uint32_t mbar, uint16_t cluster_mask);
-void tma_store_2d(const TensorMap* m, uint32_t src, int x, int y);
+int check_tiled(const TensorMap&);  // 0, or not 0 and a report of the rule that the map breaks
+int check_im2col(const TensorMap&);
+void tma_load(uint32_t dst, const TensorMap* m, int rank, const int* at, uint32_t mbar, uint16_t blocks);
+void tma_load_im2col(uint32_t dst, const TensorMap* m, int rank, const int* at, const uint16_t* tap,
+                     uint32_t mbar, uint16_t blocks);
+void tma_store(const TensorMap* m, uint32_t src, int rank, const int* at, bool add);
+void bulk_load(uint32_t dst, const void* src, uint32_t bytes, uint32_t mbar);
+void bulk_store(void* dst, uint32_t src, uint32_t bytes, Numbers add);
 void bulk_commit();
 void bulk_wait(int n, bool read);
-void bulk_g2s(uint32_t dst, const void* src, uint32_t bytes, uint32_t mbar);
 void wgmma_fence();
 void wgmma_commit();
 void wgmma_wait(int n);
 void wgmma(float* d, int n, const uint32_t* a_regs, uint64_t desc_a, uint64_t desc_b, bool scale_d,
-           bool trans_a, bool trans_b, bool is_bf16);
+           bool a_mn_major, bool b_mn_major, Numbers);
 
 uint64_t rng();
 }  // namespace cusim

@@ -58,6 +58,9 @@ bool close(const Buffer<V>& got, const std::vector<double>& want, double absolut
   return true;
 }
 
+// The fault that a kernel shall have. A device runs the correct kernel, compiled as if there were no other.
+PYSEQNET_DEVICE constexpr int planted(int fault) { return device_memory::simulated ? fault : 0; }
+
 struct Fault {
   int number;
   const char* what;       // in words

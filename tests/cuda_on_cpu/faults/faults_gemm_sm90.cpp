@@ -24,8 +24,9 @@ PYSEQNET_DEVICE void release_slot(uint32_t bar) {
 template <int cluster>
 __global__ void __launch_bounds__(threads, 1)
     gemm(const __grid_constant__ ptx::TensorMap map_a, const __grid_constant__ ptx::TensorMap map_b,
-         float* __restrict__ C, int M, int N, int K, int fault) {
+         float* __restrict__ C, int M, int N, int K, int fault_wanted) {
 #if PYSEQNET_SM90A
+  const int fault = planted(fault_wanted);
   PYSEQNET_DYNAMIC_SHARED(unsigned char, shared);
   PYSEQNET_SHARED(uint64_t, bars, [2 * stages]);
   const uint32_t tiles = ptx::smem_u32(shared), full = ptx::smem_u32(bars), empty = full + 8 * stages;
@@ -54,12 +55,13 @@ __global__ void __launch_bounds__(threads, 1)
       else if (fault != 8)
         ptx::mbar_wait(empty + 8 * s, phase ^ 1);
       ptx::mbar_arrive_expect_tx(full + 8 * s, fault == 4 ? stage_bytes + 16 : stage_bytes);
-      ptx::tma_load_2d(a, &map_a, k * BK, m0, full + 8 * s);
+      ptx::tma_load(a, &map_a, {k * BK, m0}, full + 8 * s);
       if (cluster == 1)
-        ptx::tma_load_2d(b, &map_b, k * BK, n0, full + 8 * s);
+        ptx::tma_load(b, &map_b, {k * BK, n0}, full + 8 * s);
       else
-        ptx::tma_load_2d_multicast(b + rank * (BN / cluster) * 128, &map_b, k * BK,
-                                   n0 + rank * (BN / cluster), full + 8 * s, uint16_t((1 << cluster) - 1));
+        ptx::tma_load_multicast(b + rank * (BN / cluster) * 128, &map_b,
+                                {k * BK, n0 + int(rank) * (BN / cluster)}, full + 8 * s,
+                                uint16_t((1 << cluster) - 1));
     }
   } else {
     ptx::setmaxnreg_inc<232>();
@@ -74,9 +76,9 @@ __global__ void __launch_bounds__(threads, 1)
       ptx::wgmma_fence();
 #pragma unroll
       for (int i = 0; i < BK / 16; i++)
-        ptx::wgmma_m64n128k16_bf16(
-            acc, ptx::wgmma_desc_sw128(a + i * (fault == 3 ? 16 : 32), 16, fault == 9 ? 512 : 1024),
-            ptx::wgmma_desc_sw128(b + i * 32), 1);
+        ptx::wgmma<bf16>(acc,
+                         ptx::wgmma_desc_sw128(a + i * (fault == 3 ? 16 : 32), 16, fault == 9 ? 512 : 1024),
+                         ptx::wgmma_desc_sw128(b + i * 32), 1);
       ptx::wgmma_commit();
       if (fault == 2) release_slot<cluster>(empty + 8 * s);
       if (fault != 6) ptx::wgmma_wait<0>();
@@ -138,9 +140,9 @@ __global__ void __launch_bounds__(128)
   __syncthreads();
   if (threadIdx.x == 0) {
     ptx::mbar_arrive_expect_tx(bar, 3 * half);
-    ptx::tma_load_2d(a, &map_a, 0, 0, bar);
-    ptx::tma_load_2d(b, &map_b, 0, 0, bar);
-    ptx::tma_load_2d(b + half, &map_b, 64, 0, bar);
+    ptx::tma_load(a, &map_a, {0, 0}, bar);
+    ptx::tma_load(b, &map_b, {0, 0}, bar);
+    ptx::tma_load(b + half, &map_b, {64, 0}, bar);
   }
   ptx::mbar_wait(bar, 0);
   float acc[64];
@@ -149,8 +151,8 @@ __global__ void __launch_bounds__(128)
   ptx::wgmma_fence();
 #pragma unroll
   for (int k = 0; k < 4; k++)
-    ptx::wgmma_m64n128k16_bf16<1>(acc, ptx::wgmma_desc_sw128(a + k * 32),
-                                  ptx::wgmma_desc_sw128(b + k * 2048, fault ? half / 2 : half, 1024), 1);
+    ptx::wgmma<bf16, 0, 1>(acc, ptx::wgmma_desc_sw128(a + k * 32),
+                           ptx::wgmma_desc_sw128(b + k * 2048, fault ? half / 2 : half), 1);
   ptx::wgmma_commit();
   ptx::wgmma_wait<0>();
   const int lane = threadIdx.x & 31, r0 = (threadIdx.x >> 5) * 16 + (lane >> 2), c0 = (lane & 3) * 2;

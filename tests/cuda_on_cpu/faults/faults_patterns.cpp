@@ -97,7 +97,7 @@ __global__ void proxy_fence(const float* x, const __grid_constant__ ptx::TensorM
   if (!fault) ptx::fence_async_proxy();
   __syncthreads();
   if (threadIdx.x == 0) {
-    ptx::tma_store_2d(&map, ptx::smem_u32(s), 0, 0);
+    ptx::tma_store(&map, ptx::smem_u32(s), {0, 0});
     ptx::bulk_commit();
     ptx::bulk_wait_read<0>();
   }

@@ -98,6 +98,7 @@ static inline bool ordered(const Access& a) {
 template <int readers>
 static void touch(Cell<readers>& c, uint32_t epoch, const Access& me, void* pc, const char* memory,
                   uint64_t off, bool async_proxy) {
+  constexpr bool global = std::is_same_v<Cell<readers>, GlobalCell>;
   if (c.epoch != epoch) {
     memset(&c, 0, sizeof c);
     c.epoch = epoch;
@@ -112,7 +113,7 @@ static void touch(Cell<readers>& c, uint32_t epoch, const Access& me, void* pc, 
     if (!mine(w) && !both_atomic(w) && !ordered(w))
       race(write ? "write after write" : "read after write", memory, off, w, pc, async_proxy);
     if (async_proxy && !(w.flags & kAsync) && w.agent < (uint32_t)running.threads && resident(w) &&
-        thread_by(w.agent)->p->fence_clock < w.clock)
+        (global ? thread_by(w.agent)->p->global_fence_clock : thread_by(w.agent)->p->fence_clock) < w.clock)
       race("generic write not followed by fence.proxy.async before an async-proxy access", memory, off, w, pc,
            true);
   }
@@ -192,7 +193,7 @@ static const Allocation* allocation_of(uintptr_t a, size_t n) {
   return nullptr;
 }
 
-static void check_global(uintptr_t a, size_t n, Access me, void* pc) {
+static void check_global(uintptr_t a, size_t n, Access me, void* pc, bool async_proxy) {
   const Allocation* buffer = allocation_of(a, n);
   if (!buffer) {
     std::string near = "no buffer";
@@ -207,7 +208,7 @@ static void check_global(uintptr_t a, size_t n, Access me, void* pc) {
   for (uintptr_t c = o / 2; c <= (o + n - 1) / 2; c++) {
     me.bytes = bytes_in_cell(o, n, c * 2);
     touch(global_shadow[c], launch_counter, me, pc, buffer->name.c_str(),
-          c * 2 + (uintptr_t)heap_base - buffer->lo, false);
+          c * 2 + (uintptr_t)heap_base - buffer->lo, async_proxy);
   }
 }
 
@@ -224,7 +225,7 @@ void check_access(const void* p, size_t n, bool write, int flags, void* pc, int 
   if (a - (uintptr_t)shared_base < window_stride * max_windows)
     check_shared(a - (uintptr_t)shared_base, n, me, pc, async_proxy);
   else if (a - (uintptr_t)heap_base < heap_bytes)
-    check_global(a, n, me, pc);
+    check_global(a, n, me, pc, async_proxy);
 }
 
 void sync_point(const void* p, bool acquire, bool release) {

@@ -11,7 +11,8 @@
 //   atomics.cpp      atomics and acquire/release accesses
 //   tensor_core.cpp  mma, ldmatrix, stmatrix
 //   wgmma.cpp        asynchronous warpgroup mma (sm_90a)
-//   async_engine.cpp cp.async, mbarrier, TMA
+//   async_engine.cpp cp.async, mbarrier
+//   tma.cpp          TMA, tiled and im2col, and bulk copies
 //   errors.cpp       reports, and source lines for them
 //   launch.cpp       one kernel launch, block by block
 //
@@ -53,7 +54,9 @@ struct WgmmaOp {
   uint32_t a[32][4];
   int n;
   uint64_t da, db;
-  bool scale, ta, tb, bf16, has_a;
+  bool scale, a_mn_major, b_mn_major, has_a;
+  Numbers numbers;
+  int k() const { return numbers == Numbers::f32 ? 8 : 16; }
 };
 struct ThreadState {
   Context context;
@@ -66,7 +69,7 @@ struct ThreadState {
   std::vector<std::function<void()>> bulk_open;
   std::deque<std::vector<std::function<void()>>> bulk_groups;
   ClockRef base;  // what this thread knows of the others; its own time is `clock`
-  uint32_t clock = 1, fence_clock = 0;
+  uint32_t clock = 1, fence_clock = 0, global_fence_clock = 0;  // fences: of fence.proxy.async
   uint32_t async_clock[async_agents] = {1, 1, 1}, async_seen[async_agents] = {0, 0, 0};
 };
 struct Collective {
@@ -79,7 +82,9 @@ struct Warp {
   uint32_t exists = 0, exited = 0;
   Collective collectives[32];
   int collective_count = 0;
-  int pos = 0;  // priority position in the scheduler
+  int pos = 0;                                        // priority position in the scheduler
+  bool wgmma_fenced = false;                          // since the last wait
+  std::map<float*, std::vector<float>> accumulators;  // as the last wgmma left them
   std::vector<WgmmaOp> wgmma_open;
   std::deque<std::vector<WgmmaOp>> wgmma_groups;
 };
@@ -228,6 +233,11 @@ inline void access_async(const void* p, size_t n, bool write, int agent, void* p
 // An atomic or acquire/release access to p orders threads, and blocks that are not resident together.
 void sync_point(const void* p, bool acquire, bool release);
 
+// ---------------------------------------------------------------- async_engine.cpp
+MBarrier& mbar_at(uint32_t address, const char* operation);  // fails where there is none
+// Bytes of a transfer have arrived; `agent` at `clock` has written them.
+void complete_tx(Block*, uint32_t offset, uint32_t bytes, uint32_t agent, uint32_t clock);
+
 // ---------------------------------------------------------------- numbers of the tensor core
 inline float up_bf16(uint16_t h) {
   const uint32_t u = (uint32_t)h << 16;
@@ -239,6 +249,12 @@ inline float up_f16(uint16_t h) {
   __half_raw r;
   r.x = h;
   return __half2float(__half(r));
+}
+inline float up_tf32(uint32_t u) {
+  u &= 0xFFFFE000u;
+  float f;
+  memcpy(&f, &u, 4);
+  return f;
 }
 // The swizzle of TMA and wgmma: an exclusive-or on the absolute shared address.
 inline uint32_t swizzled(uint32_t a, int span_bytes) {
