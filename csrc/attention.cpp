@@ -300,7 +300,9 @@ STABLE_TORCH_LIBRARY_IMPL(pyseqnet, CPU, m) {
 #if defined(PYSEQNET_WITH_CUDA)
 void run_pass_on_cuda(AttentionPass pass, const AttentionProblem& p, const AttentionTensors& t,
                       const Tensor& like) {
-  run_on_cuda("attention", operation_of(pass), attention_cuda_table(pass), p, t, like);
+  AttentionProblem placed = p;
+  placed.lines_aligned = lines_are_aligned(p, t);
+  run_on_cuda("attention", operation_of(pass), attention_cuda_table(pass), placed, t, like);
 }
 std::tuple<Tensor, Tensor> forward_cuda(const Tensor& query, const Tensor& key, const Tensor& value,
                                         EXTRA_PARAMETERS, OPTIONS) {

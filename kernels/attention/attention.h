@@ -82,6 +82,10 @@ struct AttentionProblem {
   AttentionStrides q_strides, k_strides, v_strides, out_strides;
   AttentionStrides gq_strides, gk_strides, gv_strides, gout_strides;
 
+  // Every line of q, k, v, out, gout and the gradients begins at a multiple of 16 bytes, as the pointers of a
+  // call tell (lines_are_aligned): vector and asynchronous copies want it.
+  bool lines_aligned = false;
+
   bool need_q = true, need_kv = true;  // backward: which of gq and (gk, gv) are wanted
   bool with_gweights = false, with_glse = false;
 
@@ -101,6 +105,23 @@ struct AttentionTensors {
   void *out = nullptr, *lse = nullptr, *weights = nullptr, *delta = nullptr;
   void *gq = nullptr, *gk = nullptr, *gv = nullptr, *gmask = nullptr;
 };
+
+// What lines_aligned is to be for these tensors; those that are null do not count.
+inline bool lines_are_aligned(const AttentionProblem& p, const AttentionTensors& t) {
+  constexpr int64_t bytes = 16;
+  const struct {
+    const void* data;
+    const AttentionStrides& strides;
+  } tensors[] = {{t.q, p.q_strides},       {t.k, p.k_strides},   {t.v, p.v_strides},   {t.out, p.out_strides},
+                 {t.gout, p.gout_strides}, {t.gq, p.gq_strides}, {t.gk, p.gk_strides}, {t.gv, p.gv_strides}};
+  for (const auto& [data, s] : tensors) {
+    if (!data) continue;
+    if (reinterpret_cast<uintptr_t>(data) % bytes) return false;
+    for (int64_t stride : {s.b, s.h, s.n})
+      if (stride * bytes_of(p.dtype) % bytes) return false;
+  }
+  return true;
+}
 
 enum class AttentionPass : int32_t { forward, weights, delta, backward, mask_gradient };
 constexpr AttentionPass all_attention_passes[] = {AttentionPass::forward, AttentionPass::weights,

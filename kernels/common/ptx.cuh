@@ -157,6 +157,18 @@ PYSEQNET_DEVICE uint32_t pack_bf16(float lo, float hi) {
   return r;
 #endif
 }
+PYSEQNET_DEVICE uint32_t pack_f16(float lo, float hi) {
+#ifdef __CUDACC__
+  uint32_t r;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
+  return r;
+#else
+  __half2 v = __floats2half2_rn(lo, hi);
+  uint32_t r;
+  std::memcpy(&r, &v, 4);
+  return r;
+#endif
+}
 // ---------------------------------------------------------------- memory model
 PYSEQNET_DEVICE unsigned ld_acquire(const unsigned* p) {
 #ifdef __CUDACC__

@@ -1,0 +1,223 @@
+// The tensor-core kernels of softmax attention against the oracle. What no query sees and what sees no key
+// holds NaN, and so do the gaps of strided tensors.
+// Sources: attention/attention_forward_sm80.cu
+// Sources: attention/attention_reference.cpp
+#include <memory>
+
+#include "attention/attention_math.h"
+#include "harness.h"
+
+namespace pyseqnet {
+extern const AttentionCpuKernel attention_reference_forward, attention_reference_delta,
+    attention_reference_backward;
+extern const AttentionCudaKernel attention_forward_sm80;
+}  // namespace pyseqnet
+
+using namespace pyseqnet;
+using namespace pyseqnet::testing;
+
+namespace {
+
+constexpr const AttentionCudaKernel* forward_kernels[] = {&attention_forward_sm80};
+
+// How a (B, H, N, channels) tensor lies in memory.
+enum class Form { heads_outside, heads_inside, padded, expanded };
+
+struct Options {
+  AttentionProblem p;
+  Form form = Form::heads_outside;
+  double logits = 1;  // factor of the queries
+};
+
+std::string label(const Options& o) {
+  const AttentionProblem& p = o.p;
+  char words[300];
+  std::snprintf(
+      words, sizeof words, "%s B%lld H%lld/%lld L%lld S%lld D%lld E%lld form %d logits %g%s%s offset %lld%s",
+      name_of(p.dtype), (long long)p.B, (long long)p.H, (long long)p.Hk, (long long)p.L, (long long)p.S,
+      (long long)p.D, (long long)p.E, int(o.form), o.logits, p.with_key_lengths ? " lengths" : "",
+      p.causal ? " causal" : "", (long long)p.causal_offset, p.need_q && p.need_kv ? "" : " partial");
+  return words;
+}
+
+struct Strided {
+  AttentionStrides strides;
+  Tensor tensor;
+  static int64_t line(Form form, int64_t channels) { return form == Form::padded ? channels + 16 : channels; }
+  Strided(DType dtype, Form form, int64_t B, int64_t H, int64_t N, int64_t channels, const char* name)
+      : tensor(kind_of(dtype), B * H * N * line(form, channels), name) {
+    const int64_t n = line(form, channels);
+    strides = form == Form::heads_inside ? AttentionStrides{N * H * n, n, H * n}
+                                         : AttentionStrides{H * N * n, N * n, n};
+    if (form == Form::expanded) strides.h = 0;
+  }
+  // Normal deviates, and NaN in the lines for which `poisoned` says so.
+  template <class F>
+  void fill(Random& random, int64_t B, int64_t H, int64_t N, int64_t channels, double scale, F poisoned) {
+    for (int64_t b = 0; b < B; b++)
+      for (int64_t h = 0; h < H; h++)
+        for (int64_t n = 0; n < N; n++)
+          for (int64_t c = 0; c < channels; c++)
+            tensor.set(b * strides.b + h * strides.h + n * strides.n + c,
+                       poisoned(b, h, n) ? NAN : scale * random.normal());
+    tensor.upload();
+  }
+};
+
+// The tensors of one problem.
+class Case {
+ public:
+  Case(Suite& suite, const Options& o) : suite_(suite), random_(suite.random), p(o.p) {
+    const auto make = [&](Form form, int64_t H, int64_t N, int64_t channels, const char* name) {
+      return std::make_unique<Strided>(p.dtype, form, p.B, H, N, channels, name);
+    };
+    const Form out_form = o.form == Form::expanded ? Form::heads_outside : o.form;
+    q = make(out_form, p.H, p.L, p.D, "q"), k = make(o.form, p.Hk, p.S, p.D, "k");
+    v = make(o.form, p.Hk, p.S, p.E, "v"), gout = make(o.form, p.H, p.L, p.E, "gout");
+    out = make(out_form, p.H, p.L, p.E, "out"), want_out = make(out_form, p.H, p.L, p.E, "want out");
+    gq = make(out_form, p.H, p.L, p.D, "gq"), want_gq = make(out_form, p.H, p.L, p.D, "want gq");
+    gk = make(out_form, p.Hk, p.S, p.D, "gk"), want_gk = make(out_form, p.Hk, p.S, p.D, "want gk");
+    gv = make(out_form, p.Hk, p.S, p.E, "gv"), want_gv = make(out_form, p.Hk, p.S, p.E, "want gv");
+    p.q_strides = q->strides, p.k_strides = k->strides, p.v_strides = v->strides;
+    p.gout_strides = gout->strides, p.out_strides = out->strides;
+    p.gq_strides = gq->strides, p.gk_strides = gk->strides, p.gv_strides = gv->strides;
+    const int64_t rows = p.B * p.H * p.L;
+    const auto statistic = [&](const char* name) { return std::make_unique<Tensor>(Kind::f32, rows, name); };
+    lse = statistic("lse"), want_lse = statistic("want lse");
+    delta = statistic("delta");
+    lengths = std::make_unique<Tensor>(Kind::i64, p.B, "key lengths");
+    // Some of them below 0 or beyond S.
+    for (int64_t b = 0; b < p.B; b++) lengths->set(b, double(b == 0 ? p.S * 2 / 3 : random_.in(-2, p.S + 2)));
+    lengths->upload();
+
+    const bool expanded = o.form == Form::expanded;
+    const auto blind = [&](int64_t b, int64_t h, int64_t i) { return !expanded && !query_sees_any(b, h, i); };
+    const auto unseen = [&](int64_t b, int64_t h, int64_t j) { return !expanded && !key_is_seen(b, h, j); };
+    q->fill(random_, p.B, p.H, p.L, p.D, o.logits, blind);
+    k->fill(random_, p.B, p.Hk, p.S, p.D, 1, unseen);
+    v->fill(random_, p.B, p.Hk, p.S, p.E, 1, unseen);
+    gout->fill(random_, p.B, p.H, p.L, p.E, 1, blind);
+  }
+
+  void check() {
+    AttentionTensors host, device;
+    host.q = q->tensor.host(), host.k = k->tensor.host(), host.v = v->tensor.host();
+    host.gout = gout->tensor.host(), host.out = want_out->tensor.host(), host.lse = want_lse->host();
+    host.gq = want_gq->tensor.host(), host.gk = want_gk->tensor.host(), host.gv = want_gv->tensor.host();
+    host.delta = delta->host();
+    host.key_lengths = static_cast<int64_t*>(lengths->host());
+    device.q = q->tensor.device(), device.k = k->tensor.device(), device.v = v->tensor.device();
+    device.gout = gout->tensor.device(), device.out = out->tensor.device(), device.lse = lse->device();
+    device.gq = gq->tensor.device(), device.gk = gk->tensor.device(), device.gv = gv->tensor.device();
+    device.delta = delta->device();
+    device.key_lengths = static_cast<int64_t*>(lengths->device());
+    p.lines_aligned = lines_are_aligned(p, device);
+
+    run_cpu(attention_reference_forward, p, host);
+    for (const AttentionCudaKernel* kernel : forward_kernels) {
+      if (const Refusal why = kernel->refuses(p)) {
+        suite_.fail(kernel->name, why);
+        continue;
+      }
+      suite_.check(
+          kernel->name, {&out->tensor, lse.get()}, [&] { return run_cuda(*kernel, p, device); },
+          [&] {
+            const double eps = epsilon_of(p.dtype);
+            const std::string wrong = difference(*lse, *want_lse, 2e-5, 2e-6);
+            return wrong.empty() ? difference(out->tensor, want_out->tensor, 0.5 * eps, eps) : wrong;
+          });
+    }
+  }
+
+ private:
+  bool sees(int64_t b, int64_t h, int64_t i, int64_t j) const {
+    const int64_t length = p.with_key_lengths ? clamped_length(int64_t(lengths->at(b)), p.S) : p.S;
+    return j < visible_keys(p.causal, p.causal_offset, length, i);
+  }
+  bool query_sees_any(int64_t b, int64_t h, int64_t i) const {
+    for (int64_t j = 0; j < p.S; j++)
+      if (sees(b, h, i, j)) return true;
+    return false;
+  }
+  bool key_is_seen(int64_t b, int64_t kv, int64_t j) const {
+    for (int64_t h = kv * p.group(); h < (kv + 1) * p.group(); h++)
+      for (int64_t i = 0; i < p.L; i++)
+        if (sees(b, h, i, j)) return true;
+    return false;
+  }
+
+  Suite& suite_;
+  Random& random_;
+  AttentionProblem p;
+  std::unique_ptr<Strided> q, k, v, gout, out, want_out, gq, want_gq, gk, want_gk, gv, want_gv;
+  std::unique_ptr<Tensor> lse, want_lse, delta, lengths;
+};
+
+Options problem(int64_t B, int64_t Hk, int64_t group, int64_t L, int64_t S, int64_t D, int64_t E) {
+  Options o;
+  o.p.B = B, o.p.Hk = Hk, o.p.H = Hk * group;
+  o.p.L = L, o.p.S = S, o.p.D = D, o.p.E = E;
+  o.p.scale = 1 / std::sqrt(double(D));
+  return o;
+}
+Options causal(Options o, int64_t offset) {
+  o.p.causal = true, o.p.causal_offset = offset;
+  return o;
+}
+Options lengths(Options o) {
+  o.p.with_key_lengths = true;
+  return o;
+}
+Options lying(Options o, Form form) {
+  o.form = form;
+  return o;
+}
+Options large_logits(Options o, double factor) {
+  o.logits = factor;
+  return o;
+}
+
+void check_problem(Suite& suite, Options o, DType dtype) {
+  o.p.dtype = dtype;
+  if (!suite.begin(label(o))) return;
+  Case(suite, o).check();
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  Suite suite(argc, argv);
+  const Options edges[] = {
+      problem(1, 1, 1, 1, 1, 8, 8),
+      problem(0, 1, 1, 3, 3, 8, 8),
+      problem(1, 1, 1, 0, 5, 8, 8),
+      problem(1, 1, 1, 5, 0, 8, 8),
+      problem(1, 1, 1, 130, 330, 40, 64),
+      causal(problem(1, 1, 1, 200, 200, 64, 64), 0),
+      causal(problem(1, 1, 2, 3, 270, 64, 24), 267),
+      causal(problem(1, 1, 1, 150, 100, 72, 128), -40),
+      lengths(lying(problem(2, 1, 2, 70, 150, 128, 128), Form::padded)),
+      lengths(causal(problem(2, 2, 1, 65, 129, 128, 120), 64)),
+      lying(problem(1, 2, 1, 64, 200, 256, 256), Form::heads_inside),
+      causal(problem(1, 1, 1, 100, 130, 200, 136), 30),
+      lying(problem(1, 2, 1, 20, 64, 16, 32), Form::expanded),
+      large_logits(causal(problem(1, 1, 1, 64, 64, 64, 64), 0), 1e4),
+  };
+  bool turn = false;
+  for (const Options& o : edges) {
+    turn = !turn;
+    check_problem(suite, o, turn ? DType::bf16 : DType::f16);
+  }
+  for (int n = 0; n < suite.random_problems / 3; n++) {
+    Random& random = suite.random;
+    constexpr int64_t widest[] = {8, 8, 16, 32};
+    Options o = problem(random.in(1, 2), random.in(1, 2), random.in(1, 2), random.in(1, 200),
+                        random.in(1, 200), 8 * random.in(1, random.any(widest)), 8 * random.in(1, 8));
+    if (random.chance(0.5)) o = causal(o, random.in(-60, 60));
+    if (random.chance(0.5)) o = lengths(o);
+    constexpr Form forms[] = {Form::heads_outside, Form::heads_inside, Form::padded, Form::expanded};
+    o.form = random.any(forms);
+    check_problem(suite, o, random.chance(0.5) ? DType::bf16 : DType::f16);
+  }
+  return suite.finish();
+}
