@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "attention/additive.h"
 #include "attention/attention.h"
 #include "common/dispatch.h"
 #include "common/isa.h"
@@ -47,6 +48,8 @@ py::dict dispatch_tables() {
     add(operation_of(pass), max_pool_cpu_table(pass), max_pool_cuda_table(pass));
   for (AttentionPass pass : all_attention_passes)
     add(operation_of(pass), attention_cpu_table(pass), attention_cuda_table(pass));
+  for (AdditivePass pass : all_additive_passes)
+    add(operation_of(pass), additive_cpu_table(pass), additive_cuda_table(pass));
   for (RecurrentPass pass : {RecurrentPass::forward, RecurrentPass::backward})
     add(operation_of(pass), recurrent_cpu_table(pass), recurrent_cuda_table(pass));
   for (LinearAttentionPass pass : {LinearAttentionPass::forward, LinearAttentionPass::backward})

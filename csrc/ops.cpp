@@ -49,6 +49,18 @@ STABLE_TORCH_LIBRARY(pyseqnet, m) {
       "Tensor? mask, Tensor? key_lengths, Tensor? seed, Tensor? weights, Tensor? grad_weights, Tensor? "
       "grad_lse, int causal, float scale, float dropout_p, bool need_query, bool need_key_value, bool "
       "need_mask) -> (Tensor, Tensor, Tensor, Tensor)");
+  // Additive attention (kernels/attention/additive.h): out, lse; weights; gradients of query, key, value,
+  // weight, bias, empty where not needed. saved_weights, grad_weights: both or none.
+  m.def(
+      "additive_attention_forward(Tensor query, Tensor key, Tensor value, Tensor weight, Tensor? bias, "
+      "Tensor? key_lengths) -> (Tensor, Tensor)");
+  m.def(
+      "additive_attention_weights(Tensor query, Tensor key, Tensor weight, Tensor lse, Tensor? bias, Tensor? "
+      "key_lengths) -> Tensor");
+  m.def(
+      "additive_attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor weight, "
+      "Tensor out, Tensor lse, Tensor? bias, Tensor? key_lengths, Tensor? saved_weights, Tensor? "
+      "grad_weights, bool need_scores, bool need_value) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   // One recurrent layer (kernels/recurrent/recurrent.h). cell: rnn_tanh, rnn_relu, lstm or gru. input
   // (T, B, I), with batch_first (B, T, I), with batch_sizes (rows, I) as a PackedSequence's data; h0 (D, B, R)
   // and c0 (D, B, H), None: zeros; h0 may not be None where batch_sizes is given. weights: for each direction

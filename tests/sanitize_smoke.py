@@ -53,6 +53,13 @@ ATTENTION = [
     (1, 2, 2, 19, 19, 1, 1, {"dropout_p": 0.3}),
     (2, 2, 2, 0, 3, 4, 4, {}),
 ]
+# (B, L, S, D, E, lengths)
+ADDITIVE = [
+    (2, 5, 7, 9, 11, None),
+    (1, 70, 130, 33, 16, None),
+    (3, 1, 65, 17, 64, torch.tensor([0, 40, 65])),
+    (2, 0, 3, 4, 4, None),
+]
 # (B, H, L, S, D, E, options)
 LINEAR = [
     (2, 2, 70, 70, 9, 17, {"causal": True}),
@@ -104,6 +111,13 @@ def attention(case: tuple, dtype: torch.dtype) -> list[torch.Tensor]:
     return [y, weights, *torch.autograd.grad([y, weights], leaves, [torch.randn_like(y), torch.randn_like(weights)])]
 
 
+def additive(case: tuple, dtype: torch.dtype) -> list[torch.Tensor]:
+    B, L, S, D, E, lengths = case
+    leaves = [torch.randn(s).to(dtype).requires_grad_() for s in ((B, L, D), (B, S, D), (B, S, E), (D,), (D,))]
+    y, weights = F.additive_attention(*leaves[:4], bias=leaves[4], key_lengths=lengths, return_weights=True)
+    return [y, weights, *torch.autograd.grad([y, weights], leaves, [torch.randn_like(y), torch.randn_like(weights)])]
+
+
 def linear_attention(case: tuple, dtype: torch.dtype) -> list[torch.Tensor]:
     B, H, L, S, D, E, options = case
     leaves = [torch.randn(s).to(dtype).requires_grad_() for s in ((B, H, L, D), (B, H, S, D), (B, H, S, E))]
@@ -116,6 +130,7 @@ def cases() -> Iterator[tuple[str, Callable[[], list[torch.Tensor]]]]:
     for dtype in DTYPES:
         yield from (("recurrent", functools.partial(recurrent, case, dtype)) for case in RECURRENT)
         yield from (("attention", functools.partial(attention, case, dtype)) for case in ATTENTION)
+        yield from (("additive_attention", functools.partial(additive, case, dtype)) for case in ADDITIVE)
         yield from (("linear_attention", functools.partial(linear_attention, case, dtype)) for case in LINEAR)
     for dtype, layout in itertools.product(DTYPES, (torch.contiguous_format, torch.channels_last)):
 

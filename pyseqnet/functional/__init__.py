@@ -3,6 +3,7 @@
 Each has a ``*_reference``: the same in plain torch.
 """
 
+from pyseqnet.functional.additive import additive_attention, additive_attention_reference
 from pyseqnet.functional.attention import scaled_dot_product_attention, scaled_dot_product_attention_reference
 from pyseqnet.functional.conv import conv1d, conv1d_reference, conv2d, conv2d_reference
 from pyseqnet.functional.conv_relu_pool import (
@@ -36,6 +37,8 @@ from pyseqnet.functional.recurrent import (
 )
 
 __all__ = [
+    "additive_attention",
+    "additive_attention_reference",
     "conv1d",
     "conv1d_reference",
     "conv1d_relu",
