@@ -11,6 +11,7 @@
 #include <string>
 
 #include "common/types.h"
+#include "huge_pages.h"
 
 #ifndef STABLE_TORCH_ERROR_CODE_CHECK  // torch before 2.13 calls it so
 #define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
@@ -122,7 +123,10 @@ inline Tensor new_tensor(const Tensor& like, const int64_t* sizes, const int64_t
                                                       : aoti_torch_dtype_int64();
   if (aoti_torch_empty_strided(dims, sizes, strides, code, device_type, device_index, &handle))
     throw_out_of_memory(sizes, dims);
-  return Tensor(handle);
+  Tensor tensor(handle);
+  if (device_type == aoti_torch_device_type_cpu())
+    advise_huge_pages(tensor.mutable_data_ptr(), tensor.numel() * int64_t(tensor.element_size()));
+  return tensor;
 }
 
 // An uninitialised image (or, with rank 3, sequence) in a layout.

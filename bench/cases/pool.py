@@ -87,6 +87,8 @@ CASES = [
         channels_last=True,
         dtypes=BOTH,
     ),
+    # a gradient of more than 32 MiB: memory that the C library maps afresh every time
+    pool("3x3_s2_64_112_batch_16", (16, 64, 112, 112), 3, stride=2, padding=1),
     pool("3x3_s1_192_28", (4, 192, 28, 28), 3, stride=1, padding=1),
     pool("5x5_s1_256_20", (2, 256, 20, 20), 5, stride=1, padding=2),
     pool("3x3_dilated_64_28", (8, 64, 28, 28), 3, stride=1, dilation=2),
