@@ -333,6 +333,9 @@ SHARED = {  # each uses one tensor in two places, the second of which depends on
     "scaled_dot_product_attention": (
         lambda F, x: F.scaled_dot_product_attention(F.scaled_dot_product_attention(x, x, x), x, x), (1, 2, 4, 3),
     ),
+    "additive_attention": (
+        lambda F, x: F.additive_attention(F.additive_attention(x, x, x, x[0, 0]), x, x, x[0, 0]), (1, 4, 3),
+    ),
     "linear_attention": (lambda F, x: F.linear_attention(F.linear_attention(x, x, x), x, x), (1, 2, 4, 3)),
     "lstm": (
         lambda F, w: F.lstm(F.lstm(w[None], None, [w.repeat(2, 1), w.repeat(2, 1)])[0], None, [w.repeat(2, 1)] * 2)[0],

@@ -46,7 +46,15 @@ def selection(**changes: object) -> run.Selection:
 
 
 def test_every_family_has_cases_with_their_own_names() -> None:
-    assert families() == ["attention", "conv", "conv_relu_pool", "linear_attention", "pool", "recurrent"]
+    assert families() == [
+        "additive_attention",
+        "attention",
+        "conv",
+        "conv_relu_pool",
+        "linear_attention",
+        "pool",
+        "recurrent",
+    ]
     assert len(CASES) == len(all_cases())
 
 

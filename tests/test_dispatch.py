@@ -24,6 +24,9 @@ FAMILIES = {
     "attention": (
         "attention_forward", "attention_weights", "attention_delta", "attention_backward", "attention_mask_gradient",
     ),
+    "additive_attention": (
+        "additive_attention_forward", "additive_attention_weights", "additive_attention_backward",
+    ),
     "linear_attention": ("linear_attention_forward", "linear_attention_backward"),
 }  # fmt: skip
 OPERATIONS = [operation for operations in FAMILIES.values() for operation in operations]
@@ -48,6 +51,9 @@ def step(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
     q, k, v, mask = normal(1, 2, 5, 8), normal(1, 2, 6, 8), normal(1, 2, 6, 4), normal(5, 6)
     out, weights = F.scaled_dot_product_attention(q, k, v, mask, return_weights=True)
     results += [out.detach(), weights.detach(), *torch.autograd.grad(out.sum(), (q, k, v, mask))]
+    additive = (*(t.flatten(0, 1) for t in (q, k, v)), normal(8))
+    out, weights = F.additive_attention(*additive, return_weights=True)
+    results += [out.detach(), weights.detach(), *torch.autograd.grad(out.sum(), (q, k, v))]
     out = F.linear_attention(q, k, v)
     return (*results, out.detach(), *torch.autograd.grad(out.sum(), (q, k, v)))
 
