@@ -61,24 +61,28 @@ STABLE_TORCH_LIBRARY(pyseqnet, m) {
       "additive_attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor weight, "
       "Tensor out, Tensor lse, Tensor? bias, Tensor? key_lengths, Tensor? saved_weights, Tensor? "
       "grad_weights, bool need_scores, bool need_value) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  // One recurrent layer (kernels/recurrent/recurrent.h). cell: rnn_tanh, rnn_relu, lstm or gru. input
+  // One recurrent layer (kernels/recurrent/recurrent.h). cell: a name of kernels/recurrent/cells. input
   // (T, B, I), with batch_first (B, T, I), with batch_sizes (rows, I) as a PackedSequence's data; h0 (D, B, R)
   // and c0 (D, B, H), None: zeros; h0 may not be None where batch_sizes is given. weights: for each direction
-  // w_ih, w_hh, then b_ih, b_hh if has_biases, then w_hr if the layer projects (torch's order). lengths (B)
-  // and batch_sizes (T) are int64 on the CPU. Results: output, h_n, c_n (empty unless lstm), and what backward
-  // needs, empty unless reserve: gates (D, rows, S, H) and cells (D, rows, H), float32 (float64 for float64).
+  // w_ih, w_hh, then b_ih, b_hh if has_biases, then w_hr if the layer projects (torch's order), then what the
+  // cell has: b_hr of a Jordan net, w_ch of peepholes, gain_ih, gain_hh, gain_c, bias_c of layer normalisation.
+  // lengths (B) and batch_sizes (T) are int64 on the CPU. Results: output, h_n, c_n (empty unless lstm), and
+  // what backward needs, empty unless reserve: gates (D, rows, S, H) and cells (D, rows, H), in a Jordan net
+  // (D, rows, P), float32 (float64 for float64). zone_h (D, rows, R), zone_c (D, rows, H): masks of zoneout.
+  // options: "output decay limit zone_h zone_c": output units and decay of a Jordan net, limit of clipping (0:
+  // none), rates of zoneout where there is no mask; empty: "identity 0 0 0 0".
   m.def(
       "recurrent_forward(Tensor input, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? lengths, Tensor? "
-      "batch_sizes, str cell, int directions, bool has_biases, bool batch_first, bool reserve) -> (Tensor, "
-      "Tensor, Tensor, Tensor, Tensor)");
+      "batch_sizes, str cell, int directions, bool has_biases, bool batch_first, bool reserve, Tensor? "
+      "zone_h=None, Tensor? zone_c=None, str options='') -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   // Gradients of input, h0, c0 and of every weight in the order of `weights`. What is not needed comes back
   // empty, shape (0), the weights' gradients as an empty list. Gradients that are None are zeros.
   m.def(
       "recurrent_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor input, Tensor "
-      "output, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor gates, Tensor cells, Tensor? lengths, "
-      "Tensor? "
-      "batch_sizes, str cell, int directions, bool has_biases, bool batch_first, bool need_input, bool "
-      "need_h0, bool need_c0, bool need_weights) -> (Tensor, Tensor, Tensor, Tensor[])");
+      "result, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor gates, Tensor cells, Tensor? lengths, "
+      "Tensor? batch_sizes, str cell, int directions, bool has_biases, bool batch_first, bool need_input, "
+      "bool need_h0, bool need_c0, bool need_weights, Tensor? zone_h=None, Tensor? zone_c=None, str "
+      "options='') -> (Tensor, Tensor, Tensor, Tensor[])");
   m.def(
       "linear_attention_forward(Tensor query, Tensor key, Tensor value, Tensor? key_lengths, Tensor? state, "
       "Tensor? normalizer, int feature_map, bool causal, bool normalize, float scale, float eps, bool "

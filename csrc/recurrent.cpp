@@ -4,7 +4,9 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <locale>
 #include <optional>
+#include <sstream>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -26,13 +28,16 @@ struct Options {
   const std::string& cell;
   int64_t directions;
   bool has_biases, batch_first;
+  const Optional &zone_h, &zone_c;
+  const std::string& across;
 };
 
 RecurrentCell cell_named(const std::string& name) {
-  for (RecurrentCell cell :
-       {RecurrentCell::rnn_tanh, RecurrentCell::rnn_relu, RecurrentCell::lstm, RecurrentCell::gru})
-    if (name == name_of(cell)) return cell;
-  throw std::invalid_argument("recurrent: cell must be rnn_tanh, rnn_relu, lstm or gru, got '" + name + "'");
+  RecurrentCell cell = {};
+  if (find_cell(name, cell)) return cell;
+  std::string names;
+  for (int k = 0; k < recurrent_cells; k++) names += std::string(k ? ", " : "") + name_of(RecurrentCell(k));
+  throw std::invalid_argument("recurrent: cell must be one of " + names + "; got '" + name + "'");
 }
 
 bool has_shape(const Tensor& t, std::initializer_list<int64_t> shape) {
@@ -142,46 +147,101 @@ void read_lengths(Layer& layer, const Tensor& lengths) {
   p.lengths = values;
 }
 
-// What the weights, in the schema's order, are called in the problem.
-constexpr int most_weights = 5;
+// What the weights of one direction, in the schema's order, are called in the problem.
+constexpr int most_weights = 10;
 struct WeightNames {
-  int each;  // weights of one direction
-  bool biases, projection;
+  bool biases, projection, output_bias, peephole, normalised;
+
+  explicit WeightNames(const RecurrentProblem& p, bool has_biases, bool projects)
+      : biases(has_biases),
+        projection(projects),
+        output_bias(p.is_jordan() && has_biases),
+        peephole(p.cell == RecurrentCell::lstm_peephole || p.cell == RecurrentCell::lstm_full_peephole),
+        normalised(p.cell == RecurrentCell::lstm_layer_norm) {}
+  int each() const { return 2 + 2 * biases + projection + output_bias + peephole + 4 * normalised; }
 };
+// f(pointer of the problem) for each.
+template <class Weights, class F>
+void for_weights(const WeightNames& names, Weights& w, F f) {
+  f(w.w_ih), f(w.w_hh);
+  if (names.biases) f(w.b_ih), f(w.b_hh);
+  if (names.projection) f(w.w_hr);
+  if (names.output_bias) f(w.b_hr);
+  if (names.peephole) f(w.w_ch);
+  if (names.normalised) f(w.gain_ih), f(w.gain_hh), f(w.gain_c), f(w.bias_c);
+}
 template <class Weights, class Pointer>
 void name_weights(const WeightNames& names, const Pointer* pointers, Weights& w) {
-  int k = 0;
-  w.w_ih = pointers[k++], w.w_hh = pointers[k++];
-  if (names.biases) w.b_ih = pointers[k++], w.b_hh = pointers[k++];
-  if (names.projection) w.w_hr = pointers[k++];
+  for_weights(names, w, [&](auto& pointer) { pointer = *pointers++; });
 }
 
-WeightNames read_weights(RecurrentProblem& p, const Tensors& weights, const Tensor& input, const Options& o) {
+WeightNames names_of(const RecurrentProblem& p, const Options& o) {
+  return WeightNames(p, o.has_biases, p.P > 0);
+}
+
+void check_weight_shapes(const RecurrentProblem& p, const Tensors& weights, const WeightNames& names) {
+  const int64_t rows = p.gates() * p.H;
+  const char* complaint = "recurrent: a weight's shape does not fit the layer";
+  for (int64_t d = 0, k = 0; d < p.D; d++) {
+    const auto is = [&](std::initializer_list<int64_t> shape) {
+      require(has_shape(weights[size_t(k++)], shape), complaint);
+    };
+    is({rows, p.I}), is({rows, p.R()});
+    if (names.biases) is({rows}), is({rows});
+    if (names.projection) is({p.P, p.H});
+    if (names.output_bias) is({p.P});
+    if (names.peephole && p.facts().feeds_cell) is({rows, p.H});
+    if (names.peephole && !p.facts().feeds_cell) is({3 * p.H});
+    if (names.normalised) is({rows}), is({rows}), is({p.H}), is({p.H});
+  }
+}
+
+void read_weights(RecurrentProblem& p, const Tensors& weights, const Tensor& input, const Options& o) {
   require(o.directions == 1 || o.directions == 2, "recurrent: directions must be 1 or 2");
   p.D = o.directions;
-  const int64_t count = int64_t(weights.size()), plain = p.D * (o.has_biases ? 4 : 2);
+  const int64_t count = int64_t(weights.size());
+  const int64_t plain = p.D * WeightNames(p, o.has_biases, false).each();
   require(count == plain || count == plain + p.D,
-          "recurrent: expected w_ih, w_hh (b_ih, b_hh) (w_hr) for each direction");
-  const WeightNames names{int(count / p.D), o.has_biases, count != plain};
-  require(!names.projection || p.has_cell(), "recurrent: only an lstm has a projection");
+          "recurrent: expected w_ih, w_hh (b_ih, b_hh) (w_hr) and what the cell has for each direction");
+  const WeightNames names(p, o.has_biases, count != plain);
+  require(!names.projection || p.has_cell() || p.is_jordan(), "recurrent: only an lstm has a projection");
+  require(names.projection || !p.is_jordan(), "recurrent: a jordan net has an output layer");
   const Tensor& w_hh = weights[1];
   require(w_hh.dim() == 2 && w_hh.size(0) > 0 && w_hh.size(0) % p.gates() == 0,
           "recurrent: w_hh must have gates * hidden units as rows");
   p.H = w_hh.size(0) / p.gates();
   p.P = names.projection ? w_hh.size(1) : 0;
   require(p.R() > 0, "recurrent: the projection must have at least one feature");
-  const int64_t rows = p.gates() * p.H;
-  for (int64_t k = 0; k < count; k++) {
-    const Tensor& w = weights[size_t(k)];
-    const int64_t which = k % names.each;
+  for (const Tensor& w : weights)
     require_like(w, input, "recurrent: weights must have input's dtype and device");
-    require(which == 0                   ? has_shape(w, {rows, p.I})
-            : which == 1                 ? has_shape(w, {rows, p.R()})
-            : o.has_biases && which <= 3 ? has_shape(w, {rows})
-                                         : has_shape(w, {p.P, p.H}),
-            "recurrent: a weight's shape does not fit the layer");
+  check_weight_shapes(p, weights, names);
+}
+
+// What goes across cells: "output decay limit zone_h zone_c", or nothing. In words, because a compiler that
+// makes sizes symbolic would do the same to numbers.
+void read_options(RecurrentProblem& p, const Tensor& input, const Options& o) {
+  if (!o.across.empty()) {
+    std::istringstream words(o.across);
+    words.imbue(std::locale::classic());
+    std::string output;
+    words >> output >> p.decay >> p.limit >> p.zone_h >> p.zone_c;
+    require(!words.fail(), "recurrent: options must be 'output decay limit zone_h zone_c'");
+    require(find_output_unit(output, p.output) && (p.is_jordan() || p.output == OutputUnit::identity),
+            "recurrent: output must be identity, or in a jordan net tanh, relu or sigmoid");
   }
-  return names;
+  require(p.is_jordan() || p.decay == 0, "recurrent: only a jordan net's state decays");
+  require(p.limit >= 0 && (p.limit == 0 || p.cell != RecurrentCell::gru),
+          "recurrent: limit must not be negative, and a gru clips nothing");
+  for (double rate : {p.zone_h, p.zone_c})
+    require(rate >= 0 && rate <= 1, "recurrent: rates of zoneout must be between 0 and 1");
+  require(p.has_cell() || (!o.zone_c && p.zone_c == 0), "recurrent: only an lstm has a cell state");
+  p.zone_masks = o.zone_h || o.zone_c;
+  const auto check = [&](const Optional& mask, int64_t width) {
+    require(!mask || (has_shape(*mask, {p.D, p.rows(), width}) && mask->scalar_type() == ScalarType::Bool &&
+                      mask->device() == input.device() && mask->is_contiguous()),
+            "recurrent: a mask of zoneout must be contiguous, bool and (directions, rows, features)");
+  };
+  check(o.zone_h, p.R()), check(o.zone_c, p.H);
 }
 
 // Sizes that the kernels' workspaces are products of; each fits, with room for a few of them side by side.
@@ -212,6 +272,7 @@ Layer read_layer(const Tensor& input, const Optional& h0, const Optional& c0, co
   }
   read_weights(p, weights, input, o);
   require_sizes_fit(p);
+  read_options(p, input, o);
   if (h0) {
     require_like(*h0, input, "recurrent: h0 must have input's dtype and device");
     require(has_shape(*h0, {p.D, p.B, p.R()}), "recurrent: h0 must be (directions, batch, features of h)");
@@ -248,20 +309,20 @@ void place_schedule(Layer& layer, RecurrentTensors& t, const Tensor& input) {
 const void* pointer(const Optional& t) { return t ? t->const_data_ptr() : nullptr; }
 
 // Fills in what both passes read; `held` keeps dense copies alive.
-void place_inputs(const Layer& layer, const WeightNames& names, const Tensors& weights, const Optional& h0,
+void place_inputs(const Layer& layer, const Options& o, const Tensors& weights, const Optional& h0,
                   const Optional& c0, RecurrentTensors& t, Tensors& held) {
+  const WeightNames names = names_of(layer.p, o);
   t.h0 = pointer(h0), t.c0 = pointer(c0);
+  t.zone_h = static_cast<const uint8_t*>(pointer(o.zone_h));
+  t.zone_c = static_cast<const uint8_t*>(pointer(o.zone_c));
   for (int64_t d = 0; d < layer.p.D; d++) {
-    const void* pointers[most_weights] = {};
-    for (int k = 0; k < names.each; k++) {
-      held.push_back(row_major(weights[size_t(d * names.each + k)]));
+    const void* pointers[most_weights + 1] = {};
+    for (int k = 0; k < names.each(); k++) {
+      held.push_back(row_major(weights[size_t(d * names.each() + k)]));
       pointers[k] = held.back().const_data_ptr();
     }
     name_weights(names, pointers, t.weights[d]);
   }
-}
-WeightNames names_of(const RecurrentProblem& p, const Options& o) {
-  return {2 + (o.has_biases ? 2 : 0) + (p.P ? 1 : 0), o.has_biases, p.P > 0};
 }
 
 using RunPass = void (*)(RecurrentPass, const RecurrentProblem&, const RecurrentTensors&, const Tensor& like);
@@ -285,14 +346,14 @@ Forward forward(const Tensor& input, const Optional& h0, const Optional& c0, con
   Tensor y = layer.new_rows(x, p.D * p.R(), type);
   Tensor h_n = new_dense(x, {p.D, p.B, p.R()}, type);
   Tensor c_n = p.has_cell() ? new_dense(x, {p.D, p.B, p.H}, type) : nothing(x, type);
-  const bool save_gates = reserve && p.saved(), save_cells = reserve && p.has_cell();
+  const bool save_gates = reserve && p.saved(), save_cells = reserve && p.cell_width();
   Tensor gates = save_gates ? new_dense(x, {p.D, p.rows(), p.saved(), p.H}, layer.reserve_type())
                             : nothing(x, layer.reserve_type());
-  Tensor cells = save_cells ? new_dense(x, {p.D, p.rows(), p.H}, layer.reserve_type())
+  Tensor cells = save_cells ? new_dense(x, {p.D, p.rows(), p.cell_width()}, layer.reserve_type())
                             : nothing(x, layer.reserve_type());
   RecurrentTensors t;
   Tensors held;
-  place_inputs(layer, names_of(p, o), weights, h, c, t, held);
+  place_inputs(layer, o, weights, h, c, t, held);
   place_schedule(layer, t, x);
   layer.strides_of(x, p.x_t, p.x_b);
   layer.strides_of(y, p.y_t, p.y_b);
@@ -332,8 +393,8 @@ Backward backward(const Optional& grad_output, const Optional& grad_h_n, const O
               (has_shape(saved_gates, {p.D, p.rows(), p.saved(), p.H}) &&
                saved_gates.scalar_type() == layer.reserve_type() && saved_gates.device() == input.device()),
           "recurrent: gates are not what forward saved");
-  require(!p.has_cell() ||
-              (has_shape(saved_cells, {p.D, p.rows(), p.H}) &&
+  require(!p.cell_width() ||
+              (has_shape(saved_cells, {p.D, p.rows(), p.cell_width()}) &&
                saved_cells.scalar_type() == layer.reserve_type() && saved_cells.device() == input.device()),
           "recurrent: cells are not what forward saved");
 
@@ -348,12 +409,12 @@ Backward backward(const Optional& grad_output, const Optional& grad_h_n, const O
   RecurrentTensors t;
   Tensors held;
   const WeightNames names = names_of(p, o);
-  place_inputs(layer, names, weights, h, c, t, held);
+  place_inputs(layer, o, weights, h, c, t, held);
   place_schedule(layer, t, x);
   for (int64_t d = 0; needs.weights && d < p.D; d++) {
-    void* pointers[most_weights] = {};
-    for (int k = 0; k < names.each; k++) {
-      const Tensor& w = weights[size_t(d * names.each + k)];
+    void* pointers[most_weights + 1] = {};
+    for (int k = 0; k < names.each(); k++) {
+      const Tensor& w = weights[size_t(d * names.each() + k)];
       gw.push_back(w.dim() == 2 ? new_dense(x, {w.size(0), w.size(1)}, type)
                                 : new_dense(x, {w.size(0)}, type));
       pointers[k] = gw.back().mutable_data_ptr();
@@ -375,23 +436,22 @@ Backward backward(const Optional& grad_output, const Optional& grad_h_n, const O
 }
 
 // The schema's arguments, once for each device.
+#define OPTION_PARAMETERS const Optional &zone_h, const Optional &zone_c, const std::string &options
+#define OPTIONS {cell, directions, has_biases, batch_first, zone_h, zone_c, options}
 #define FORWARD_PARAMETERS                                                                               \
   const Tensor &input, const Optional &h0, const Optional &c0, const Tensors &weights,                   \
       const Optional &lengths, const Optional &batch_sizes, const std::string &cell, int64_t directions, \
-      bool has_biases, bool batch_first, bool reserve
-#define FORWARD_ON(run)                                                                              \
-  forward(input, h0, c0, weights, lengths, batch_sizes, {cell, directions, has_biases, batch_first}, \
-          reserve, run)
+      bool has_biases, bool batch_first, bool reserve, OPTION_PARAMETERS
+#define FORWARD_ON(run) forward(input, h0, c0, weights, lengths, batch_sizes, OPTIONS, reserve, run)
 #define BACKWARD_PARAMETERS                                                                             \
   const Optional &grad_output, const Optional &grad_h_n, const Optional &grad_c_n, const Tensor &input, \
-      const Tensor &output, const Optional &h0, const Optional &c0, const Tensors &weights,             \
+      const Tensor &result, const Optional &h0, const Optional &c0, const Tensors &weights,             \
       const Tensor &gates, const Tensor &cells, const Optional &lengths, const Optional &batch_sizes,   \
       const std::string &cell, int64_t directions, bool has_biases, bool batch_first, bool need_input,  \
-      bool need_h0, bool need_c0, bool need_weights
+      bool need_h0, bool need_c0, bool need_weights, OPTION_PARAMETERS
 #define BACKWARD_ON(run)                                                                           \
-  backward(grad_output, grad_h_n, grad_c_n, input, output, h0, c0, weights, gates, cells, lengths, \
-           batch_sizes, {cell, directions, has_biases, batch_first},                               \
-           {need_input, need_h0, need_c0, need_weights}, run)
+  backward(grad_output, grad_h_n, grad_c_n, input, result, h0, c0, weights, gates, cells, lengths, \
+           batch_sizes, OPTIONS, {need_input, need_h0, need_c0, need_weights}, run)
 
 Forward forward_cpu(FORWARD_PARAMETERS) { return FORWARD_ON(run_pass_on_cpu); }
 Backward backward_cpu(BACKWARD_PARAMETERS) { return BACKWARD_ON(run_pass_on_cpu); }

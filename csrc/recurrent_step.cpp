@@ -19,10 +19,12 @@ namespace {
 using Optional = std::optional<Tensor>;
 
 RecurrentCell cell_named(const std::string& name) {
-  for (RecurrentCell cell :
-       {RecurrentCell::rnn_tanh, RecurrentCell::rnn_relu, RecurrentCell::lstm, RecurrentCell::gru})
-    if (name == name_of(cell)) return cell;
-  throw std::invalid_argument("recurrent: cell must be rnn_tanh, rnn_relu, lstm or gru, got '" + name + "'");
+  RecurrentCell cell = {};
+  if (!find_cell(name, cell) || facts_of(cell).parameters || facts_of(cell).feeds_cell ||
+      facts_of(cell).feeds_output)
+    throw std::invalid_argument("recurrent: a step's cell must be rnn_tanh, rnn_relu, lstm or gru, got '" +
+                                name + "'");
+  return cell;
 }
 
 // A tensor of this shape, and of input's dtype and device, row-major.

@@ -151,51 +151,15 @@ struct Scratch {
   }
 };
 
-// The pointers of one sequence at one step: rows of H, as floats.
-struct UnitRows {
-  const float *saved, *c, *c_before, *h, *h_before;
-  float *dh, *dc, *m;
-  Factor* gradients;
-};
-
-// The part of a row of gradients that slot k goes to.
+// Cells whose rows pass by way of sums that they have stored keep these in floats.
 template <class Cell>
-constexpr int part_of(int k) {
-  return Cell::slots == 4 && !Cell::has_cell ? (k + 1) % 3 + (k == 3 ? 2 : 0) : k;
-}
+constexpr bool fits = !pairs || !Cell::facts.over_units;
 
-// All units of one sequence and step. dh holds the whole gradient of h; it is left with the part that passes
-// to the step before without a product.
-template <class Cell, bool saves>
-__attribute__((noinline)) void cell_row(int64_t H, const UnitRows& rows) {
-  for (int64_t u = 0; u < H; u += VL) {
-    const int n = H - u < VL ? int(H - u) : VL;
-    CellBackward<vf, Cell::slots> at{};
-    if constexpr (saves) {
-#pragma GCC unroll 4
-      for (int k = 0; k < Cell::slots; k++) at.saved[k] = load_n(rows.saved + k * H + u, n);
-    } else {
-      at.h = load_n(rows.h + u, n);
-    }
-    at.gradient.h = load_n(rows.dh + u, n);
-    if constexpr (Cell::has_cell) {
-      at.c = load_n(rows.c + u, n);
-      at.previous.c = load_n(rows.c_before + u, n);
-      at.gradient.c = load_n(rows.dc + u, n);
-      if (rows.m) store_n(rows.m + u, at.saved[3] * LaneMath::tanh(at.c), n);
-    } else if constexpr (saves) {
-      at.previous.h = load_n(rows.h_before + u, n);
-    }
-    vf d[Cell::slots];
-    const CellState<vf> passed = Cell::backward(at, d);
-#pragma GCC unroll 4
-    for (int k = 0; k < Cell::slots; k++) store_lanes_n(rows.gradients + part_of<Cell>(k) * H + u, d[k], n);
-    if constexpr (Cell::has_cell) store_n(rows.dc + u, passed.c, n);
-    if constexpr (saves && !Cell::has_cell) store_n(rows.dh + u, passed.h, n);
-  }
+// All units of one sequence and step.
+template <class Cell>
+__attribute__((noinline)) void cell_row(int64_t H, const RowBackward<float, Factor>& rows) {
+  backward_row<Cell>(LaneRow{}, H, rows);
 }
-static_assert(part_of<GruCell<LaneMath>>(0) == 1 && part_of<GruCell<LaneMath>>(1) == 2 &&
-              part_of<GruCell<LaneMath>>(2) == 0 && part_of<GruCell<LaneMath>>(3) == 3);
 
 struct BackThroughTime {
   const RecurrentProblem& p;
@@ -224,37 +188,30 @@ struct BackThroughTime {
     shared.h_rows[d][to] = h;
     float* dh = at.dh + k * p.R();
     if (t.gy) add_row(p.dtype, t.gy, p.gy_at(step, b) + d * p.R(), p.R(), dh);
-    UnitRows rows{};
-    rows.dh = p.P ? at.dm + k * H : dh;
-    rows.gradients = shared.gradients[d] + to * z.stride;
-    if (z.stride > z.width) rows.gradients[z.width] = {};  // the last word's other half
-    if (p.saved()) rows.saved = gates + (d * p.rows() + row) * z.width;
-    switch (p.cell) {
-      case RecurrentCell::lstm:
-        rows.c = cells + (d * p.rows() + row) * H;
-        rows.c_before =
-            s > 0 ? cells + (d * p.rows() + p.row(p.step(s - 1, b, d), b)) * H
-                  : widened(t.c0 ? element(p.dtype, t.c0, (d * p.B + b) * H) : nullptr, H, at.c_before);
-        rows.dc = at.dc + k * H;
-        if (p.P) {
-          float* whole = shared.h_gradients[d] + to * p.P;
-          memcpy(whole, dh, size_t(p.P) * sizeof(float));
-          float* const to_row = rows.dh;
-          const float* const a_row = whole;
-          multiply_rows(1, H, p.P, &a_row, shared.w_hr[d], &to_row, false);
-          rows.m = shared.m[d] + to * H;
-        }
-        return cell_row<LstmCell<LaneMath>, true>(H, rows);
-      case RecurrentCell::gru:
-        rows.h_before = widened(h, H, at.h_before);
-        return cell_row<GruCell<LaneMath>, true>(H, rows);
-      case RecurrentCell::rnn_tanh:
-        rows.h = float_row(p.dtype, t.y, p.y_at(step, b) + d * H, H, at.h);
-        return cell_row<TanhCell<LaneMath>, false>(H, rows);
-      case RecurrentCell::rnn_relu:
-        rows.h = float_row(p.dtype, t.y, p.y_at(step, b) + d * H, H, at.h);
-        return cell_row<ReluCell<LaneMath>, false>(H, rows);
+    RowBackward<float, Factor> rows{};
+    rows.h_gradient = p.P ? at.dm + k * H : dh;
+    rows.sums = shared.gradients[d] + to * z.stride;
+    if (z.stride > z.width) rows.sums[z.width] = {};  // the last word's other half
+    rows.kept = p.saved() ? gates + (d * p.rows() + row) * z.width
+                          : float_row(p.dtype, t.y, p.y_at(step, b) + d * H, H, at.h);
+    if (p.facts().reads_h) rows.h_before = widened(h, H, at.h_before);
+    if (p.has_cell()) {
+      rows.c_before =
+          s > 0 ? cells + (d * p.rows() + p.row(p.step(s - 1, b, d), b)) * H
+                : widened(t.c0 ? element(p.dtype, t.c0, (d * p.B + b) * H) : nullptr, H, at.c_before);
+      rows.c_gradient = at.dc + k * H;
     }
+    if (p.P) {
+      float* whole = shared.h_gradients[d] + to * p.P;
+      memcpy(whole, dh, size_t(p.P) * sizeof(float));
+      float* const to_row = rows.h_gradient;
+      const float* const a_row = whole;
+      multiply_rows(1, H, p.P, &a_row, shared.w_hr[d], &to_row, false);
+      rows.unprojected = shared.m[d] + to * H;
+    }
+    with_cell<LaneMath>(p.cell, [&](auto cell) PYSEQNET_LAMBDA {
+      if constexpr (fits<decltype(cell)>) cell_row<decltype(cell)>(H, rows);
+    });
   }
 
   void run(const Batch& q) const {

@@ -29,7 +29,7 @@ namespace {
 template <class CellT, int vectors>
 struct Tiling {
   using Cell = CellT;
-  static constexpr int NV = vectors, NR = vectors * VL, slots = CellT::slots;
+  static constexpr int NV = vectors, NR = vectors * VL, slots = CellT::facts.slots;
   static constexpr bool keeps_recurrent_part = vectors < slots;  // GRU: q is a slot of its own
 };
 using LstmTiling = Tiling<LstmCell<LaneMath>, 4>;
@@ -208,12 +208,12 @@ struct Gated {
       s[NV] = sum[NV - 1] + bias_of_recurrent_part;
       previous.h = get(at.h + unit);
     }
-    if constexpr (Cell::has_cell) previous.c = get(at.c + unit);
+    if constexpr (Cell::facts.has_cell) previous.c = get(at.c + unit);
     const CellState<vf> next = Cell::forward(s, previous);
     if (at.keep)
 #pragma GCC unroll 4
       for (int v = 0; v < Tile::slots; ++v) put(slot + v * at.H, s[v]);
-    if constexpr (Cell::has_cell) put(at.c + unit, next.c);
+    if constexpr (Cell::facts.has_cell) put(at.c + unit, next.c);
     put(at.to + unit, next.h);
   }
   // Out of line: the last units of a row must not be compiled once for each height of a tile.
@@ -266,8 +266,8 @@ struct Plain {
               const int64_t u = j + v * VL;
               const int n = lanes(columns - v * VL);
               vf s[1] = {acc[r][v] + load(at.bias + u) + load_n(at.slots[i + r] + u, n)};
-              const vf h =
-                  relu ? ReluCell<LaneMath>::forward(s, none).h : TanhCell<LaneMath>::forward(s, none).h;
+              const vf h = relu ? ReluCell<LaneMath>::forward(s, none, {}).h
+                                : TanhCell<LaneMath>::forward(s, none, {}).h;
               store_n(at.to + (i + r) * at.H + u, h, n);
             }
         });
@@ -308,8 +308,8 @@ void cells_of_few(const RecurrentProblem& p, const StepRows& at, int64_t n) {
         vf s[1] = {load_n(slot, n) + load(at.bias + u)};
         const CellState<vf> none{};
         store_n(at.to + row * at.H + u,
-                p.cell == RecurrentCell::rnn_relu ? ReluCell<LaneMath>::forward(s, none).h
-                                                  : TanhCell<LaneMath>::forward(s, none).h,
+                p.cell == RecurrentCell::rnn_relu ? ReluCell<LaneMath>::forward(s, none, {}).h
+                                                  : TanhCell<LaneMath>::forward(s, none, {}).h,
                 n);
       }
     }
@@ -342,8 +342,7 @@ struct Forward {
         return Gated<LstmTiling>::input_part(step, rows, units, p.I, at.x_rows, shared.w_ih[d]);
       case RecurrentCell::gru:
         return Gated<GruTiling>::input_part(step, rows, units, p.I, at.x_rows, shared.w_ih[d]);
-      case RecurrentCell::rnn_tanh:
-      case RecurrentCell::rnn_relu:
+      default:
         return Plain::input_part(step, rows, units, p.I, at.x_rows, shared.w_ih[d]);
     }
   }
@@ -355,8 +354,7 @@ struct Forward {
         return Gated<LstmTiling>::step(step, n, z.panels * VL);
       case RecurrentCell::gru:
         return Gated<GruTiling>::step(step, n, z.panels * VL);
-      case RecurrentCell::rnn_tanh:
-      case RecurrentCell::rnn_relu:
+      default:
         return Plain::step(step, n, p.cell == RecurrentCell::rnn_relu);
     }
   }

@@ -1,7 +1,6 @@
 // What the CPU kernels share: the cells' maths on lanes, and rows that may be stored in 16 bits.
 #pragma once
 #include "common/element_lanes.h"
-#include "recurrent/cells.h"
 #include "recurrent/recurrent.h"
 
 namespace pyseqnet {
@@ -15,6 +14,40 @@ struct LaneMath {
   PYSEQNET_INLINE static vf tanh(vf x) { return x == x ? tanhv(x) : x; }
   PYSEQNET_INLINE static vf relu(vf x) { return x < 0.0f ? vf{} : x; }
   PYSEQNET_INLINE static vf where_positive(vf y, vf x) { return y > 0.0f ? x : vf{}; }
+  PYSEQNET_INLINE static vf clip(vf x, vf limit) { return x > limit ? limit : x < -limit ? -limit : x; }
+  PYSEQNET_INLINE static vf unless_beyond(vf x, vf limit, vf y) {
+    return x > limit ? vf{} : x < -limit ? vf{} : y;
+  }
+  PYSEQNET_INLINE static vf inverse_root(vf x) {
+    vf y;
+    for (int i = 0; i < VL; ++i) y[i] = 1.0f / __builtin_sqrtf(x[i]);
+    return y;
+  }
+};
+
+// Units in vectors of lanes (cells/rows.h).
+struct LaneRow {
+  using Real = vf;
+  using Math = LaneMath;
+  struct Units {
+    int64_t u, end;
+    PYSEQNET_INLINE bool inside() const { return u < end; }
+    PYSEQNET_INLINE void next() { u += VL; }
+    PYSEQNET_INLINE int lanes() const { return end - u < VL ? int(end - u) : VL; }
+  };
+  PYSEQNET_INLINE Units units(int64_t H) const { return {0, H}; }
+  PYSEQNET_INLINE vf load(const float* p, Units u) const { return load_n(p + u.u, u.lanes()); }
+  template <class T>
+  PYSEQNET_INLINE void store(T* p, Units u, vf v) const {
+    store_lanes_n(p + u.u, v, u.lanes());
+  }
+  PYSEQNET_INLINE vf flags(const uint8_t* p, Units u) const {
+    vf v{};
+    for (int i = 0; i < u.lanes(); ++i) v[i] = p[u.u + i] ? 1.0f : 0.0f;
+    return v;
+  }
+  PYSEQNET_INLINE vf total(vf x) const { return set1(hsum(x)); }
+  PYSEQNET_INLINE vf within(Units u, vf x) const { return iota() < u.lanes() ? x : vf{}; }
 };
 
 // Results too small for a normal float become zero: gradients that decay through time would cost about 100

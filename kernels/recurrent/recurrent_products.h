@@ -231,6 +231,8 @@ __attribute__((noinline)) inline void multiply_rows(int64_t M, int64_t N, int64_
 
 inline Refusal refuses(const RecurrentProblem& p) {
   if (p.dtype == DType::f64) return "float64 runs on the reference";
+  if (p.has_options() || p.facts().parameters || p.facts().feeds_cell || p.is_jordan())
+    return "only the plain cells are fused";
   if (pairs && p.dtype != DType::bf16) return "multiplies bfloat16 only";
   if (pairs && p.cell == RecurrentCell::rnn_relu)
     return "a rounded state could change which units relu passes";

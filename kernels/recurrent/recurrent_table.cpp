@@ -57,14 +57,32 @@ Table<RecurrentCudaKernel> recurrent_cuda_table(RecurrentPass pass) {
 Table<RecurrentCudaKernel> recurrent_cuda_table(RecurrentPass) { return {}; }
 #endif
 
+bool find_cell(const std::string& name, RecurrentCell& cell) {
+  for (int k = 0; k < recurrent_cells; k++)
+    if (name == name_of(RecurrentCell(k))) {
+      cell = RecurrentCell(k);
+      return true;
+    }
+  return false;
+}
+bool find_output_unit(const std::string& name, OutputUnit& unit) {
+  for (OutputUnit u : {OutputUnit::identity, OutputUnit::tanh, OutputUnit::relu, OutputUnit::sigmoid})
+    if (name == name_of(u)) {
+      unit = u;
+      return true;
+    }
+  return false;
+}
+
 std::string describe(const RecurrentProblem& p) {
-  char text[256];
-  std::snprintf(text, sizeof text, "%s T%lld B%lld I%lld H%lld%s%lld D%lld %s %s%s", name_of(p.cell),
+  char text[320];
+  std::snprintf(text, sizeof text, "%s T%lld B%lld I%lld H%lld%s%lld D%lld %s %s%s%s%s", name_of(p.cell),
                 (long long)p.T, (long long)p.B, (long long)p.I, (long long)p.H, p.P ? " P" : " R",
                 (long long)p.R(), (long long)p.D, name_of(p.dtype),
                 p.packed()  ? "packed"
                 : p.lengths ? "lengths"
                             : "dense",
+                p.zoneout() ? " zoneout" : "", p.limit != 0 ? " clipped" : "",
                 p.reserve ? "" : " without reserve");
   return text;
 }

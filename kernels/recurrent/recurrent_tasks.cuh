@@ -42,7 +42,7 @@ struct ForwardCell {
   using Acc = accumulator_t<T>;
   using Math = ScalarMath<Acc>;
   using Cell = typename Kind::template Cell<Math>;
-  static constexpr int gates = Kind::gates, slots = Cell::slots;
+  static constexpr int gates = Kind::gates, slots = Cell::facts.slots;
 
   StepWeights<T> product;
   Sequences sequences;
@@ -78,7 +78,7 @@ struct ForwardCell {
 #pragma unroll
     for (int g = 0; g < gates; g++) in.from_input[g] = slot[g * H];
     if constexpr (Kind::is_gru) in.before.h = sources[state * R + unit];
-    if constexpr (Cell::has_cell) in.before.c = c[state * H + unit];
+    if constexpr (Cell::facts.has_cell) in.before.c = c[state * H + unit];
     return in;
   }
 
@@ -97,7 +97,7 @@ struct ForwardCell {
     }
     CellState<Acc> after;
     if constexpr (Kind::is_rnn)
-      after = relu ? ReluCell<Math>::forward(slot, in.before) : Cell::forward(slot, in.before);
+      after = relu ? ReluCell<Math>::forward(slot, in.before, {}) : Cell::forward(slot, in.before, {});
     else
       after = Cell::forward(slot, in.before);
 
@@ -106,7 +106,7 @@ struct ForwardCell {
 #pragma unroll
       for (int s = 0; s < slots; s++) to[s * H] = slot[s];
     }
-    if constexpr (Cell::has_cell) {
+    if constexpr (Cell::facts.has_cell) {
       c[state * H + unit] = after.c;
       if (cells) cells[(d * sequences.N + row) * H + unit] = after.c;
       if (in.last && c_n) store(c_n + state * H + unit, after.c);
@@ -214,7 +214,7 @@ struct BackwardCell {
   using Acc = accumulator_t<T>;
   using Math = ScalarMath<Acc>;
   using Cell = typename Kind::template Cell<Math>;
-  static constexpr int gates = 1, slots = Cell::slots;
+  static constexpr int gates = 1, slots = Cell::facts.slots;
 
   StepWeights<T> product;
   Sequences sequences;
@@ -256,10 +256,9 @@ struct BackwardCell {
     }
     if constexpr (!Kind::is_rnn) {
 #pragma unroll
-      for (int s = 0; s < slots; s++) at.saved[s] = saved[(row * slots + s) * H + unit];
+      for (int s = 0; s < slots; s++) at.kept[s] = saved[(row * slots + s) * H + unit];
     }
-    if constexpr (Cell::has_cell) {
-      at.c = cells[row * H + unit];
+    if constexpr (Cell::facts.has_cell) {
       at.previous.c =
           first ? load_or_zero(c0, state) : cells[(d * sequences.N + sequences.row(before, b)) * H + unit];
       at.gradient.c = last ? load_or_zero(gc_n, state) : passed[state];
@@ -267,7 +266,7 @@ struct BackwardCell {
       at.previous.h =
           first ? load_or_zero(h0, state) : load(y + sequences.at(before, b, y_t, y_b) + d * R + unit);
     } else {
-      at.h = load(y + sequences.at(t, b, y_t, y_b) + d * R + unit);
+      at.kept[0] = load(y + sequences.at(t, b, y_t, y_b) + d * R + unit);
     }
     return in;
   }
@@ -278,18 +277,20 @@ struct BackwardCell {
     CellBackward<Acc, slots> at = in.at;
     if (in.adds_sum) at.gradient.h += sum[0];
     Acc gradient[slots];
+    CellGradient<Acc, 0> none;
     CellState<Acc> to_before;
     if constexpr (Kind::is_rnn)
-      to_before = relu ? ReluCell<Math>::backward(at, gradient) : Cell::backward(at, gradient);
+      to_before =
+          relu ? ReluCell<Math>::backward(at, {}, gradient, none) : Cell::backward(at, {}, gradient, none);
     else
-      to_before = Cell::backward(at, gradient);
+      to_before = Cell::backward(at, {}, gradient, none);
 #pragma unroll
     for (int s = 0; s < slots; s++) slot_gradients[(row * slots + s) * H + unit] = gradient[s];
     if constexpr (Kind::is_gru) passed[state] = to_before.h;
-    if constexpr (Cell::has_cell) {
+    if constexpr (Cell::facts.has_cell) {
       passed[state] = to_before.c;
       if (gc0 && sequences.begins(t, b, d)) store(gc0 + state, to_before.c);
-      if (unprojected) unprojected[row * H + unit] = at.saved[3] * Math::tanh(at.c);
+      if (unprojected) unprojected[row * H + unit] = Cell::unprojected(at, {});
     }
   }
 };

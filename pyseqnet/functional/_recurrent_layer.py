@@ -15,8 +15,10 @@ from pyseqnet.functional._common import aliases, creates_graph, same_device
 _forward = torch.ops.pyseqnet.recurrent_forward.default
 _backward = torch.ops.pyseqnet.recurrent_backward.default
 _step = torch.ops.pyseqnet.recurrent_step.default
+_HAS_CELL = reference.HAS_CELL
 _CELLS = {mode: mode.lower() for mode in reference.GATES}  # the kernels' names of the cells
-_STATIC_ARGUMENTS = 5  # of _Layer, before its tensors
+_SLOTS = {**dict.fromkeys(_HAS_CELL, 4), "LSTM_LAYER_NORM": 12, "GRU": 4}  # kept for backward, others: see the fake
+_STATIC_ARGUMENTS = 8  # of _Layer, before its tensors
 _NO_GRADIENTS = (None,) * _STATIC_ARGUMENTS
 
 
@@ -34,31 +36,38 @@ class _Layer(torch.autograd.Function):
         batch_first: bool,
         lengths: Tensor | None,
         batch_sizes: Tensor | None,
+        extras: str,
+        zone_h: Tensor | None,
+        zone_c: Tensor | None,
         input: Tensor,
         h_0: Tensor | None,
         c_0: Tensor | None,
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
-        options = _CELLS[mode], directions, len(weights) >= 4 * directions, batch_first
-        output, h_n, c_n, gates, cells = _forward(input, h_0, c_0, weights, lengths, batch_sizes, *options, True)
-        ctx.save_for_backward(input, output, h_0, c_0, gates, cells, lengths, batch_sizes, *weights)
-        ctx.mode, ctx.options = mode, options
+        options = _CELLS[mode], directions, reference.has_biases(mode, len(weights), directions), batch_first
+        output, h_n, c_n, gates, cells = _forward(
+            input, h_0, c_0, weights, lengths, batch_sizes, *options, True, zone_h, zone_c, extras
+        )
+        ctx.save_for_backward(
+            input, output, h_0, c_0, gates, cells, lengths, batch_sizes, zone_h, zone_c, *weights
+        )  # fmt: skip
+        ctx.mode, ctx.options, ctx.extras = mode, options, extras
         ctx.set_materialize_grads(False)
-        return (output, h_n, c_n) if mode == "LSTM" else (output, h_n)
+        return (output, h_n, c_n) if mode in _HAS_CELL else (output, h_n)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        input, output, h_0, c_0, gates, cells, lengths, batch_sizes, *weights = ctx.saved_tensors
+        input, output, h_0, c_0, gates, cells, lengths, batch_sizes, zone_h, zone_c, *weights = ctx.saved_tensors
         need = ctx.needs_input_grad[_STATIC_ARGUMENTS:]
         if creates_graph():
-            static = ctx.mode, ctx.options[1], ctx.options[3], lengths, batch_sizes
+            static = ctx.mode, ctx.options[1], ctx.options[3], lengths, batch_sizes, ctx.extras, zone_h, zone_c
             found = _differentiable_backward(plain_layer, static, (input, h_0, c_0, *weights), grads, need)
             return (*_NO_GRADIENTS, *found)
-        grad_output, grad_h, grad_c = grads if ctx.mode == "LSTM" else (*grads, None)
+        grad_output, grad_h, grad_c = grads if ctx.mode in _HAS_CELL else (*grads, None)
         need_input, need_h, need_c, *need_each = need
         gx, gh, gc, gw = _backward(
-            grad_output, grad_h, grad_c, input, output, h_0, c_0, weights, gates, cells,
-            lengths, batch_sizes, *ctx.options, need_input, need_h, need_c, True in need_each,
+            grad_output, grad_h, grad_c, input, output, h_0, c_0, weights, gates, cells, lengths, batch_sizes,
+            *ctx.options, need_input, need_h, need_c, True in need_each, zone_h, zone_c, ctx.extras,
         )  # fmt: skip
         return (
             *_NO_GRADIENTS,
@@ -69,23 +78,15 @@ class _Layer(torch.autograd.Function):
         )
 
 
-def _by_direction(weights: Sequence[Tensor], directions: int) -> list[tuple[Tensor | None, ...]]:
-    """The flat weights as w_ih, w_hh, b_ih, b_hh, w_hr of each direction."""
-    each = len(weights) // directions
-    found: list[tuple[Tensor | None, ...]] = []
-    for first in range(0, len(weights), each):
-        own: list[Tensor | None] = list(weights[first : first + each])
-        biases = own[2:4] if each >= 4 else [None, None]
-        found.append((*own[:2], *biases, own[-1] if each % 2 else None))
-    return found
-
-
 def plain_layer(
     mode: str,
     directions: int,
     batch_first: bool,
     lengths: Tensor | None,
     batch_sizes: Tensor | None,
+    extras: str,
+    zone_h: Tensor | None,
+    zone_c: Tensor | None,
     input: Tensor,
     h_0: Tensor | None,
     c_0: Tensor | None,
@@ -96,8 +97,8 @@ def plain_layer(
         input = input.transpose(0, 1)
     if h_0 is None:
         h_0, c_0 = zero_state(mode, directions, input, input.shape[1], weights)
-    sets = _by_direction(weights, directions)
-    output, h_n, c_n = reference.layer(mode, input, h_0, c_0, sets, lengths, batch_sizes)
+    sets = reference.by_direction(mode, weights, directions)
+    output, h_n, c_n = reference.layer(mode, input, h_0, c_0, sets, lengths, batch_sizes, extras, zone_h, zone_c)
     return (output.transpose(0, 1) if batch_first else output), h_n, c_n
 
 
@@ -107,7 +108,7 @@ def zero_state(
     """Zeros for h and, in an LSTM, c: (rows, batch, features) each."""
     h_0 = input.new_zeros(rows, batch, weights[1].shape[1])
     hidden = weights[1].shape[0] // reference.GATES[mode]
-    return h_0, (input.new_zeros(rows, batch, hidden) if mode == "LSTM" else None)
+    return h_0, (input.new_zeros(rows, batch, hidden) if mode in _HAS_CELL else None)
 
 
 def _differentiable_backward(
@@ -153,6 +154,9 @@ def fast_layer(
     batch_first: bool,
     lengths: Tensor | None,
     batch_sizes: Tensor | None,
+    extras: str,
+    zone_h: Tensor | None,
+    zone_c: Tensor | None,
     input: Tensor,
     h_0: Tensor | None,
     c_0: Tensor | None,
@@ -160,12 +164,15 @@ def fast_layer(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """One layer by the kernels: output, h_n and, in an LSTM, c_n; recorded only where a gradient is wanted."""
     if _wants_gradient(input, h_0, c_0, weights):
-        found = _Layer.apply(mode, directions, batch_first, lengths, batch_sizes, input, h_0, c_0, *weights)
-        return found if mode == "LSTM" else (*found, None)
-    has_biases = len(weights) >= 4 * directions
+        found = _Layer.apply(
+            mode, directions, batch_first, lengths, batch_sizes, extras, zone_h, zone_c, input, h_0, c_0, *weights
+        )
+        return found if mode in _HAS_CELL else (*found, None)
+    biases = reference.has_biases(mode, len(weights), directions)
     result: tuple[Tensor, ...] = _forward(
-        input, h_0, c_0, weights, lengths, batch_sizes, _CELLS[mode], directions, has_biases, batch_first, False
-    )
+        input, h_0, c_0, weights, lengths, batch_sizes, _CELLS[mode], directions, biases, batch_first, False,
+        zone_h, zone_c, extras,
+    )  # fmt: skip
     return result[0], result[1], result[2]
 
 
@@ -223,13 +230,11 @@ def plain_step(
     mode: str, input: Tensor, h: Tensor | None, c: Tensor | None, *weights: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """`_Step` in plain torch."""
-    w_ih, w_hh, b_ih, b_hh, _ = _by_direction(weights, 1)[0]
-    assert w_ih is not None
-    assert w_hh is not None
+    w = reference.by_direction(mode, weights, 1)[0]
     if h is None:
         h_0, c_0 = zero_state(mode, 1, input, input.shape[0], weights)
         h, c = h_0[0], None if c_0 is None else c_0[0]
-    return reference.step(mode, reference.linear(input, w_ih, b_ih), h, c, w_hh, b_hh, None)
+    return reference.step(mode, reference.input_part(mode, input, w), h, c, w)[1:]
 
 
 def fast_step(
@@ -275,6 +280,9 @@ def _recurrent_forward_fake(
     has_biases: bool,
     batch_first: bool,
     reserve: bool,
+    zone_h: Tensor | None = None,
+    zone_c: Tensor | None = None,
+    options: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     same_device("recurrent", input, h0, c0, *weights)
     w_ih, w_hh = weights[0], weights[1]
@@ -283,20 +291,22 @@ def _recurrent_forward_fake(
         raise RuntimeError(
             f"input.size(-1) must be equal to input_size. Expected {w_ih.shape[1]}, got {input.shape[-1]}"
         )
-    is_lstm = cell == "lstm"
+    mode = cell.upper()
     if batch_sizes is not None:
         assert h0 is not None, "h0 tells the batch of packed sequences"
         rows, batch = input.shape[0], h0.shape[1]
     else:
         rows, batch = input.shape[0] * input.shape[1], input.shape[0 if batch_first else 1]
     kept = torch.float64 if input.dtype == torch.float64 else torch.float32
-    saved = (directions, rows, 4, hidden) if reserve and cell in ("lstm", "gru") else (0,)
+    zoneout = zone_h is not None or zone_c is not None or reference.zones(options)
+    slots = _SLOTS.get(mode, 1 if zoneout or mode in reference.IS_JORDAN else 0) if reserve else 0
+    width = hidden if mode in _HAS_CELL else features if mode in reference.IS_JORDAN else 0
     return (
         input.new_empty((*input.shape[:-1], directions * features)),
         input.new_empty((directions, batch, features)),
-        input.new_empty((directions, batch, hidden) if is_lstm else (0,)),
-        input.new_empty(saved, dtype=kept),
-        input.new_empty((directions, rows, hidden) if reserve and is_lstm else (0,), dtype=kept),
+        input.new_empty((directions, batch, hidden) if mode in _HAS_CELL else (0,)),
+        input.new_empty((directions, rows, slots, hidden) if slots else (0,), dtype=kept),
+        input.new_empty((directions, rows, width) if reserve and width else (0,), dtype=kept),
     )
 
 
@@ -306,7 +316,7 @@ def _recurrent_backward_fake(
     grad_h_n: Tensor | None,
     grad_c_n: Tensor | None,
     input: Tensor,
-    output: Tensor,
+    result: Tensor,
     h0: Tensor | None,
     c0: Tensor | None,
     weights: Sequence[Tensor],
@@ -322,8 +332,11 @@ def _recurrent_backward_fake(
     need_h0: bool,
     need_c0: bool,
     need_weights: bool,
+    zone_h: Tensor | None = None,
+    zone_c: Tensor | None = None,
+    options: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    same_device("recurrent", grad_output, grad_h_n, grad_c_n, input, output, h0, c0, *weights)
+    same_device("recurrent", grad_output, grad_h_n, grad_c_n, input, result, h0, c0, *weights)
     if batch_sizes is not None:
         assert h0 is not None, "h0 tells the batch of packed sequences"
         batch = h0.shape[1]

@@ -27,7 +27,7 @@ _torch_cells: dict[str, Any] = {
     "RNN_RELU": torch.rnn_relu_cell,
 }
 _CELL_NAMES = {"LSTM": "lstm_cell", "GRU": "gru_cell", "RNN_TANH": "rnn_cell", "RNN_RELU": "rnn_cell"}
-_NAMES = {"LSTM": "lstm", "GRU": "gru", "RNN_TANH": "rnn", "RNN_RELU": "rnn"}
+_NAMES = {mode: mode.split("_")[0].lower() for mode in reference.GATES}
 
 REFUSALS = (RuntimeError, ValueError, TypeError, AttributeError, IndexError)
 """What a call with wrong arguments may end in; whoever catches it asks `explain` for better words."""
@@ -45,6 +45,7 @@ def explain(
     training: Any,
     batch_first: Any,
     lengths: Any,
+    options: Any = None,
     torch_call: Callable[[], object] | None = None,
 ) -> NoReturn:
     """Raise for a call that was refused: in torch's words where torch refuses it as well, else in ours.
@@ -54,12 +55,12 @@ def explain(
     name = _NAMES[mode]
     if _says_enough(error):
         raise error
-    if lengths is None:
+    if lengths is None and mode in _torch_layers:
         with torch.no_grad():
             if torch_call is not None:
                 torch_call()
             _as_torch(mode, input, hx, params, num_layers, bidirectional, dropout, training, batch_first)
-    states = hx if mode == "LSTM" and hx is not None else [hx]
+    states = hx if mode in reference.HAS_CELL and hx is not None else [hx]
     _explain_tensors(error, name, [input.data if isinstance(input, PackedSequence) else input, *states, *params])
     _check_shapes(name, mode, input, hx, params, num_layers, bidirectional, batch_first, lengths)
     raise error
@@ -142,21 +143,27 @@ def _check_shapes(
     directions = 2 if bidirectional else 1
     sets = num_layers * directions
     each, left = divmod(len(params), sets)
-    if left or each not in ((2, 3, 4, 5) if mode == "LSTM" else (2, 4)):
+    wanted = {len(reference.weight_shapes(mode, 1, 2, r, b)) for r in (1, 2) for b in (False, True)}
+    if mode in ("GRU", "RNN_TANH", "RNN_RELU"):
+        wanted = {2, 4}
+    if left or each not in wanted:
         raise ValueError(
             f"pyseqnet {name}: params: expected w_ih, w_hh[, b_ih, b_hh]{'[, w_hr]' if mode == 'LSTM' else ''} for "
             f"each of {num_layers} layers and {directions} directions, got {len(params)} tensors"
+            if mode in _torch_layers
+            else f"pyseqnet {name}: params: expected {' or '.join(map(str, sorted(wanted)))} tensors for each of "
+            f"{num_layers} layers and {directions} directions, got {len(params)}"
         )
     rows = params[0].shape[0]
     hidden, rest = divmod(rows, reference.GATES[mode])
     if rest:
         raise ValueError(f"pyseqnet {name}: params[0]: expected a multiple of {reference.GATES[mode]} rows, got {rows}")
-    features = params[each - 1].shape[0] if each % 2 else hidden
+    first = reference.by_direction(mode, params, sets)[0]
+    features = hidden if first.w_hr is None else first.w_hr.shape[0]
     for number in range(sets):
         width = data.shape[-1] if number < directions else features * directions
-        shapes = [(rows, width), (rows, features), *([(rows,), (rows,)] if each >= 4 else [])]
-        shapes += [(features, hidden)] if each % 2 else []
-        for position, shape in enumerate(shapes, number * each):
+        shapes = reference.weight_shapes(mode, width, hidden, features, first.b_ih is not None)
+        for position, shape in enumerate(shapes.values(), number * each):
             expect(f"params[{position}]", params[position], shape)
     if isinstance(input, PackedSequence):
         batch: tuple[int, ...] = (int(input.batch_sizes[0]),)
@@ -165,9 +172,9 @@ def _check_shapes(
     else:
         batch = ()
     if hx is not None:
-        states = hx if mode == "LSTM" else [hx]
+        states = hx if mode in reference.HAS_CELL else [hx]
         for position, (state, size) in enumerate(zip(states, (features, hidden), strict=False)):
-            expect(f"hx[{position}]" if mode == "LSTM" else "hx", state, (sets, *batch, size))
+            expect(f"hx[{position}]" if mode in reference.HAS_CELL else "hx", state, (sets, *batch, size))
     if lengths is not None:
         steps = data.shape[1 if batch_first else 0]
         lengths = torch.as_tensor(lengths)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,8 +11,23 @@ from torch.nn.utils.rnn import PackedSequence
 
 from pyseqnet.functional._common import autocast_cast, autocast_dtype
 from pyseqnet.functional._recurrent_layer import fast_layer, fast_step, zero_state
+from pyseqnet.functional._recurrent_reference import HAS_CELL
 
 _dropout = torch.dropout  # bound at import: replacing torch's by ours later cannot recurse
+OneLayer = Callable[..., tuple[Tensor, Tensor, Tensor | None]]
+
+
+class Options(NamedTuple):
+    """What a call asks for beyond torch's layers."""
+
+    training: str = ""  # the cell's options in words, in training and in evaluation
+    evaluation: str = ""
+    zoneout: tuple[float, float] = (0.0, 0.0)  # of h, of c
+    recurrent_dropout: float = 0.0  # of w_hh
+    variational: tuple[float, float] = (0.0, 0.0)  # dropout of each layer's input, and of the last output
+
+
+NO_OPTIONS = Options()
 
 
 def run_layers(
@@ -26,10 +41,11 @@ def run_layers(
     training: bool,
     batch_first: bool,
     lengths: Tensor | Sequence[int] | None,
-    one_layer: Callable[..., tuple[Tensor, Tensor, Tensor | None]] = fast_layer,
+    options: Options = NO_OPTIONS,
+    one_layer: OneLayer = fast_layer,
 ) -> Any:
     """What torch's layers compute. What a kernel would refuse anyhow is not checked here: see `explain`."""
-    is_lstm = mode == "LSTM"
+    is_lstm = mode in HAS_CELL
     if hx is None:
         h_0 = c_0 = None
     elif is_lstm:
@@ -71,23 +87,15 @@ def run_layers(
             h_0 = None if h_0 is None else autocast_cast(h_0, dtype)
             c_0 = None if c_0 is None else autocast_cast(c_0, dtype)
     directions = 2 if bidirectional else 1
+    form = mode, directions, batch_first, lengths, batch_sizes
+    if options is not NO_OPTIONS:
+        one_layer = _with_options(options, one_layer, training)
     if num_layers == 1:
-        output, h_n, c_n = one_layer(mode, directions, batch_first, lengths, batch_sizes, data, h_0, c_0, *params)
+        output, h_n, c_n = one_layer(*form, "", None, None, data, h_0, c_0, *params)
     else:
-        output, h_n, c_n = _stack(
-            mode,
-            num_layers,
-            directions,
-            batch_first,
-            dropout if training else 0.0,
-            lengths,
-            batch_sizes,
-            data,
-            h_0,
-            c_0,
-            params,
-            one_layer,
-        )
+        output, h_n, c_n = _stack(form, num_layers, dropout if training else 0.0, data, h_0, c_0, params, one_layer)
+    if training and options.variational[1]:
+        output = _drop_features(output, options.variational[1], batch_first, batch_sizes)
     if batch_sizes is not None:
         if unsorted is not None:
             h_n = h_n.index_select(1, unsorted)
@@ -108,20 +116,17 @@ def unbatched_state(state: Tensor) -> Tensor:
 
 
 def _stack(
-    mode: str,
+    form: tuple[str, int, bool, Any, Any],
     num_layers: int,
-    directions: int,
-    batch_first: bool,
     dropout: float,
-    lengths: Tensor | None,
-    batch_sizes: Tensor | None,
     data: Tensor,
     h_0: Tensor | None,
     c_0: Tensor | None,
     params: Sequence[Tensor],
-    one_layer: Callable[..., tuple[Tensor, Tensor, Tensor | None]],
+    one_layer: OneLayer,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Each layer reads the outputs of the one below; dropout between them, none after the last."""
+    mode, directions = form[:2]
     if num_layers < 1 or len(params) % num_layers:
         raise ValueError(f"params: {len(params)} tensors do not divide into num_layers={num_layers} layers")
     each = len(params) // num_layers
@@ -131,11 +136,10 @@ def _stack(
             data = _dropout(data, dropout, True)
         rows = slice(number * directions, (number + 1) * directions)
         data, h_n, c_n = one_layer(
-            mode,
-            directions,
-            batch_first,
-            lengths,
-            batch_sizes,
+            *form,
+            "",
+            None,
+            None,
             data,
             None if h_0 is None else h_0[rows],
             None if c_0 is None else c_0[rows],
@@ -143,8 +147,60 @@ def _stack(
         )
         all_h.append(h_n)
         all_c.append(c_n)
-    c_n = torch.cat(all_c) if mode == "LSTM" else None  # type: ignore[arg-type]
+    c_n = torch.cat(all_c) if mode in HAS_CELL else None  # type: ignore[arg-type]
     return data, torch.cat(all_h), c_n
+
+
+def _with_options(options: Options, one_layer: OneLayer, training: bool) -> OneLayer:
+    """`one_layer` with the options: masks and dropped weights are drawn once a call, for all steps."""
+
+    def run(
+        mode: str,
+        directions: int,
+        batch_first: bool,
+        lengths: Any,
+        batch_sizes: Any,
+        _: str,
+        no_mask: None,
+        none: None,
+        data: Tensor,
+        h_0: Tensor | None,
+        c_0: Tensor | None,
+        *weights: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        zone_h = zone_c = None
+        if training:
+            if options.variational[0]:
+                data = _drop_features(data, options.variational[0], batch_first, batch_sizes)
+            if options.recurrent_dropout:
+                each = len(weights) // directions
+                weights = tuple(
+                    _dropout(w, options.recurrent_dropout, True) if k % each == 1 else w for k, w in enumerate(weights)
+                )
+            rows = data.shape[0] if batch_sizes is not None else data.shape[0] * data.shape[1]
+            rate_h, rate_c = options.zoneout
+            if rate_h:
+                zone_h = torch.rand(directions, rows, weights[1].shape[1], device=data.device) < rate_h
+            if rate_c and mode in HAS_CELL:
+                zone_c = torch.rand(directions, rows, weights[1].shape[0] // 4, device=data.device) < rate_c
+        cell = options.training if training else options.evaluation
+        form = mode, directions, batch_first, lengths, batch_sizes
+        return one_layer(*form, cell, zone_h, zone_c, data, h_0, c_0, *weights)
+
+    return run
+
+
+def _drop_features(data: Tensor, p: float, batch_first: bool, batch_sizes: Tensor | None) -> Tensor:
+    """Dropout with one mask for all steps of a sequence (Gal & Ghahramani, 2016)."""
+    if batch_sizes is not None:
+        mask = _dropout(data.new_ones(int(batch_sizes[0]), data.shape[1]), p, True)
+        starts = (batch_sizes.cumsum(0) - batch_sizes).repeat_interleave(batch_sizes)
+        sequence = torch.arange(data.shape[0]) - starts
+        return data * mask.index_select(0, sequence.to(data.device))
+    time = 1 if batch_first else 0
+    shape = list(data.shape)
+    shape[time] = 1
+    return data * _dropout(data.new_ones(shape), p, True)
 
 
 def _read_lengths(lengths: Any, batch: int) -> Tensor:

@@ -1,8 +1,8 @@
-"""Recurrent networks: lstm, gru, rnn (Elman), and single steps of them.
+"""Recurrent networks: lstm, gru, rnn (Elman), jordan, and single steps of them.
 
-Elman: Finding structure in time, 1990. Hochreiter & Schmidhuber: Long short-term memory, 1997. Gers, Schmidhuber &
-Cummins: Learning to forget, 2000. Sak, Senior & Beaufays (projection), 2014. Cho et al. (GRU), 2014. Schuster &
-Paliwal: Bidirectional recurrent neural networks, 1997.
+Elman: Finding structure in time, 1990. Jordan: Serial order, 1986. Hochreiter & Schmidhuber: Long short-term memory,
+1997. Gers, Schmidhuber & Cummins: Learning to forget, 2000. Sak, Senior & Beaufays (projection), 2014. Cho et al.
+(GRU), 2014. Schuster & Paliwal: Bidirectional recurrent neural networks, 1997.
 """
 
 from __future__ import annotations
@@ -15,8 +15,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from pyseqnet.functional._recurrent_layer import plain_layer, plain_step
+from pyseqnet.functional._recurrent_reference import Options as CellOptions
+from pyseqnet.functional._recurrent_reference import by_direction
 from pyseqnet.functional._recurrent_refusals import REFUSALS, explain, explain_cell
-from pyseqnet.functional._recurrent_stack import run_cell, run_layers
+from pyseqnet.functional._recurrent_stack import NO_OPTIONS, Options, run_cell, run_layers
+
+Rate = float | tuple[float, float]
 
 
 def _call(mode: str, *arguments: Any) -> Any:
@@ -37,6 +41,54 @@ def _call_cell(mode: str, *arguments: Any) -> Any:
         explain_cell(error, mode, *arguments)
 
 
+def _rate(name: str, value: float) -> float:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name}: expected a probability between 0 and 1, got {value}")
+    return float(value)
+
+
+def _rates(name: str, value: Rate) -> tuple[float, float]:
+    first, second = value if isinstance(value, (tuple, list)) else (value, value)
+    return _rate(name, first), _rate(name, second)
+
+
+def layer_options(
+    clip: float | None = None,
+    zoneout: Rate = 0.0,
+    recurrent_dropout: float = 0.0,
+    variational_dropout: Rate = 0.0,
+    output: str = "identity",
+    decay: float = 0.0,
+    has_cell: bool = False,
+) -> Options:
+    """The options of a call, checked; `NO_OPTIONS` where there are none."""
+    if clip is not None and not clip > 0:
+        raise ValueError(f"clip: expected a positive limit or None, got {clip}")
+    if output not in ("identity", "tanh", "relu", "sigmoid"):
+        raise ValueError(f"output_nonlinearity: expected identity, tanh, relu or sigmoid, got {output!r}")
+    rates = _rates("zoneout", zoneout)
+    cell = CellOptions(output, float(decay), float(clip or 0.0))
+    options = Options(
+        cell.words(),
+        cell._replace(zone_h=rates[0], zone_c=rates[1] if has_cell else 0.0).words(),
+        rates,
+        _rate("recurrent_dropout", recurrent_dropout),
+        _rates("variational_dropout", variational_dropout),
+    )
+    return NO_OPTIONS if options == NO_OPTIONS else options
+
+
+def lstm_mode(peephole: str | None, layer_norm: bool) -> str:
+    """The mode of an LSTM with these options; ValueError for a combination that does not exist."""
+    if peephole not in (None, "diagonal", "full"):
+        raise ValueError(f"peephole: expected None, 'diagonal' or 'full', got {peephole!r}")
+    if layer_norm:
+        if peephole is not None:
+            raise ValueError("layer_norm: not together with peephole; no published LSTM has both")
+        return "LSTM_LAYER_NORM"
+    return {None: "LSTM", "diagonal": "LSTM_PEEPHOLE", "full": "LSTM_FULL_PEEPHOLE"}[peephole]
+
+
 def lstm(
     input: Tensor | PackedSequence,
     hx: tuple[Tensor, Tensor] | None,
@@ -49,6 +101,12 @@ def lstm(
     batch_first: bool = False,
     lengths: Tensor | Sequence[int] | None = None,
     proj_size: int | None = None,
+    peephole: str | None = None,
+    layer_norm: bool = False,
+    zoneout: Rate = 0.0,
+    recurrent_dropout: float = 0.0,
+    variational_dropout: Rate = 0.0,
+    cell_clip: float | None = None,
 ) -> Any:
     """Long short-term memory, in layers and in one or two directions.
 
@@ -74,6 +132,17 @@ def lstm(
             read, whatever it holds; outputs there are 0; the reverse direction starts at each sequence's own end, and
             h_n, c_n are each sequence's own last.
         proj_size: what the number of `params` tells as well; if given, it must agree.
+        peephole: ``"diagonal"`` (Gers & Schmidhuber, 2000): i and f see ``p * c'``, o sees ``p * c``; params then end
+            in w_ch ``(3H)``, for i, f, o. ``"full"``: all four gates see ``W_ch c'``, w_ch ``(4H, H)``.
+        layer_norm: layer normalisation in the form of Ba et al., 2016 (as haste): ``LN(W_ih x) + LN(W_hh h')``, each
+            over all 4H gates, then the biases; ``h = o * tanh(LN(c))``. Params then end in the gains gain_ih, gain_hh
+            ``(4H)``, gain_c and the bias bias_c ``(H)``.
+        zoneout: probability that a unit keeps its state of the step before, of h and c or ``(of h, of c)``; in
+            evaluation states are mixed in this proportion (Krueger et al., 2017).
+        recurrent_dropout: DropConnect of w_hh, one mask a call for all steps and sequences (Merity et al., 2018).
+        variational_dropout: dropout with one mask for all steps of a sequence, of each layer's input and the last
+            layer's output or ``(of inputs, of the output)`` (Gal & Ghahramani, 2016).
+        cell_clip: clips c to ``[-cell_clip, cell_clip]`` before h is made of it.
 
     Returns:
         ``output, (h_n, c_n)``: the output in the form of the input, with ``directions * H`` features.
@@ -89,11 +158,11 @@ def lstm(
     Papers: Hochreiter & Schmidhuber, Long short-term memory, 1997; Gers et al., Learning to forget, 2000; Sak et al.,
     Long short-term memory recurrent neural network architectures for large scale acoustic modeling, 2014.
     """
+    mode = lstm_mode(peephole, layer_norm)
     if proj_size is not None:
-        _check_projection(params, num_layers * (2 if bidirectional else 1), proj_size)
-    return _call(
-        "LSTM", input, hx, params, num_layers, bidirectional, dropout, training, batch_first, lengths
-    )  # fmt: skip
+        _check_projection(mode, params, num_layers * (2 if bidirectional else 1), proj_size)
+    options = layer_options(cell_clip, zoneout, recurrent_dropout, variational_dropout, has_cell=True)
+    return _call(mode, input, hx, params, num_layers, bidirectional, dropout, training, batch_first, lengths, options)
 
 
 def gru(
@@ -107,6 +176,9 @@ def gru(
     training: bool = False,
     batch_first: bool = False,
     lengths: Tensor | Sequence[int] | None = None,
+    zoneout: float = 0.0,
+    recurrent_dropout: float = 0.0,
+    variational_dropout: Rate = 0.0,
 ) -> Any:
     """Gated recurrent units, in layers and in one or two directions.
 
@@ -121,11 +193,13 @@ def gru(
         n = tanh(W_in x + b_in + r * (W_hn h' + b_hn))
         h = (1 - z) * n + z * h'
 
-    Arguments, result and properties are those of `lstm`; w_ih is ``(3H, I)``, and hx one tensor.
+    Arguments, result and properties are those of `lstm`; w_ih is ``(3H, I)``, and hx one tensor. Of the options, those
+    that concern h.
 
     Paper: Cho et al., Learning phrase representations using RNN encoder-decoder, 2014.
     """
-    return _call("GRU", input, hx, params, num_layers, bidirectional, dropout, training, batch_first, lengths)
+    options = layer_options(None, zoneout, recurrent_dropout, variational_dropout)
+    return _call("GRU", input, hx, params, num_layers, bidirectional, dropout, training, batch_first, lengths, options)
 
 
 def rnn(
@@ -140,6 +214,10 @@ def rnn(
     batch_first: bool = False,
     lengths: Tensor | Sequence[int] | None = None,
     nonlinearity: str = "tanh",
+    zoneout: float = 0.0,
+    recurrent_dropout: float = 0.0,
+    variational_dropout: Rate = 0.0,
+    clip: float | None = None,
 ) -> Any:
     """Elman's recurrent network, in layers and in one or two directions.
 
@@ -150,12 +228,85 @@ def rnn(
 
     Each step of a layer: ``h = tanh(W_ih x + b_ih + W_hh h' + b_hh)``, or ``relu``.
 
-    Arguments, result and properties are those of `lstm`; w_ih is ``(H, I)``, and hx one tensor.
+    Arguments, result and properties are those of `lstm`; w_ih is ``(H, I)``, and hx one tensor. Of the options, those
+    that concern h; `clip` clips it (with ReLU: Hannun et al., Deep Speech, 2014).
 
     Paper: Elman, Finding structure in time, 1990.
     """
     mode = _elman_mode(nonlinearity)
-    return _call(mode, input, hx, params, num_layers, bidirectional, dropout, training, batch_first, lengths)
+    options = layer_options(clip, zoneout, recurrent_dropout, variational_dropout)
+    return _call(mode, input, hx, params, num_layers, bidirectional, dropout, training, batch_first, lengths, options)
+
+
+def jordan(
+    input: Tensor | PackedSequence,
+    hx: Tensor | None,
+    params: Sequence[Tensor],
+    *,
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    batch_first: bool = False,
+    lengths: Tensor | Sequence[int] | None = None,
+    nonlinearity: str = "tanh",
+    output_nonlinearity: str = "identity",
+    decay: float = 0.0,
+    zoneout: float = 0.0,
+    recurrent_dropout: float = 0.0,
+    variational_dropout: Rate = 0.0,
+    clip: float | None = None,
+) -> Any:
+    """Jordan's recurrent network, which feeds back its output, in layers and in one or two directions.
+
+    Each step of a layer, with H hidden units and P outputs::
+
+        m = tanh(W_ih x + b_ih + W_hh s' + b_hh)      # nonlinearity: tanh or relu
+        y = phi(W_ho m + b_ho)                        # output_nonlinearity: identity, tanh, relu or sigmoid
+        s = decay * s' + y                            # decay 0: the output itself is fed back
+
+    Args:
+        hx: s_0, ``(layers * directions, B, P)``; None for zeros.
+        params: for each layer and in it for each direction w_ih ``(H, I)``, w_hh ``(H, P)``, then b_ih, b_hh ``(H)``
+            unless there are none, then w_ho ``(P, H)`` and with biases b_ho ``(P)``.
+        decay: of the state unit, Jordan's self-connection.
+
+    The other arguments and properties are those of `lstm`; zoneout keeps units of s, `clip` clips m.
+
+    Returns:
+        ``output, s_n``: the outputs y, with ``directions * P`` features, and the last states.
+
+    Paper: Jordan, Serial order: a parallel distributed processing approach, 1986.
+    """
+    mode = _elman_mode(nonlinearity).replace("RNN", "JORDAN")
+    options = layer_options(clip, zoneout, recurrent_dropout, variational_dropout, output_nonlinearity, decay)
+    return _call(mode, input, hx, params, num_layers, bidirectional, dropout, training, batch_first, lengths, options)
+
+
+def jordan_reference(
+    input: Tensor | PackedSequence,
+    hx: Tensor | None,
+    params: Sequence[Tensor],
+    *,
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    batch_first: bool = False,
+    lengths: Tensor | Sequence[int] | None = None,
+    nonlinearity: str = "tanh",
+    output_nonlinearity: str = "identity",
+    decay: float = 0.0,
+    zoneout: float = 0.0,
+    recurrent_dropout: float = 0.0,
+    variational_dropout: Rate = 0.0,
+    clip: float | None = None,
+) -> Any:
+    """`jordan` in plain torch: its definition, and what its double backward differentiates."""
+    mode = _elman_mode(nonlinearity).replace("RNN", "JORDAN")
+    options = layer_options(clip, zoneout, recurrent_dropout, variational_dropout, output_nonlinearity, decay)
+    form = num_layers, bidirectional, dropout, training, batch_first, lengths, options
+    return run_layers(mode, input, hx, params, *form, plain_layer)
 
 
 def _elman_mode(nonlinearity: str) -> str:
@@ -164,9 +315,9 @@ def _elman_mode(nonlinearity: str) -> str:
     return "RNN_TANH" if nonlinearity == "tanh" else "RNN_RELU"
 
 
-def _check_projection(params: Sequence[Tensor], sets: int, proj_size: int) -> None:
-    each = len(params) // max(1, sets)
-    found = params[each - 1].shape[0] if each % 2 else 0
+def _check_projection(mode: str, params: Sequence[Tensor], sets: int, proj_size: int) -> None:
+    w_hr = by_direction(mode, params, max(1, sets))[0].w_hr
+    found = 0 if w_hr is None else w_hr.shape[0]
     if proj_size != found:
         raise ValueError(f"proj_size: params hold a projection to {found} features (0: none), got {proj_size}")
 
@@ -183,13 +334,20 @@ def lstm_reference(
     batch_first: bool = False,
     lengths: Tensor | Sequence[int] | None = None,
     proj_size: int | None = None,
+    peephole: str | None = None,
+    layer_norm: bool = False,
+    zoneout: Rate = 0.0,
+    recurrent_dropout: float = 0.0,
+    variational_dropout: Rate = 0.0,
+    cell_clip: float | None = None,
 ) -> Any:
     """`lstm` in plain torch: its definition, and what its double backward differentiates."""
+    mode = lstm_mode(peephole, layer_norm)
     if proj_size is not None:
-        _check_projection(params, num_layers * (2 if bidirectional else 1), proj_size)
-    return run_layers(
-        "LSTM", input, hx, params, num_layers, bidirectional, dropout, training, batch_first, lengths, plain_layer
-    )
+        _check_projection(mode, params, num_layers * (2 if bidirectional else 1), proj_size)
+    options = layer_options(cell_clip, zoneout, recurrent_dropout, variational_dropout, has_cell=True)
+    form = num_layers, bidirectional, dropout, training, batch_first, lengths, options
+    return run_layers(mode, input, hx, params, *form, plain_layer)
 
 
 def gru_reference(
@@ -203,11 +361,14 @@ def gru_reference(
     training: bool = False,
     batch_first: bool = False,
     lengths: Tensor | Sequence[int] | None = None,
+    zoneout: float = 0.0,
+    recurrent_dropout: float = 0.0,
+    variational_dropout: Rate = 0.0,
 ) -> Any:
     """`gru` in plain torch: its definition, and what its double backward differentiates."""
-    return run_layers(
-        "GRU", input, hx, params, num_layers, bidirectional, dropout, training, batch_first, lengths, plain_layer
-    )
+    options = layer_options(None, zoneout, recurrent_dropout, variational_dropout)
+    form = num_layers, bidirectional, dropout, training, batch_first, lengths, options
+    return run_layers("GRU", input, hx, params, *form, plain_layer)
 
 
 def rnn_reference(
@@ -222,12 +383,27 @@ def rnn_reference(
     batch_first: bool = False,
     lengths: Tensor | Sequence[int] | None = None,
     nonlinearity: str = "tanh",
+    zoneout: float = 0.0,
+    recurrent_dropout: float = 0.0,
+    variational_dropout: Rate = 0.0,
+    clip: float | None = None,
 ) -> Any:
     """`rnn` in plain torch: its definition, and what its double backward differentiates."""
     mode = _elman_mode(nonlinearity)
-    return run_layers(
-        mode, input, hx, params, num_layers, bidirectional, dropout, training, batch_first, lengths, plain_layer
-    )
+    options = layer_options(clip, zoneout, recurrent_dropout, variational_dropout)
+    form = num_layers, bidirectional, dropout, training, batch_first, lengths, options
+    return run_layers(mode, input, hx, params, *form, plain_layer)
+
+
+def one_step(mode: str, input: Tensor, hx: Any, params: Sequence[Tensor], options: Options, training: bool) -> Any:
+    """A layer's step on ``(B, I)`` or ``(I)``: the output and h, in an LSTM the output and (h, c)."""
+    state: Any = None
+    if hx is not None:
+        state = tuple(s.unsqueeze(0) for s in hx) if mode.startswith("LSTM") else hx.unsqueeze(0)
+    form = 1, False, 0.0, training, False, None, options
+    output, state = _call(mode, input.unsqueeze(0), state, params, *form)
+    last = tuple(s.squeeze(0) for s in state) if mode.startswith("LSTM") else state.squeeze(0)
+    return output.squeeze(0), last
 
 
 def lstm_cell(
@@ -237,6 +413,13 @@ def lstm_cell(
     w_hh: Tensor,
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
+    *,
+    w_hr: Tensor | None = None,
+    w_ch: Tensor | None = None,
+    layer_norm: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    zoneout: Rate = 0.0,
+    training: bool = False,
+    cell_clip: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One step of `lstm`: ``(B, I)`` and ``(h, c)``, ``(B, H)`` each (or without B), to the next ``(h, c)``.
 
@@ -244,9 +427,17 @@ def lstm_cell(
 
         torch.lstm_cell(input, hx, w_ih, w_hh, b_ih, b_hh)
 
-    None for `hx` is zeros.
+    None for `hx` is zeros. Keywords: a projection w_hr ``(P, H)``, peepholes w_ch ``(3H)`` or ``(4H, H)``, the gains
+    and bias of layer normalisation, and the options of `lstm` that a single step has.
     """
-    result: tuple[Tensor, Tensor] = _call_cell("LSTM", input, hx, w_ih, w_hh, b_ih, b_hh)
+    result: tuple[Tensor, Tensor]
+    if w_hr is None and w_ch is None and layer_norm is None and cell_clip is None and not zoneout:
+        result = _call_cell("LSTM", input, hx, w_ih, w_hh, b_ih, b_hh)
+        return result
+    peephole = None if w_ch is None else "diagonal" if w_ch.dim() == 1 else "full"
+    params = [w for w in (w_ih, w_hh, b_ih, b_hh, w_hr, w_ch, *(layer_norm or ())) if w is not None]
+    options = layer_options(cell_clip, zoneout, has_cell=True)
+    _, result = one_step(lstm_mode(peephole, layer_norm is not None), input, hx, params, options, training)
     return result
 
 
@@ -289,6 +480,36 @@ def rnn_cell(
     None for `hx` is zeros.
     """
     result: Tensor = _call_cell(_elman_mode(nonlinearity), input, hx, w_ih, w_hh, b_ih, b_hh)
+    return result
+
+
+def jordan_cell(
+    input: Tensor,
+    hx: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    w_ho: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    b_ho: Tensor | None = None,
+    *,
+    nonlinearity: str = "tanh",
+    output_nonlinearity: str = "identity",
+    decay: float = 0.0,
+    zoneout: float = 0.0,
+    training: bool = False,
+    clip: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One step of `jordan`: ``(B, I)`` and s ``(B, P)`` (or without B) to the output y and the next s, ``(B, P)`` each.
+
+    Either all biases are given or none. None for `hx` is zeros.
+    """
+    params = [w for w in (w_ih, w_hh, b_ih, b_hh, w_ho, b_ho) if w is not None]
+    if len(params) not in (3, 6):
+        raise ValueError("b_ih, b_hh, b_ho: expected all three biases or none")
+    mode = _elman_mode(nonlinearity).replace("RNN", "JORDAN")
+    options = layer_options(clip, zoneout, output=output_nonlinearity, decay=decay)
+    result: tuple[Tensor, Tensor] = one_step(mode, input, hx, params, options, training)
     return result
 
 

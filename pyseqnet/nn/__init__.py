@@ -6,7 +6,7 @@ from pyseqnet.nn.linear_attention import LinearAttention
 from pyseqnet.nn.norm import LayerNorm
 from pyseqnet.nn.pool import MaxPool1d, MaxPool2d
 from pyseqnet.nn.position import LearnedPositions, SinusoidalPositions
-from pyseqnet.nn.recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from pyseqnet.nn.recurrent import GRU, LSTM, RNN, GRUCell, JordanRNN, JordanRNNCell, LSTMCell, RNNCell
 from pyseqnet.nn.sequential import Sequential
 from pyseqnet.nn.transformer import (
     Transformer,
@@ -26,6 +26,8 @@ __all__ = [
     "Conv2dReLU",
     "Conv2dReLUMaxPool2d",
     "GRUCell",
+    "JordanRNN",
+    "JordanRNNCell",
     "LSTMCell",
     "LayerNorm",
     "LearnedPositions",
