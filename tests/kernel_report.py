@@ -46,6 +46,7 @@ ALLOWED_SPILLS: dict[tuple[str, str], tuple[int, str]] = {
 EXPECTED: dict[tuple[str, str], tuple[str, ...]] = {
     ("implicit_gemm", "any"): (r"\bLDS\.128",),  # shared memory is read by vectors
     ("attention_forward_mma", "any"): (r"\bHMMA\b", r"\bLDGSTS\b", r"\bLDSM\b"),
+    ("attention_backward_mma", "any"): (r"\bHMMA\b", r"\bLDGSTS\b", r"\bLDSM\b"),
 }
 
 # Counted in every kernel: what tells a memory-bound from a compute-bound one, and a tensor-core kernel from others.

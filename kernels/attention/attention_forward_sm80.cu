@@ -37,6 +37,7 @@ struct ForwardShape {
 
 struct TensorCoreGrid {
   int tiles;  // of queries; a block is head * tiles + tile
+  Reach reach;
 };
 
 // Logits of a tile become weights relative to the largest logit so far; sums are brought to that scale.
@@ -93,7 +94,7 @@ __global__ void __launch_bounds__(mma_threads, 2)
   // With causality the last queries see the most keys: they begin.
   const int query0 = (g.tiles - 1 - int(blockIdx.x - block_head * unsigned(g.tiles))) * Shape::queries;
   const int past = min(query0 + Shape::queries, int(a.L));
-  const int keys = key_limit(a, head.keys, past - 1), tiles = (keys + key_tile - 1) / key_tile;
+  const int keys = g.reach.keys_of(past - 1, head.keys), tiles = (keys + key_tile - 1) / key_tile;
 
   const T* k = a.k.at(head.b, head.kv, 0);
   const T* v = a.v.at(head.b, head.kv, 0);
@@ -128,28 +129,27 @@ __global__ void __launch_bounds__(mma_threads, 2)
   for (int r = 0; r < row_tiles; r++)
 #pragma unroll
     for (int half = 0; half < 2; half++) state[r][half] = {-INFINITY, 0.f};
-  // All of the warp's queries see keys below the first of these, none sees keys from the second on.
-  const int all_see = key_limit(a, head.keys, query0 + warp_row);
-  const int some_see = min(keys, key_limit(a, head.keys, query0 + warp_row + 16 * row_tiles - 1));
   SumRegisters<row_tiles, channels> sum = {};
   const uint32_t q_rows = left_address<channels>(q_tile, warp_row);
 
 #pragma unroll 1
   for (int j = 0; j < tiles; j++) {
     const int key0 = j * key_tile;
-    const bool idle = key0 >= some_see;
+    // None of the warp's queries sees a key of the tile; all see all.
+    const bool idle = key0 >= g.reach.keys_of(query0 + warp_row + 16 * row_tiles - 1, keys);
+    const bool full = key0 + key_tile <= g.reach.keys_of(query0 + warp_row, head.keys);
     const uint32_t k_tile = arrive(2 * j);
     LeftRegisters<row_tiles, key_tile> weights;
     if (!idle) {
       SumRegisters<row_tiles, key_tile> score;
       similarity<T, channels, row_tiles, key_tile>(score, q_rows, k_tile);
-      if (key0 + key_tile > all_see) {
+      if (!full) {
 #pragma unroll
         for (int r = 0; r < row_tiles; r++)
 #pragma unroll
           for (int half = 0; half < 2; half++) {
             const int query = query0 + warp_row + 16 * r + 8 * half + lane / 4;
-            const SeenColumns seen(bits_below(key_limit(a, head.keys, query) - key0));
+            const SeenColumns seen(bits_below(g.reach.keys_of(query, head.keys) - key0));
 #pragma unroll
             for (int n = 0; n < key_tile / 8; n++)
 #pragma unroll
@@ -194,7 +194,7 @@ Refusal refuses(const AttentionProblem& p) {
 int64_t no_workspace(const AttentionProblem&) { return 0; }
 
 int forward(const AttentionProblem& p, const AttentionTensors& t, void*, void* stream) {
-  const TensorCoreGrid g = {int(query_tiles(p))};
+  const TensorCoreGrid g = {int(query_tiles(p)), reach_of(p)};
   const int64_t blocks = p.B * p.H * g.tiles;
   if (blocks == 0) return launch_ok;
   return dispatch_16bit(p.dtype, [&](auto tag) {

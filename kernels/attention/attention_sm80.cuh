@@ -59,7 +59,7 @@ PYSEQNET_DEVICE void stage_rows(uint32_t tile, const T* from, int stride, int wi
   const int t = int(threadIdx.x), chunk = t % across;
   const int row0 = t / across;
   // Few copies at a time: addresses of more of them would take registers from the sums.
-#pragma unroll 4
+#pragma unroll 8
   for (int k = 0; k < rows / down; k++) {
     const int row = row0 + k * down;
     const bool exists = keep(row) && chunk * 8 < width;
@@ -195,8 +195,23 @@ struct SeenColumns {
   }
 };
 
-// Positions as int: the kernels take up to 2^30 of them.
-constexpr int64_t most_positions = int64_t{1} << 30;
+// Positions and offsets as int: the kernels take up to 2^29 of them.
+constexpr int64_t most_positions = int64_t{1} << 29;
+
+// Causality as kernels use it: query i sees keys up to i + offset. No causality is an offset that hides nothing.
+struct Reach {
+  int offset, queries;
+
+  // Keys that query i sees, out of `keys`.
+  PYSEQNET_DEVICE int keys_of(int i, int keys) const { return max(0, min(keys, i + offset + 1)); }
+  // First query that sees key j.
+  PYSEQNET_DEVICE int first_query(int j) const { return max(0, min(queries, j - offset)); }
+};
+inline Reach reach_of(const AttentionProblem& p) {
+  const int64_t offset = p.causal ? p.causal_offset : most_positions;
+  return {int(std::clamp(offset, -most_positions, most_positions)), int(p.L)};
+}
+
 // One head of one batch, in as few registers as it takes; keys: visible by length.
 struct ShortHead {
   int b, h, kv, keys;
@@ -207,19 +222,6 @@ PYSEQNET_DEVICE ShortHead short_head_of(const AttentionInputs<T>& a, unsigned he
   const int64_t length = a.key_lengths ? clamped_length(a.key_lengths[b], a.S) : a.S;
   return {int(b), int(h), int(h / unsigned(a.group)), int(length)};
 }
-// Keys that query i sees by causality and length.
-template <class T>
-PYSEQNET_DEVICE int key_limit(const AttentionInputs<T>& a, int keys, int i) {
-  return int(visible_keys(a.causal, a.causal_offset, keys, i));
-}
-// First query that sees key j, by causality.
-template <class T>
-PYSEQNET_DEVICE int query_begin(const AttentionInputs<T>& a, int64_t j) {
-  if (!a.causal) return 0;
-  const int64_t first = j - a.causal_offset;
-  return int(first < 0 ? 0 : first < a.L ? first : a.L);
-}
-
 // ---------------------------------------------------------------- what is refused
 // Elements between neighbouring lines: places within a tile are 32-bit numbers.
 constexpr int64_t widest_stride = int64_t{1} << 23;
@@ -234,7 +236,7 @@ inline Refusal refuses_tensor_cores(const AttentionProblem& p) {
   for (const AttentionStrides* s : {&p.q_strides, &p.k_strides, &p.v_strides, &p.out_strides, &p.gout_strides,
                                     &p.gq_strides, &p.gk_strides, &p.gv_strides})
     if (s->n < 0 || s->n > widest_stride) return "lines are too far apart";
-  if (p.L > most_positions || p.S > most_positions) return "more than 2^30 positions";
+  if (p.L > most_positions || p.S > most_positions) return "more than 2^29 positions";
   return accepted;
 }
 

@@ -65,13 +65,13 @@ Table<AttentionCpuKernel> attention_cpu_table(AttentionPass pass) {
 
 #if defined(PYSEQNET_WITH_CUDA)
 extern const AttentionCudaKernel attention_forward_cuda, attention_weights_cuda, attention_delta_cuda,
-    attention_backward_cuda, attention_mask_gradient_cuda, attention_forward_sm80;
+    attention_backward_cuda, attention_mask_gradient_cuda, attention_forward_sm80, attention_backward_sm80;
 
 namespace {
 constexpr const AttentionCudaKernel* cuda_forward[] = {&attention_forward_sm80, &attention_forward_cuda};
 constexpr const AttentionCudaKernel* cuda_weights[] = {&attention_weights_cuda};
 constexpr const AttentionCudaKernel* cuda_delta[] = {&attention_delta_cuda};
-constexpr const AttentionCudaKernel* cuda_backward[] = {&attention_backward_cuda};
+constexpr const AttentionCudaKernel* cuda_backward[] = {&attention_backward_sm80, &attention_backward_cuda};
 constexpr const AttentionCudaKernel* cuda_mask_gradient[] = {&attention_mask_gradient_cuda};
 }  // namespace
 

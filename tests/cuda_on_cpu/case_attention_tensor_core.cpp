@@ -1,6 +1,6 @@
 // The tensor-core kernels of softmax attention against the oracle. What no query sees and what sees no key
 // holds NaN, and so do the gaps of strided tensors.
-// Sources: attention/attention_forward_sm80.cu
+// Sources: attention/attention_forward_sm80.cu attention/attention_backward_sm80.cu
 // Sources: attention/attention_reference.cpp
 #include <memory>
 
@@ -10,7 +10,7 @@
 namespace pyseqnet {
 extern const AttentionCpuKernel attention_reference_forward, attention_reference_delta,
     attention_reference_backward;
-extern const AttentionCudaKernel attention_forward_sm80;
+extern const AttentionCudaKernel attention_forward_sm80, attention_backward_sm80;
 }  // namespace pyseqnet
 
 using namespace pyseqnet;
@@ -19,6 +19,7 @@ using namespace pyseqnet::testing;
 namespace {
 
 constexpr const AttentionCudaKernel* forward_kernels[] = {&attention_forward_sm80};
+constexpr const AttentionCudaKernel* backward_kernels[] = {&attention_backward_sm80};
 
 // How a (B, H, N, channels) tensor lies in memory.
 enum class Form { heads_outside, heads_inside, padded, expanded };
@@ -67,7 +68,7 @@ struct Strided {
 // The tensors of one problem.
 class Case {
  public:
-  Case(Suite& suite, const Options& o) : suite_(suite), random_(suite.random), p(o.p) {
+  Case(Suite& suite, const Options& o) : suite_(suite), random_(suite.random), p(o.p), logits_(o.logits) {
     const auto make = [&](Form form, int64_t H, int64_t N, int64_t channels, const char* name) {
       return std::make_unique<Strided>(p.dtype, form, p.B, H, N, channels, name);
     };
@@ -127,9 +128,41 @@ class Case {
             return wrong.empty() ? difference(out->tensor, want_out->tensor, 0.5 * eps, eps) : wrong;
           });
     }
+    run_cpu(attention_reference_delta, p, host);
+    run_cpu(attention_reference_backward, p, host);
+    std::memcpy(lse->host(), want_lse->host(), want_lse->bytes().size());
+    lse->upload(), delta->upload();
+    for (const AttentionCudaKernel* kernel : backward_kernels) {
+      if (const Refusal why = kernel->refuses(p)) {
+        suite_.fail(kernel->name, why);
+        continue;
+      }
+      std::vector<Tensor*> results;
+      if (p.need_q) results.push_back(&gq->tensor);
+      if (p.need_kv) results.push_back(&gk->tensor), results.push_back(&gv->tensor);
+      suite_.check(
+          kernel->name, results, [&] { return run_cuda(*kernel, p, device); },
+          [&] {
+            std::string wrong;
+            if (p.need_q) wrong = compare_gradient(gq->tensor, want_gq->tensor);
+            if (p.need_kv && wrong.empty()) wrong = compare_gradient(gk->tensor, want_gk->tensor);
+            if (p.need_kv && wrong.empty()) wrong = compare_gradient(gv->tensor, want_gv->tensor);
+            return wrong;
+          });
+    }
   }
 
  private:
+  // Weights and gradients of logits are rounded to 16 bits: errors as large as a unit in the last place of the
+  // largest terms, which are of the order of the largest results.
+  std::string compare_gradient(const Tensor& got, const Tensor& want) const {
+    double largest = 0;
+    for (int64_t i = 0; i < want.count(); i++)
+      if (std::isfinite(want.at(i))) largest = std::max(largest, std::fabs(want.at(i)));
+    const double eps = epsilon_of(p.dtype);
+    // Of logits of the order of 1e4, float holds three decimals.
+    return difference(got, want, logits_ > 1 ? 0.1 : eps * std::max(0.5, 0.5 * largest), eps);
+  }
   bool sees(int64_t b, int64_t h, int64_t i, int64_t j) const {
     const int64_t length = p.with_key_lengths ? clamped_length(int64_t(lengths->at(b)), p.S) : p.S;
     return j < visible_keys(p.causal, p.causal_offset, length, i);
@@ -149,6 +182,7 @@ class Case {
   Suite& suite_;
   Random& random_;
   AttentionProblem p;
+  double logits_;
   std::unique_ptr<Strided> q, k, v, gout, out, want_out, gq, want_gq, gk, want_gk, gv, want_gv;
   std::unique_ptr<Tensor> lse, want_lse, delta, lengths;
 };
@@ -177,6 +211,11 @@ Options large_logits(Options o, double factor) {
   return o;
 }
 
+Options partial(Options o, bool need_q, bool need_kv) {
+  o.p.need_q = need_q, o.p.need_kv = need_kv;
+  return o;
+}
+
 void check_problem(Suite& suite, Options o, DType dtype) {
   o.p.dtype = dtype;
   if (!suite.begin(label(o))) return;
@@ -202,6 +241,8 @@ int main(int argc, char** argv) {
       causal(problem(1, 1, 1, 100, 130, 200, 136), 30),
       lying(problem(1, 2, 1, 20, 64, 16, 32), Form::expanded),
       large_logits(causal(problem(1, 1, 1, 64, 64, 64, 64), 0), 1e4),
+      partial(problem(1, 1, 2, 6, 7, 8, 8), true, false),
+      partial(problem(1, 1, 2, 6, 7, 8, 8), false, true),
   };
   bool turn = false;
   for (const Options& o : edges) {
