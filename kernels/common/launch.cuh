@@ -63,6 +63,7 @@ constexpr int launch_ok = 0;  // = cudaSuccess
 #ifdef __CUDACC__
 // What a kernel may use without asking for more.
 constexpr unsigned default_dynamic_shared_limit = 48 * 1024;
+constexpr unsigned portable_cluster_blocks = 8;
 
 // Enqueues the kernel; returns a cudaError_t. An error is taken off the runtime's books: it is the caller's
 // to report, and must not surface in somebody else's next CUDA call.
@@ -73,6 +74,10 @@ int launch(const LaunchConfig& config, void (*kernel)(Parameters...), Arguments&
     error =
         cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                              cudaFuncAttributeMaxDynamicSharedMemorySize, int(config.dynamic_shared_bytes));
+  const unsigned cluster_blocks = config.cluster.x * config.cluster.y * config.cluster.z;
+  if (error == cudaSuccess && cluster_blocks > portable_cluster_blocks)
+    error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                 cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   if (error == cudaSuccess) {
     cudaLaunchConfig_t device_config = {};
     device_config.gridDim = config.grid;
@@ -81,7 +86,7 @@ int launch(const LaunchConfig& config, void (*kernel)(Parameters...), Arguments&
     device_config.stream = static_cast<cudaStream_t>(config.stream);
     cudaLaunchAttribute attributes[2];
     unsigned count = 0;
-    if (config.cluster.x * config.cluster.y * config.cluster.z > 1) {
+    if (cluster_blocks > 1) {
       attributes[count].id = cudaLaunchAttributeClusterDimension;
       attributes[count].val.clusterDim = {config.cluster.x, config.cluster.y, config.cluster.z};
       count++;

@@ -25,6 +25,25 @@
 #define PYSEQNET_SM90A 1
 #endif
 
+// The two bodies of a wrapper, by what the instruction needs.
+#ifndef __CUDACC__
+#define PYSEQNET_PTX(host, ...) host
+#define PYSEQNET_PTX90(host, ...) host
+#define PYSEQNET_PTX90A(host, ...) host
+#else
+#define PYSEQNET_PTX(host, ...) __VA_ARGS__
+#if PYSEQNET_SM90
+#define PYSEQNET_PTX90(host, ...) __VA_ARGS__
+#else
+#define PYSEQNET_PTX90(host, ...) __trap()
+#endif
+#if PYSEQNET_SM90A
+#define PYSEQNET_PTX90A(host, ...) __VA_ARGS__
+#else
+#define PYSEQNET_PTX90A(host, ...) __trap()
+#endif
+#endif
+
 namespace pyseqnet::ptx {
 
 PYSEQNET_DEVICE uint32_t smem_u32(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
@@ -32,75 +51,120 @@ PYSEQNET_DEVICE uint32_t smem_u32(const void* p) { return (uint32_t)__cvta_gener
 // ---------------------------------------------------------------- mma.sync
 PYSEQNET_DEVICE void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                                        const float (&c)[4]) {
-#ifdef __CUDACC__
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-      "{%10,%11,%12,%13};\n"
-      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]),
-        "f"(c[3]));
-#else
-  cusim::mma(cusim::Mma::bf16_16816, d, a, b, c);
-#endif
+  PYSEQNET_PTX(
+      cusim::mma(cusim::Mma::bf16_16816, d, a, b, c),
+      asm volatile(
+          "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+          "{%10,%11,%12,%13};\n" : "=f"(d[0]),
+          "=f"(d[1]), "=f"(d[2]), "=f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]),
+          "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3])));
 }
 PYSEQNET_DEVICE void mma_m16n8k16_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                                       const float (&c)[4]) {
-#ifdef __CUDACC__
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-      "{%10,%11,%12,%13};\n"
-      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]),
-        "f"(c[3]));
-#else
-  cusim::mma(cusim::Mma::f16_16816, d, a, b, c);
-#endif
+  PYSEQNET_PTX(
+      cusim::mma(cusim::Mma::f16_16816, d, a, b, c),
+      asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+                   "{%10,%11,%12,%13};\n" : "=f"(d[0]),
+                   "=f"(d[1]), "=f"(d[2]), "=f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]),
+                   "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3])));
 }
 PYSEQNET_DEVICE void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                                       const float (&c)[4]) {
+  PYSEQNET_PTX(
+      cusim::mma(cusim::Mma::tf32_1688, d, a, b, c),
+      asm volatile(
+          "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+          "{%10,%11,%12,%13};\n" : "=f"(d[0]),
+          "=f"(d[1]), "=f"(d[2]), "=f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]),
+          "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3])));
+}
+// By the type of A and B: __nv_bfloat16 or __half.
+template <class T>
+PYSEQNET_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                                  const float (&c)[4]) {
+  static_assert(std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half>);
+  if constexpr (std::is_same_v<T, __half>)
+    mma_m16n8k16_f16(d, a, b, c);
+  else
+    mma_m16n8k16_bf16(d, a, b, c);
+}
+// What tf32 products read of a float: rounded to nearest; mma itself would cut the lower 13 bits off.
+PYSEQNET_DEVICE uint32_t round_tf32(float x) {
+  uint32_t r;
 #ifdef __CUDACC__
-  asm volatile(
-      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-      "{%10,%11,%12,%13};\n"
-      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]),
-        "f"(c[3]));
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(x));
 #else
-  cusim::mma(cusim::Mma::tf32_1688, d, a, b, c);
+  std::memcpy(&r, &x, 4);
+  if ((r & 0x7F800000u) != 0x7F800000u) r += 0x1000u;
+  r &= 0xFFFFE000u;
 #endif
+  return r;
 }
 // ---------------------------------------------------------------- ldmatrix
+// N matrices of 8 x 8 16-bit numbers: lane 8 i + j names the 16 bytes of row j of matrix i. Lane l receives
+// elements 2 (l % 4) and 2 (l % 4) + 1 of row l / 4 of each; transposed, of column l / 4.
+PYSEQNET_DEVICE void ldmatrix_x1(uint32_t (&r)[1], uint32_t addr) {
+  PYSEQNET_PTX(cusim::ldmatrix(r, 1, false, addr),
+               asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];\n" : "=r"(r[0]) : "r"(
+                   addr) : "memory"));
+}
+PYSEQNET_DEVICE void ldmatrix_x2(uint32_t (&r)[2], uint32_t addr) {
+  PYSEQNET_PTX(cusim::ldmatrix(r, 2, false, addr),
+               asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];\n" : "=r"(r[0]),
+                            "=r"(r[1]) : "r"(addr) : "memory"));
+}
 PYSEQNET_DEVICE void ldmatrix_x4(uint32_t (&r)[4], uint32_t addr) {
-#ifdef __CUDACC__
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\n"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(addr)
-               : "memory");
-#else
-  cusim::ldmatrix(r, 4, false, addr);
-#endif
+  PYSEQNET_PTX(cusim::ldmatrix(r, 4, false, addr),
+               asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\n" : "=r"(r[0]),
+                            "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(addr) : "memory"));
+}
+PYSEQNET_DEVICE void ldmatrix_x1_trans(uint32_t (&r)[1], uint32_t addr) {
+  PYSEQNET_PTX(cusim::ldmatrix(r, 1, true, addr),
+               asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];\n" : "=r"(r[0]) : "r"(
+                   addr) : "memory"));
+}
+PYSEQNET_DEVICE void ldmatrix_x2_trans(uint32_t (&r)[2], uint32_t addr) {
+  PYSEQNET_PTX(cusim::ldmatrix(r, 2, true, addr),
+               asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];\n" : "=r"(r[0]),
+                            "=r"(r[1]) : "r"(addr) : "memory"));
 }
 PYSEQNET_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t addr) {
-#ifdef __CUDACC__
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];\n"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(addr)
-               : "memory");
-#else
-  cusim::ldmatrix(r, 4, true, addr);
-#endif
+  PYSEQNET_PTX(
+      cusim::ldmatrix(r, 4, true, addr),
+      asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];\n" : "=r"(r[0]),
+                   "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(addr) : "memory"));
 }
-// sm_90. The inverse of ldmatrix: each of lanes 8i .. 8i+7 names a 16-byte row of matrix i.
+// sm_90. The inverse of ldmatrix.
+PYSEQNET_DEVICE void stmatrix_x1(uint32_t addr, const uint32_t (&r)[1]) {
+  PYSEQNET_PTX90(cusim::stmatrix(r, 1, false, addr),
+                 asm volatile("stmatrix.sync.aligned.m8n8.x1.shared.b16 [%0], {%1};\n" ::"r"(addr),
+                              "r"(r[0]) : "memory"));
+}
+PYSEQNET_DEVICE void stmatrix_x2(uint32_t addr, const uint32_t (&r)[2]) {
+  PYSEQNET_PTX90(cusim::stmatrix(r, 2, false, addr),
+                 asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1,%2};\n" ::"r"(addr),
+                              "r"(r[0]), "r"(r[1]) : "memory"));
+}
 PYSEQNET_DEVICE void stmatrix_x4(uint32_t addr, const uint32_t (&r)[4]) {
-#ifndef __CUDACC__
-  cusim::stmatrix(r, 4, false, addr);
-#elif PYSEQNET_SM90
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};\n" ::"r"(addr), "r"(r[0]),
-               "r"(r[1]), "r"(r[2]), "r"(r[3])
-               : "memory");
-#else
-  __trap();
-#endif
+  PYSEQNET_PTX90(cusim::stmatrix(r, 4, false, addr),
+                 asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};\n" ::"r"(addr),
+                              "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory"));
+}
+PYSEQNET_DEVICE void stmatrix_x1_trans(uint32_t addr, const uint32_t (&r)[1]) {
+  PYSEQNET_PTX90(cusim::stmatrix(r, 1, true, addr),
+                 asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};\n" ::"r"(addr),
+                              "r"(r[0]) : "memory"));
+}
+PYSEQNET_DEVICE void stmatrix_x2_trans(uint32_t addr, const uint32_t (&r)[2]) {
+  PYSEQNET_PTX90(cusim::stmatrix(r, 2, true, addr),
+                 asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1,%2};\n" ::"r"(addr),
+                              "r"(r[0]), "r"(r[1]) : "memory"));
+}
+PYSEQNET_DEVICE void stmatrix_x4_trans(uint32_t addr, const uint32_t (&r)[4]) {
+  PYSEQNET_PTX90(
+      cusim::stmatrix(r, 4, true, addr),
+      asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};\n" ::"r"(addr),
+                   "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory"));
 }
 // ---------------------------------------------------------------- cp.async
 PYSEQNET_DEVICE void cp_async_16(uint32_t dst, const void* src, bool pred = true) {  // zero-fills when !pred
@@ -111,22 +175,22 @@ PYSEQNET_DEVICE void cp_async_16(uint32_t dst, const void* src, bool pred = true
   cusim::cp_async(dst, src, 16, pred ? 16 : 0);
 #endif
 }
+// 4 or 8 bytes, through L1; zero-fills when !pred.
+template <int bytes>
+PYSEQNET_DEVICE void cp_async_small(uint32_t dst, const void* src, bool pred = true) {
+  static_assert(bytes == 4 || bytes == 8);
+  PYSEQNET_PTX(cusim::cp_async(dst, src, bytes, pred ? bytes : 0),
+               asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;\n" ::"r"(dst), "l"(src),
+                            "n"(bytes), "r"(pred ? bytes : 0) : "memory"));
+}
 PYSEQNET_DEVICE void cp_async_commit() {
-#ifdef __CUDACC__
-  asm volatile("cp.async.commit_group;\n" ::: "memory");
-#else
-  cusim::cp_async_commit();
-#endif
+  PYSEQNET_PTX(cusim::cp_async_commit(), asm volatile("cp.async.commit_group;\n" :: : "memory"));
 }
 template <int N>
 PYSEQNET_DEVICE void cp_async_wait() {
-#ifdef __CUDACC__
-  asm volatile("cp.async.wait_group %0;\n" ::"n"(N) : "memory");
-#else
-  cusim::cp_async_wait(N);
-#endif
+  PYSEQNET_PTX(cusim::cp_async_wait(N), asm volatile("cp.async.wait_group %0;\n" ::"n"(N) : "memory"));
 }
-// ---------------------------------------------------------------- scalar helpers
+// ---------------------------------------------------------------- scalars
 PYSEQNET_DEVICE float ex2(float x) {
 #ifdef __CUDACC__
   float y;
@@ -169,7 +233,29 @@ PYSEQNET_DEVICE uint32_t pack_f16(float lo, float hi) {
   return r;
 #endif
 }
+template <class T>
+PYSEQNET_DEVICE uint32_t pack(float lo, float hi) {
+  static_assert(std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half>);
+  if constexpr (std::is_same_v<T, __half>)
+    return pack_f16(lo, hi);
+  else
+    return pack_bf16(lo, hi);
+}
+// True in one lane of a converged warp; which one is not said.
+PYSEQNET_DEVICE bool elect_one() {
+#ifndef __CUDACC__
+  return cusim::elect_one();
+#elif PYSEQNET_SM90
+  uint32_t elected;
+  asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.b32 %0, 1, 0, p;\n}" : "=r"(elected));
+  return elected != 0;
+#else
+  return (threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % 32 == 0;
+#endif
+}
 // ---------------------------------------------------------------- memory model
+// Flags and counters between blocks. An acquire that sees what a release wrote sees all that its thread, and
+// those which met it at a barrier before, had written.
 PYSEQNET_DEVICE unsigned ld_acquire(const unsigned* p) {
 #ifdef __CUDACC__
   unsigned v;
@@ -180,11 +266,12 @@ PYSEQNET_DEVICE unsigned ld_acquire(const unsigned* p) {
 #endif
 }
 PYSEQNET_DEVICE void red_release_add(unsigned* p, unsigned v) {
-#ifdef __CUDACC__
-  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
-#else
-  cusim::atomic_add(p, v);
-#endif
+  PYSEQNET_PTX(cusim::atomic_add(p, v),
+               asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory"));
+}
+PYSEQNET_DEVICE void st_release(unsigned* p, unsigned v) {
+  PYSEQNET_PTX(cusim::store_release(p, v),
+               asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory"));
 }
 PYSEQNET_DEVICE float ld_cg(const float* p) {
 #ifdef __CUDACC__
@@ -195,12 +282,15 @@ PYSEQNET_DEVICE float ld_cg(const float* p) {
   return *p;
 #endif
 }
+// ---------------------------------------------------------------- barriers
+// Barriers 1 to 15 (0 is __syncthreads) of n threads, a multiple of 32; bar_arrive does not wait.
 PYSEQNET_DEVICE void bar_sync(int id, int n) {
-#ifdef __CUDACC__
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(n) : "memory");
-#else
-  cusim::sync_block(id, n, false);
-#endif
+  PYSEQNET_PTX(cusim::sync_block(id, n, false),
+               asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(n) : "memory"));
+}
+PYSEQNET_DEVICE void bar_arrive(int id, int n) {
+  PYSEQNET_PTX(cusim::sync_block(id, n, true),
+               asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(n) : "memory"));
 }
 // Grid barrier for cooperative launches. `ctr` starts at 0 and only grows; epoch counts barriers from 1.
 PYSEQNET_DEVICE void grid_barrier(unsigned* ctr, unsigned nblocks, unsigned epoch) {
@@ -214,16 +304,15 @@ PYSEQNET_DEVICE void grid_barrier(unsigned* ctr, unsigned nblocks, unsigned epoc
   __syncthreads();
 }
 
-// ---------------------------------------------------------------- sm_90: mbarrier, TMA, clusters
+// ---------------------------------------------------------------- sm_90: mbarriers
+// A phase ends when `count` threads have arrived and as many bytes as were expected. Its parity is 0, 1, 0, ...:
+// mbar_wait(bar, 0) returns after the first phase, and mbar_wait(bar, 1) on a fresh barrier at once. Addresses
+// are of shared memory (smem_u32); those of `_cluster` belong to any block of the cluster (map_shared).
 PYSEQNET_DEVICE void mbar_init(uint32_t bar, uint32_t count) {
-#ifndef __CUDACC__
-  cusim::mbar_init(bar, count);
-#elif PYSEQNET_SM90
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
-#else
-  __trap();
-#endif
+  PYSEQNET_PTX90(cusim::mbar_init(bar, count),
+                 asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory"));
 }
+// After mbar_init, before the barrier that tells others (and TMA) of it.
 PYSEQNET_DEVICE void mbar_fence_init() {
 #ifdef __CUDACC__
 #if PYSEQNET_SM90
@@ -233,70 +322,88 @@ PYSEQNET_DEVICE void mbar_fence_init() {
 #endif
 #endif
 }
-PYSEQNET_DEVICE void mbar_arrive_expect_tx(uint32_t bar, uint32_t bytes) {
-#ifndef __CUDACC__
-  cusim::mbar_arrive(bar, 1, bytes);
-#elif PYSEQNET_SM90
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
-#else
-  __trap();
-#endif
+// Before the memory of a barrier is used for something else.
+PYSEQNET_DEVICE void mbar_invalidate(uint32_t bar) {
+  PYSEQNET_PTX90(cusim::mbar_inval(bar),
+                 asm volatile("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(bar) : "memory"));
 }
 PYSEQNET_DEVICE void mbar_arrive(uint32_t bar) {
-#ifndef __CUDACC__
-  cusim::mbar_arrive(bar, 1, 0);
-#elif PYSEQNET_SM90
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
-#else
-  __trap();
-#endif
+  PYSEQNET_PTX90(cusim::mbar_arrive(bar, 1, 0),
+                 asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory"));
 }
-PYSEQNET_DEVICE void mbar_arrive_cluster(uint32_t bar, uint32_t cta) {  // remote arrive
-#ifndef __CUDACC__
-  cusim::mbar_arrive(cusim::mapa(bar, cta), 1, 0);
-#elif PYSEQNET_SM90
-  asm volatile(
-      "{\n.reg .b32 ra;\nmapa.shared::cluster.u32 ra, %0, "
-      "%1;\nmbarrier.arrive.release.cluster.shared::cluster.b64 _, [ra];\n}" ::"r"(bar),
-      "r"(cta)
-      : "memory");
-#else
-  __trap();
-#endif
+PYSEQNET_DEVICE void mbar_arrive_expect_tx(uint32_t bar, uint32_t bytes) {
+  PYSEQNET_PTX90(cusim::mbar_arrive(bar, 1, bytes),
+                 asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar),
+                              "r"(bytes) : "memory"));
+}
+// Without an arrival: the phase cannot end before these bytes have come.
+PYSEQNET_DEVICE void mbar_expect_tx(uint32_t bar, uint32_t bytes) {
+  PYSEQNET_PTX90(cusim::mbar_expect_tx(bar, bytes),
+                 asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(bar),
+                              "r"(bytes) : "memory"));
+}
+// Arrives for this thread when all its earlier cp.async are complete; the barrier counts it as an arrival.
+PYSEQNET_DEVICE void mbar_arrive_cp_async(uint32_t bar) {
+  PYSEQNET_PTX90(cusim::mbar_arrive_cp_async(bar),
+                 asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(bar) : "memory"));
+}
+// At the same offset in block `rank` of the cluster.
+PYSEQNET_DEVICE void mbar_arrive_cluster(uint32_t bar, uint32_t rank) {
+  PYSEQNET_PTX90(
+      cusim::mbar_arrive(cusim::mapa(bar, rank), 1, 0),
+      asm volatile("{\n.reg .b32 ra;\nmapa.shared::cluster.u32 ra, %0, "
+                   "%1;\nmbarrier.arrive.release.cluster.shared::cluster.b64 _, [ra];\n}" ::"r"(bar),
+                   "r"(rank) : "memory"));
+}
+PYSEQNET_DEVICE void mbar_arrive_expect_tx_cluster(uint32_t bar, uint32_t rank, uint32_t bytes) {
+  PYSEQNET_PTX90(
+      cusim::mbar_arrive(cusim::mapa(bar, rank), 1, bytes),
+      asm volatile(
+          "{\n.reg .b32 ra;\nmapa.shared::cluster.u32 ra, %0, "
+          "%1;\nmbarrier.arrive.expect_tx.release.cluster.shared::cluster.b64 _, [ra], %2;\n}" ::"r"(bar),
+          "r"(rank), "r"(bytes) : "memory"));
 }
 PYSEQNET_DEVICE void mbar_wait(uint32_t bar, uint32_t parity) {
+  PYSEQNET_PTX90(cusim::mbar_wait(bar, parity),
+                 asm volatile("{\n.reg .pred p;\nW: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], "
+                              "%1;\n@p bra.uni D;\nbra.uni "
+                              "W;\nD:\n}" ::"r"(bar),
+                              "r"(parity) : "memory"));
+}
+// Where the arrivals come from other blocks of the cluster, and what they wrote is read.
+PYSEQNET_DEVICE void mbar_wait_cluster(uint32_t bar, uint32_t parity) {
+  PYSEQNET_PTX90(cusim::mbar_wait(bar, parity),
+                 asm volatile("{\n.reg .pred p;\nW: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 "
+                              "p, [%0], %1;\n@p bra.uni "
+                              "D;\nbra.uni W;\nD:\n}" ::"r"(bar),
+                              "r"(parity) : "memory"));
+}
+// Whether that phase is over, after waiting for a time that the hardware chooses.
+PYSEQNET_DEVICE bool mbar_try_wait(uint32_t bar, uint32_t parity) {
 #ifndef __CUDACC__
-  cusim::mbar_wait(bar, parity);
+  return cusim::mbar_try_wait(bar, parity);
 #elif PYSEQNET_SM90
+  uint32_t done;
   asm volatile(
-      "{\n.reg .pred p;\nW: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra.uni D;\nbra.uni "
-      "W;\nD:\n}" ::"r"(bar),
-      "r"(parity)
+      "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.b32 %0, 1, 0, p;\n}"
+      : "=r"(done)
+      : "r"(bar), "r"(parity)
       : "memory");
+  return done != 0;
 #else
   __trap();
+  return false;
 #endif
 }
 // Orders this thread's accesses to shared memory before later ones of TMA, bulk copies and wgmma: between
 // ordinary stores and what reads them, and the barrier that tells the reader follows the fence.
 PYSEQNET_DEVICE void fence_async_proxy() {
-#ifndef __CUDACC__
-  cusim::fence_async_proxy(false);
-#elif PYSEQNET_SM90
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#else
-  __trap();
-#endif
+  PYSEQNET_PTX90(cusim::fence_async_proxy(false),
+                 asm volatile("fence.proxy.async.shared::cta;" :: : "memory"));
 }
 // The same for global memory: a kernel that writes what TMA reads later in the same launch.
 PYSEQNET_DEVICE void fence_async_proxy_global() {
-#ifndef __CUDACC__
-  cusim::fence_async_proxy(true);
-#elif PYSEQNET_SM90
-  asm volatile("fence.proxy.async.global;" ::: "memory");
-#else
-  __trap();
-#endif
+  PYSEQNET_PTX90(cusim::fence_async_proxy(true), asm volatile("fence.proxy.async.global;" :: : "memory"));
 }
 
 // ---------------------------------------------------------------- sm_90: TMA and bulk copies
@@ -462,82 +569,55 @@ PYSEQNET_DEVICE void tma_prefetch_map(const TensorMap* map) {
 }
 // Contiguous bytes without a map: addresses and size are multiples of 16.
 PYSEQNET_DEVICE void bulk_load(uint32_t dst, const void* src, uint32_t bytes, uint32_t bar) {
-#ifndef __CUDACC__
-  cusim::bulk_load(dst, src, bytes, bar);
-#elif PYSEQNET_SM90
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(dst),
-      "l"(src), "r"(bytes), "r"(bar)
-      : "memory");
-#else
-  __trap();
-#endif
+  PYSEQNET_PTX90(
+      cusim::bulk_load(dst, src, bytes, bar),
+      asm volatile(
+          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+              dst),
+          "l"(src), "r"(bytes), "r"(bar) : "memory"));
 }
 PYSEQNET_DEVICE void bulk_store(void* dst, uint32_t src, uint32_t bytes) {
-#ifndef __CUDACC__
-  cusim::bulk_store(dst, src, bytes, cusim::Numbers::none);
-#elif PYSEQNET_SM90
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(dst), "r"(src), "r"(bytes)
-               : "memory");
-#else
-  __trap();
-#endif
+  PYSEQNET_PTX90(cusim::bulk_store(dst, src, bytes, cusim::Numbers::none),
+                 asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(dst),
+                              "r"(src), "r"(bytes) : "memory"));
 }
 // Adds floats to global memory, in no order.
 PYSEQNET_DEVICE void bulk_reduce_add(float* dst, uint32_t src, uint32_t bytes) {
-#ifndef __CUDACC__
-  cusim::bulk_store(dst, src, bytes, cusim::Numbers::f32);
-#elif PYSEQNET_SM90
-  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(dst),
-               "r"(src), "r"(bytes)
-               : "memory");
-#else
-  __trap();
-#endif
+  PYSEQNET_PTX90(
+      cusim::bulk_store(dst, src, bytes, cusim::Numbers::f32),
+      asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(dst),
+                   "r"(src), "r"(bytes) : "memory"));
 }
 PYSEQNET_DEVICE void bulk_commit() {
-#ifndef __CUDACC__
-  cusim::bulk_commit();
-#elif PYSEQNET_SM90
-  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-#else
-  __trap();
-#endif
+  PYSEQNET_PTX90(cusim::bulk_commit(), asm volatile("cp.async.bulk.commit_group;" :: : "memory"));
 }
 // Waits until at most N of the thread's bulk groups still read shared memory: their source may be
 // overwritten, their results need not be visible.
 template <int N>
 PYSEQNET_DEVICE void bulk_wait_read() {
-#ifndef __CUDACC__
-  cusim::bulk_wait(N, true);
-#elif PYSEQNET_SM90
-  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory");
-#else
-  __trap();
-#endif
+  PYSEQNET_PTX90(cusim::bulk_wait(N, true),
+                 asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory"));
 }
 // Waits until at most N of the thread's bulk groups are unfinished.
 template <int N>
 PYSEQNET_DEVICE void bulk_wait() {
-#ifndef __CUDACC__
-  cusim::bulk_wait(N, false);
-#elif PYSEQNET_SM90
-  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(N) : "memory");
-#else
-  __trap();
-#endif
+  PYSEQNET_PTX90(cusim::bulk_wait(N, false),
+                 asm volatile("cp.async.bulk.wait_group %0;" ::"n"(N) : "memory"));
 }
 
 // ---------------------------------------------------------------- sm_90: clusters
+PYSEQNET_DEVICE void cluster_arrive() {
+  PYSEQNET_PTX90(cusim::cluster_arrive(),
+                 asm volatile("barrier.cluster.arrive.release.aligned;" :: : "memory"));
+}
+PYSEQNET_DEVICE void cluster_wait() {
+  PYSEQNET_PTX90(cusim::cluster_wait(), asm volatile("barrier.cluster.wait.acquire.aligned;" :: : "memory"));
+}
+// All threads of all blocks of the cluster. Needed before the first access to another block (it may not have
+// started) and after the last one (it must not have left).
 PYSEQNET_DEVICE void cluster_sync() {
-#ifndef __CUDACC__
-  cusim::cluster_arrive();
-  cusim::cluster_wait();
-#elif PYSEQNET_SM90
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-#else
-  __trap();
-#endif
+  cluster_arrive();
+  cluster_wait();
 }
 PYSEQNET_DEVICE uint32_t cluster_rank() {
 #ifndef __CUDACC__
@@ -550,6 +630,47 @@ PYSEQNET_DEVICE uint32_t cluster_rank() {
   __trap();
   return 0;
 #endif
+}
+PYSEQNET_DEVICE uint32_t cluster_size() {
+#ifndef __CUDACC__
+  return cusim::cluster_size();
+#elif PYSEQNET_SM90
+  uint32_t r;
+  asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(r));
+  return r;
+#else
+  __trap();
+  return 1;
+#endif
+}
+// The address of the same variable in block `rank`: for st_async.
+PYSEQNET_DEVICE uint32_t map_shared(uint32_t addr, uint32_t rank) {
+#ifndef __CUDACC__
+  return cusim::mapa(addr, rank);
+#elif PYSEQNET_SM90
+  uint32_t r;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(addr), "r"(rank));
+  return r;
+#else
+  __trap();
+  return 0;
+#endif
+}
+// Stores into another block without waiting; the bytes (4, or 16) count at `bar`, an mbarrier of that block.
+PYSEQNET_DEVICE void st_async(uint32_t addr, float v, uint32_t bar) {
+  PYSEQNET_PTX90(
+      cusim::st_async(addr, &v, 1, bar),
+      asm volatile(
+          "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(addr),
+          "f"(v), "r"(bar) : "memory"));
+}
+PYSEQNET_DEVICE void st_async(uint32_t addr, float4 v, uint32_t bar) {
+  PYSEQNET_PTX90(
+      cusim::st_async(addr, &v.x, 4, bar),
+      asm volatile(
+          "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1,%2,%3,%4}, [%5];" ::
+              "r"(addr),
+          "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(bar) : "memory"));
 }
 template <class T>
 PYSEQNET_DEVICE T* map_shared_rank(T* p, uint32_t rank) {  // DSMEM, generic pointer
@@ -565,6 +686,7 @@ PYSEQNET_DEVICE T* map_shared_rank(T* p, uint32_t rank) {  // DSMEM, generic poi
 #endif
 }
 // ---------------------------------------------------------------- sm_90a: register hand-over, wgmma
+// Registers of a thread, a multiple of 8 from 24 to 256, for whole warpgroups: those that give up come first.
 template <int N>
 PYSEQNET_DEVICE void setmaxnreg_inc() {
 #ifdef __CUDACC__
@@ -586,32 +708,15 @@ PYSEQNET_DEVICE void setmaxnreg_dec() {
 #endif
 }
 PYSEQNET_DEVICE void wgmma_fence() {
-#ifndef __CUDACC__
-  cusim::wgmma_fence();
-#elif PYSEQNET_SM90A
-  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-#else
-  __trap();
-#endif
+  PYSEQNET_PTX90A(cusim::wgmma_fence(), asm volatile("wgmma.fence.sync.aligned;" :: : "memory"));
 }
 PYSEQNET_DEVICE void wgmma_commit() {
-#ifndef __CUDACC__
-  cusim::wgmma_commit();
-#elif PYSEQNET_SM90A
-  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-#else
-  __trap();
-#endif
+  PYSEQNET_PTX90A(cusim::wgmma_commit(), asm volatile("wgmma.commit_group.sync.aligned;" :: : "memory"));
 }
 template <int N>
 PYSEQNET_DEVICE void wgmma_wait() {
-#ifndef __CUDACC__
-  cusim::wgmma_wait(N);
-#elif PYSEQNET_SM90A
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
-#else
-  __trap();
-#endif
+  PYSEQNET_PTX90A(cusim::wgmma_wait(N),
+                  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory"));
 }
 // Descriptor of an operand in shared memory. Rows are those of A and of B^T (M and N), as long as the swizzle's
 // span along the contiguous dimension; what lies outside one swizzle atom of eight rows is found through two
@@ -823,3 +928,7 @@ PYSEQNET_DEVICE void wgmma(float (&)[v], const uint32_t (&)[4], uint64_t, int) {
 #endif
 
 }  // namespace pyseqnet::ptx
+
+#undef PYSEQNET_PTX
+#undef PYSEQNET_PTX90
+#undef PYSEQNET_PTX90A

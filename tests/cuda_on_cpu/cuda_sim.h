@@ -81,11 +81,12 @@ bool instrumented();  // true when the kernels were built with -fsanitize=thread
 
 // ---------------------------------------------------------------- synchronisation
 void sync_block(int id, int nthreads, bool arrive_only);  // bar.sync / bar.arrive
+int sync_block_count(bool predicate);  // __syncthreads, and in how many threads the predicate is true
 void sync_warp(uint32_t mask);
 void sync_grid();
 void cluster_arrive();
 void cluster_wait();
-void yield();  // every spin loop must reach this (nanosleep, ld.acquire, try_wait)
+void yield(void* pc = nullptr);  // every spin loop must reach this (nanosleep, ld.acquire, try_wait)
 bool collective_arrive(uint32_t mask, int op, void* arg);  // true: caller is last, must compute + release
 void collective_release(uint32_t mask);
 
@@ -121,17 +122,26 @@ CUSIM_ATOMIC_OPS(double)
 #undef CUSIM_ATOMIC_OPS
 int atomic_and(int*, int);
 int atomic_or(int*, int);
+int atomic_xor(int*, int);
 unsigned atomic_and(unsigned*, unsigned);
 unsigned atomic_or(unsigned*, unsigned);
+unsigned atomic_xor(unsigned*, unsigned);
+__half2 atomic_add(__half2*, __half2);
+__nv_bfloat162 atomic_add(__nv_bfloat162*, __nv_bfloat162);
 
 // ---------------------------------------------------------------- warp data exchange
-enum Op { kShfl = 1, kVote, kMatch, kMma, kLdsm, kWgmma, kWgFence, kWgCommit, kWgWait, kRedux, kElect };
+enum Op { kShfl = 1, kVote, kMatch, kMma, kLdsm, kWgmma, kWgCommit, kWgWait, kRedux, kElect };
 struct alignas(16) ShflArg {  // a host compiler may write both numbers as one vector
   uint64_t v, out;
   int src;
 };
 void shfl(uint32_t mask, ShflArg* a);
 uint32_t vote(uint32_t mask, bool pred);
+uint32_t exists(uint32_t mask);                 // without the lanes that a partial last warp lacks
+uint32_t match_any(uint32_t mask, uint64_t v);  // lanes of the mask with the same value
+enum class Reduce { add, min, max, land, lor, lxor };
+uint32_t reduce(uint32_t mask, Reduce, bool is_signed, uint32_t v);
+bool elect_one();
 template <class T>
 inline T shfl_any(uint32_t mask, T v, int src) {
   static_assert(sizeof(T) <= 8);
@@ -158,6 +168,8 @@ void mbar_arrive(uint32_t a, uint32_t count, uint32_t tx);  // a may be shared::
 void mbar_expect_tx(uint32_t a, uint32_t tx);
 bool mbar_try_wait(uint32_t a, uint32_t parity);
 void mbar_wait(uint32_t a, uint32_t parity);
+void mbar_arrive_cp_async(uint32_t a);
+void st_async(uint32_t addr, const float* v, int n, uint32_t mbar);
 void fence_async_proxy(bool global);
 enum class Numbers { none, f32, bf16, f16, f64 };
 struct TensorMap {  // stand-in for CUtensorMap: see common/tensor_map.cuh
@@ -199,7 +211,9 @@ static constexpr int warpSize = 32;
 
 inline void __syncthreads() { ::cusim::sync_block(0, -1, false); }
 inline void __syncwarp(unsigned mask = 0xffffffffu) { ::cusim::sync_warp(mask); }
-inline int __syncthreads_or(int) = delete;
+inline int __syncthreads_count(int p) { return ::cusim::sync_block_count(p != 0); }
+inline int __syncthreads_or(int p) { return ::cusim::sync_block_count(p != 0) != 0; }
+inline int __syncthreads_and(int p) { return ::cusim::sync_block_count(p == 0) == 0; }
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 inline void __threadfence_system() {}
@@ -235,20 +249,39 @@ inline T __shfl_down_sync(unsigned m, T v, unsigned d, int w = 32) {
 }
 inline unsigned __ballot_sync(unsigned m, int p) { return cusim::vote(m, p != 0); }
 inline int __any_sync(unsigned m, int p) { return cusim::vote(m, p != 0) != 0; }
-inline int __all_sync(unsigned m, int p) { return cusim::vote(m, p != 0) == m; }
+inline int __all_sync(unsigned m, int p) { return cusim::vote(m, p == 0) == 0; }
+inline int __uni_sync(unsigned m, int p) {
+  const unsigned yes = cusim::vote(m, p != 0);
+  return yes == 0 || yes == cusim::exists(m);
+}
 template <class T>
-inline T cusim_redux(unsigned m, T v, T (*f)(T, T)) {
-  for (int o = 16; o; o >>= 1) {
-    T u = cusim::shfl_any(m, v, (cusim::cur->lane ^ o));
-    v = f(v, u);
-  }
-  return v;
+inline unsigned __match_any_sync(unsigned m, T v) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8);
+  uint64_t bits = 0;
+  std::memcpy(&bits, &v, sizeof v);
+  return cusim::match_any(m, bits);
 }
-inline unsigned __reduce_add_sync(unsigned m, unsigned v) {
-  return cusim_redux<unsigned>(m, v, [](unsigned a, unsigned b) { return a + b; });
+template <class T>
+inline unsigned __match_all_sync(unsigned m, T v, int* all) {
+  const unsigned same = __match_any_sync(m, v);
+  *all = same == cusim::exists(m);
+  return *all ? same : 0;
 }
-inline int __reduce_max_sync(unsigned m, int v) {
-  return cusim_redux<int>(m, v, [](int a, int b) { return a > b ? a : b; });
+#define CUSIM_REDUCE(name, op)                                                                           \
+  inline unsigned name(unsigned m, unsigned v) { return cusim::reduce(m, cusim::Reduce::op, false, v); } \
+  inline int name(unsigned m, int v) { return int(cusim::reduce(m, cusim::Reduce::op, true, unsigned(v))); }
+CUSIM_REDUCE(__reduce_add_sync, add)
+CUSIM_REDUCE(__reduce_min_sync, min)
+CUSIM_REDUCE(__reduce_max_sync, max)
+#undef CUSIM_REDUCE
+inline unsigned __reduce_and_sync(unsigned m, unsigned v) {
+  return cusim::reduce(m, cusim::Reduce::land, false, v);
+}
+inline unsigned __reduce_or_sync(unsigned m, unsigned v) {
+  return cusim::reduce(m, cusim::Reduce::lor, false, v);
+}
+inline unsigned __reduce_xor_sync(unsigned m, unsigned v) {
+  return cusim::reduce(m, cusim::Reduce::lxor, false, v);
 }
 
 template <class T>
@@ -274,6 +307,14 @@ inline void __stcg(T* p, T v) {
 template <class T>
 inline T atomicAdd(T* p, std::type_identity_t<T> v) {
   return cusim::atomic_add(p, v);
+}
+template <class T>
+inline T atomicSub(T* p, std::type_identity_t<T> v) {
+  return cusim::atomic_add(p, T(-v));
+}
+template <class T>
+inline T atomicXor(T* p, std::type_identity_t<T> v) {
+  return cusim::atomic_xor(p, v);
 }
 template <class T>
 inline T atomicMax(T* p, std::type_identity_t<T> v) {

@@ -18,8 +18,8 @@ __attribute__((noinline)) void cp_async(uint32_t dst, const void* src, int bytes
     fail("cp.async: misaligned address, at %s", where(pc).c_str());
   char* d = smem_ptr(dst, bytes, "cp.async write");
   Copy c{d, (const char*)src, bytes, src_bytes};
-  access_async(d, bytes, true, 1, pc, false);
-  if (src_bytes) access_async(src, src_bytes, false, 1, pc, false);
+  access_async(d, bytes, true, agent_cp_async, pc, false);
+  if (src_bytes) access_async(src, src_bytes, false, agent_cp_async, pc, false);
   if (eager())
     do_copy(c);
   else
@@ -29,7 +29,7 @@ void cp_async_commit() {
   auto* p = cur->p;
   p->copy_groups.push_back(std::move(p->copies_open));
   p->copies_open.clear();
-  p->async_clock[0]++;
+  p->async_clock[agent_cp_async]++;
 }
 void cp_async_wait(int n) {
   auto* p = cur->p;
@@ -39,8 +39,8 @@ void cp_async_wait(int n) {
     for (auto& c : p->copy_groups.front()) do_copy(c);
     p->copy_groups.pop_front();
   }
-  uint32_t done = p->async_clock[0] - 1 - (uint32_t)p->copy_groups.size();
-  if (done > p->async_seen[0]) p->async_seen[0] = done;
+  uint32_t done = p->async_clock[agent_cp_async] - 1 - (uint32_t)p->copy_groups.size();
+  if (done > p->async_seen[agent_cp_async]) p->async_seen[agent_cp_async] = done;
 }
 
 // ---------------------------------------------------------------- mbarrier
@@ -60,6 +60,7 @@ void mbar_init(uint32_t a, uint32_t count) {
   access(p, 8, true, 0, CUSIM_PC);
   Block* b = address_block(a);
   MBarrier m;
+  if (!count || count >= 1u << 20) fail("mbarrier.init: a count of %u", count);
   m.count = m.pending = count;
   b->mbarriers.push_back(m);
   uint32_t v[2] = {kMagic, (uint32_t)b->mbarriers.size() - 1};
@@ -89,6 +90,27 @@ void mbar_arrive(uint32_t a, uint32_t count, uint32_t tx) {
   m.pending -= count;
   mbar_check(m);
 }
+// The copies happen now, the arrival later: whoever reads them before the phase ends is told of a race.
+void mbar_arrive_cp_async(uint32_t a) {
+  mbar_at(a, "cp.async.mbarrier.arrive");
+  access(smem_ptr(a, 8, ""), 8, true, kAtomic, CUSIM_PC);
+  auto* p = cur->p;
+  for (auto& group : p->copy_groups) {
+    for (auto& c : group) do_copy(c);
+    group.clear();
+  }
+  for (auto& c : p->copies_open) do_copy(c);
+  p->copies_open.clear();
+  const uint32_t agent = clock_index(cur, agent_cp_async), clock = p->async_clock[agent_cp_async]++;
+  Block* b = address_block(a);
+  const uint32_t offset = a & 0xFFFFFF;
+  running.async.push_back([=] {
+    uint32_t v[2];
+    memcpy(v, b->window + offset, 8);
+    if (v[0] == kMagic) b->mbarriers[v[1]].pending--;
+    complete_tx(b, offset, 0, agent, clock);
+  });
+}
 void mbar_expect_tx(uint32_t a, uint32_t tx) {
   MBarrier& m = mbar_at(a, "mbarrier.expect_tx");
   access(smem_ptr(a, 8, ""), 8, true, kAtomic, CUSIM_PC);
@@ -103,7 +125,7 @@ bool mbar_try_wait(uint32_t a, uint32_t parity) {
       return true;
     }
   }
-  yield();
+  yield(CUSIM_PC);
   MBarrier& m = mbar_at(a, "mbarrier.try_wait");
   if ((m.phase & 1) != (parity & 1)) {
     clock_acquire(cur, m.done);
@@ -133,11 +155,7 @@ void complete_tx(Block* b, uint32_t off, uint32_t bytes, uint32_t agent, uint32_
   }
   MBarrier& m = b->mbarriers[v[1]];
   m.tx -= bytes;
-  if (checks_on) {
-    m.pend = m.pend ? std::make_shared<Clock>(*m.pend) : new_clock();
-    auto& x = (*m.pend)[agent];
-    x = std::max(x, clock);
-  }
+  clock_add_agent(m.pend, agent, clock);
   mbar_check(m);
 }
 

@@ -40,13 +40,13 @@ static T rmw(T* p, T (*f)(T, T), T v, bool sync, void* pc) {
     access(p, sizeof(T), false, kAtomic, CUSIM_PC);                           \
     sync_point(p, true, false);                                               \
     T o = *p;                                                                 \
-    yield();                                                                  \
+    yield(CUSIM_PC);                                                          \
     return o;                                                                 \
   }                                                                           \
   T load_relaxed(const T* p) {                                                \
     access(p, sizeof(T), false, kAtomic, CUSIM_PC);                           \
     T o = *p;                                                                 \
-    yield();                                                                  \
+    yield(CUSIM_PC);                                                          \
     return o;                                                                 \
   }                                                                           \
   void store_release(T* p, T v) {                                             \
@@ -71,6 +71,20 @@ int atomic_and(int* p, int v) {
 }
 int atomic_or(int* p, int v) {
   return rmw<int>(p, [](int a, int b) { return a | b; }, v, true, CUSIM_PC);
+}
+int atomic_xor(int* p, int v) {
+  return rmw<int>(p, [](int a, int b) { return a ^ b; }, v, true, CUSIM_PC);
+}
+unsigned atomic_xor(unsigned* p, unsigned v) {
+  return rmw<unsigned>(p, [](unsigned a, unsigned b) { return a ^ b; }, v, true, CUSIM_PC);
+}
+// Each half is atomic, the pair need not be.
+__half2 atomic_add(__half2* p, __half2 v) {
+  return rmw<__half2>(p, [](__half2 a, __half2 b) { return __hadd2(a, b); }, v, false, CUSIM_PC);
+}
+__nv_bfloat162 atomic_add(__nv_bfloat162* p, __nv_bfloat162 v) {
+  return rmw<__nv_bfloat162>(
+      p, [](__nv_bfloat162 a, __nv_bfloat162 b) { return __hadd2(a, b); }, v, false, CUSIM_PC);
 }
 unsigned atomic_and(unsigned* p, unsigned v) {
   return rmw<unsigned>(p, [](unsigned a, unsigned b) { return a & b; }, v, true, CUSIM_PC);

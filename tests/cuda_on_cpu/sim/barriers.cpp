@@ -13,6 +13,8 @@ static void bar_complete(Barrier& b, Thread* except) {
   b.arr.clear();
   b.arrived = 0;
   b.expected = 0;
+  b.counted = b.counting;
+  b.counting = 0;
 }
 static void check_exit_strict(Block* b, void* pc) {
   if (opt.strict_barrier && b->live != (int)b->threads.size() && !b->warned_exit) {
@@ -42,6 +44,12 @@ __attribute__((noinline)) void sync_block(int id, int n, bool arrive_only) {
   }
   if (r.arrived > expect) fail("bar.sync %d: too many arrivals", id);
   if (!arrive_only) park("bar.sync", id, CUSIM_PC);
+}
+__attribute__((noinline)) int sync_block_count(bool predicate) {
+  Barrier& r = cur->blk->bar[0];
+  r.counting += predicate;
+  sync_block(0, -1, false);
+  return r.counted;  // the next count is not complete before all have read this one
 }
 void sync_grid() {
   if (!running.config.cooperative) fail("grid sync in a non-cooperative launch");
@@ -81,6 +89,10 @@ void thread_exit() {
   Thread* me = cur;
   Block* b = me->blk;
   me->p->status = ThreadState::Done;
+  if (!me->p->bulk_open.empty() || !me->p->bulk_groups.empty())
+    fail(
+        "a thread exits while its bulk stores may still read shared memory (bulk_commit and bulk_wait_read "
+        "first)");
   me->wp->exited |= 1u << me->lane;
   b->live--;
   running.live--;

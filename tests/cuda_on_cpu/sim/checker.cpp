@@ -73,8 +73,10 @@ static const Thread* thread_by(uint32_t agent) {
 static bool resident(const Access& a) { return a.run >= cur->blk->run_id; }
 static std::string who_did(const Access& a) {
   if (!resident(a)) return "an earlier block";
-  static const char* kind[clocks_a_thread] = {"", "cp.async of ", "bulk copy of ", "wgmma of "};
-  return std::string(kind[a.agent / running.threads]) + who(thread_by(a.agent));
+  static const char* kind[agents] = {
+      "", "cp.async of ", "bulk copy of ", "wgmma of ", "bulk store (reading) of ", "bulk store of "};
+  const uint32_t slot = a.agent / uint32_t(running.threads);
+  return kind[slot ? running.agent_at[slot] : 0] + who(thread_by(a.agent));
 }
 static void race(const char* kind, const char* memory, uint64_t off, const Access& earlier, void* pc,
                  bool async) {
@@ -218,7 +220,7 @@ void check_access(const void* p, size_t n, bool write, int flags, void* pc, int 
   const uintptr_t a = (uintptr_t)p;
   const Access me{cur->blk->run_id,
                   clock,
-                  uint32_t(cur->gid + agent * running.threads),
+                  clock_index(cur, agent),
                   (uint32_t)((uintptr_t)pc - code_base),
                   uint16_t(flags | (write ? kWrite : 0)),
                   0};

@@ -7,34 +7,38 @@
 
 namespace cusim {
 void clock_max(Clock& a, const Clock& b) {
-  for (size_t i = 0; i < a.size(); i++)
+  if (a.size() < b.size()) a.resize(b.size());
+  for (size_t i = 0; i < b.size(); i++)
     if (b[i] > a[i]) a[i] = b[i];
 }
 
-ClockRef new_clock() { return std::make_shared<Clock>(clocks_a_thread * running.threads, 0); }
-static void clock_export(const Thread* t, Clock& v) {  // v |= clock of t
-  if (t->p->base) clock_max(v, *t->p->base);
+static size_t clock_size() { return size_t(1 + running.slots) * size_t(running.threads); }
+ClockRef new_clock() { return std::make_shared<Clock>(clock_size()); }
+ClockRef copy_clock(const ClockRef& v) {
+  if (!v) return new_clock();
+  auto copy = std::make_shared<Clock>(*v);
+  if (copy->size() < clock_size()) copy->resize(clock_size());
+  return copy;
+}
+// v |= what t knows of itself and of its agents.
+static void add_own(const Thread* t, Clock& v) {
   v[t->gid] = std::max(v[t->gid], t->p->clock);
-  for (int k = 0; k < async_agents; k++) {
-    auto& x = v[(k + 1) * running.threads + t->gid];
-    x = std::max(x, t->p->async_seen[k]);
+  for (int slot = 1; slot <= running.slots; slot++) {
+    auto& x = v[slot * running.threads + t->gid];
+    x = std::max(x, t->p->async_seen[running.agent_at[slot]]);
   }
 }
 void clock_barrier(const std::vector<Thread*>& a, const std::vector<Thread*>* release_only) {
   if (!checks_on) return;
   auto v = new_clock();
-  const Clock* lastb = nullptr;
-  auto add = [&](Thread* t) {
-    const Clock* b = t->p->base.get();
-    if (b && b != lastb) {
-      clock_max(*v, *b);
-      lastb = b;
+  const Clock* last = nullptr;  // threads of a block mostly share one
+  const auto add = [&](Thread* t) {
+    const Clock* base = t->p->base.get();
+    if (base && base != last) {
+      clock_max(*v, *base);
+      last = base;
     }
-    (*v)[t->gid] = std::max((*v)[t->gid], t->p->clock);
-    for (int k = 0; k < async_agents; k++) {
-      auto& x = (*v)[(k + 1) * running.threads + t->gid];
-      x = std::max(x, t->p->async_seen[k]);
-    }
+    add_own(t, *v);
   };
   for (Thread* t : a) add(t);
   if (release_only)
@@ -49,17 +53,25 @@ void clock_barrier(const std::vector<Thread*>& a, const std::vector<Thread*>* re
 }
 void clock_release(Thread* t, ClockRef& v) {
   if (!checks_on) return;
-  v = v ? std::make_shared<Clock>(*v) : new_clock();
-  clock_export(t, *v);
+  v = copy_clock(v);
+  if (t->p->base) clock_max(*v, *t->p->base);
+  add_own(t, *v);
   t->p->clock++;
+}
+void clock_add_agent(ClockRef& v, uint32_t index, uint32_t clock) {
+  if (!checks_on) return;
+  v = copy_clock(v);
+  (*v)[index] = std::max((*v)[index], clock);
 }
 void clock_acquire(Thread* t, const ClockRef& v) {
   if (!checks_on || !v) return;
-  auto n = std::make_shared<Clock>(*v);
+  auto n = copy_clock(v);
   if (t->p->base) clock_max(*n, *t->p->base);
   t->p->base = n;
-  for (int k = 0; k < async_agents; k++)
-    t->p->async_seen[k] = std::max(t->p->async_seen[k], (*n)[(k + 1) * running.threads + t->gid]);
+  for (int slot = 1; slot <= running.slots; slot++) {
+    uint32_t& seen = t->p->async_seen[running.agent_at[slot]];
+    seen = std::max(seen, (*n)[slot * running.threads + t->gid]);
+  }
 }
 
 }  // namespace cusim

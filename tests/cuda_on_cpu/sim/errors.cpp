@@ -71,7 +71,28 @@ static std::string where_raw(void* pc) {
   return first.empty() ? "?" : first;
 }
 
-// ---------------------------------------------------------------- kernels that ran
+// ---------------------------------------------------------------- names of kernels
+static std::string symbol_of(const void* kernel) {
+  std::string name = "?";
+  for_each_frame(const_cast<void*>(kernel), [&](const std::string& function, const std::string&) {
+    name = function;  // the outermost frame is the kernel itself
+    return true;
+  });
+  return name;
+}
+// `kernel<float, 1>` of `void pyseqnet::(anonymous namespace)::kernel<float, 1>(float const*, ...)`.
+static std::string short_name(std::string name) {
+  for (const char* part : {"(anonymous namespace)::", "pyseqnet::", "void "})
+    for (size_t at; (at = name.find(part)) != std::string::npos;) name.erase(at, strlen(part));
+  int depth = 0;
+  for (size_t i = 0; i < name.size(); i++) {
+    if (name[i] == '<') depth++;
+    if (name[i] == '>') depth--;
+    if (name[i] == '(' && !depth) return name.substr(0, i);
+  }
+  return name;
+}
+
 static std::set<const void*> launched;
 void note_launch(const void* kernel) { launched.insert(kernel); }
 void append_launched_kernels(const char* path) {
@@ -80,14 +101,7 @@ void append_launched_kernels(const char* path) {
     fprintf(stderr, "cusim: cannot write %s\n", path);
     exit(2);
   }
-  for (const void* kernel : launched) {
-    std::string name = "?";
-    for_each_frame(const_cast<void*>(kernel), [&](const std::string& function, const std::string&) {
-      name = function;  // the outermost frame is the kernel itself
-      return true;
-    });
-    fprintf(f, "%s\n", name.c_str());
-  }
+  for (const void* kernel : launched) fprintf(f, "%s\n", symbol_of(kernel).c_str());
   fclose(f);
 }
 
@@ -99,10 +113,14 @@ std::string who(const Thread* t) {
   return b;
 }
 void record(const std::string& s) {
-  if (!errors++)
-    error_text = s;
-  else if (errors <= 5)
-    error_text += "\n" + s;
+  constexpr int kept = 5;
+  if (++errors > kept) return;
+  if (!error_text.empty()) error_text += "\n";
+  if (running.kernel && !running.named) {
+    error_text += "kernel " + short_name(symbol_of(running.kernel)) + ": ";
+    running.named = true;
+  }
+  error_text += s;
 }
 void report(const char* fmt, ...) {
   char b[2000];

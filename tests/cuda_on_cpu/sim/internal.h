@@ -34,9 +34,17 @@
 namespace cusim {
 
 // ---------------------------------------------------------------- vector clocks
-// Index i < threads: that thread. Index k * threads + i, k = 1..3: the asynchronous agent k of thread i
-// (cp.async, bulk copies, wgmma), which runs beside it and is joined by the matching wait.
-constexpr int async_agents = 3, clocks_a_thread = 1 + async_agents;
+// Index i < threads: thread i. Behind them, as many again for each kind of asynchronous agent that the launch
+// has used so far: the agent of thread i runs beside it, and is joined by the matching wait.
+enum Agent {
+  no_agent,
+  agent_cp_async,
+  agent_bulk_load,
+  agent_wgmma,
+  agent_bulk_read,
+  agent_bulk_write,
+  agents
+};
 using Clock = std::vector<uint32_t>;
 using ClockRef = std::shared_ptr<Clock>;
 
@@ -70,7 +78,11 @@ struct ThreadState {
   std::deque<std::vector<std::function<void()>>> bulk_groups;
   ClockRef base;  // what this thread knows of the others; its own time is `clock`
   uint32_t clock = 1, fence_clock = 0, global_fence_clock = 0;  // fences: of fence.proxy.async
-  uint32_t async_clock[async_agents] = {1, 1, 1}, async_seen[async_agents] = {0, 0, 0};
+  // By kind of agent: its time, and until when this thread has waited for it.
+  uint32_t async_clock[agents], async_seen[agents] = {};
+  ThreadState() {
+    for (uint32_t& c : async_clock) c = 1;
+  }
 };
 struct Collective {
   uint32_t mask, arrived;
@@ -90,6 +102,7 @@ struct Warp {
 };
 struct Barrier {
   int arrived = 0, expected = 0;
+  int counting = 0, counted = 0;  // of __syncthreads_count: this time, last time
   std::vector<Thread*> wait, arr;
 };
 struct MBarrier {
@@ -131,6 +144,8 @@ struct Cluster {
 // The launch that runs, and the blocks of it that are resident now.
 struct Running {
   Config config;
+  const void* kernel = nullptr;
+  bool named = false;  // a report has told the kernel's name
   void (*thunk)(void*) = nullptr;
   void* arg = nullptr;
   int policy = 1;
@@ -146,6 +161,8 @@ struct Running {
   int runnable = 0;
   std::vector<std::function<void()>> async;  // transfers under way
   Barrier grid_bar;
+  int slots = 0;  // kinds of agents in use, and where their clocks lie
+  int slot_of[agents] = {}, agent_at[agents] = {};
   uint64_t idle = 0;  // yields since anything made progress
   bool aborted = false;
   uint32_t set_id = 0;
@@ -180,15 +197,27 @@ void release_waiters(std::vector<Thread*>&, Thread* except);
 // ---------------------------------------------------------------- clocks.cpp
 void clock_max(Clock& a, const Clock& b);
 ClockRef new_clock();
+ClockRef copy_clock(const ClockRef&);  // with room for all agents
 void clock_barrier(const std::vector<Thread*>& a, const std::vector<Thread*>* release_only = nullptr);
 void clock_release(Thread*, ClockRef&);
 void clock_acquire(Thread*, const ClockRef&);
+void clock_add_agent(ClockRef&, uint32_t index, uint32_t clock);
+// The place of an agent in a clock.
+inline uint32_t clock_index(const Thread* t, int agent) {
+  if (!agent) return uint32_t(t->gid);
+  int& slot = running.slot_of[agent];
+  if (!slot) running.agent_at[slot = ++running.slots] = agent;
+  return uint32_t(slot * running.threads + t->gid);
+}
+// The clock that t knows of `index`.
 inline uint32_t clock_get(const Thread* t, uint32_t index) {
-  const ThreadState* p = t->p;
-  if ((int)index == t->gid) return ~0u;
-  for (int k = 0; k < async_agents; k++)
-    if ((int)index == (k + 1) * running.threads + t->gid) return p->async_seen[k];
-  return p->base ? (*p->base)[index] : 0;
+  const uint32_t threads = uint32_t(running.threads);
+  if (index % threads == uint32_t(t->gid)) {
+    const uint32_t slot = index / threads;
+    return slot ? t->p->async_seen[running.agent_at[slot]] : ~0u;
+  }
+  const Clock* base = t->p->base.get();
+  return base && index < base->size() ? (*base)[index] : 0;
 }
 
 // ---------------------------------------------------------------- memory.cpp
@@ -225,10 +254,9 @@ void check_access(const void* p, size_t n, bool write, int flags, void* pc, int 
 inline void access(const void* p, size_t n, bool write, int flags, void* pc) {
   if (cur && checks_on) check_access(p, n, write, flags, pc, 0, cur->p->clock, false);
 }
-// An access by the asynchronous agent 1..3 of the running thread.
+// An access by an asynchronous agent of the running thread.
 inline void access_async(const void* p, size_t n, bool write, int agent, void* pc, bool async_proxy) {
-  if (cur && checks_on)
-    check_access(p, n, write, kAsync, pc, agent, cur->p->async_clock[agent - 1], async_proxy);
+  if (cur && checks_on) check_access(p, n, write, kAsync, pc, agent, cur->p->async_clock[agent], async_proxy);
 }
 // An atomic or acquire/release access to p orders threads, and blocks that are not resident together.
 void sync_point(const void* p, bool acquire, bool release);

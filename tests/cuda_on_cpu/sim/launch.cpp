@@ -232,9 +232,13 @@ int run(const Config& c, const void* kernel, void (*thunk)(void*), void* arg) {
   init_memory();
   rng_seed(opt.seed);
   running.config = c;
+  running.kernel = kernel;
+  running.named = false;
   running.thunk = thunk;
   running.arg = arg;
   running.aborted = false;
+  running.slots = 0;
+  std::fill(std::begin(running.slot_of), std::end(running.slot_of), 0);
   constexpr int rotation[] = {kRandom, kPct, kRandom, kPct, kReverse, kInOrder};
   running.policy = opt.policy == kAuto ? rotation[(opt.seed + 5) % 6] : opt.policy;
   launch_counter++;
@@ -263,6 +267,7 @@ int run(const Config& c, const void* kernel, void (*thunk)(void*), void* arg) {
     running.active = false;
     sigaction(SIGSEGV, &previous, nullptr);
   }
+  running.kernel = nullptr;
   stats.seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   return errors > errors_before;
 }

@@ -49,29 +49,37 @@ static Thread* take(int p, int lane) {
   running.runnable--;
   return running.warps[running.warp_at[p]]->t[lane];
 }
-static void describe_deadlock(std::string& s) {
-  std::map<std::string, int> m;
+// Who waits where: a line for each block and place, with the first thread.
+static std::string waiting() {
+  struct Group {
+    int lanes = 0;
+    const Thread* first = nullptr;
+  };
+  std::map<std::string, Group> groups;
   for (auto& b : running.blocks)
-    for (Thread* t : b->threads)
-      if (t->p->status == ThreadState::Wait) {
-        char k[200];
-        snprintf(k, sizeof k, "block(%u,%u,%u): %s(%llu) at %s", b->bid.x, b->bid.y, b->bid.z,
-                 t->p->waits_for, (unsigned long long)t->p->waits_arg, where(t->p->waits_pc).c_str());
-        m[k]++;
-      }
-  int n = 0;
-  for (auto& [k, c] : m) {
-    if (n++ == 12) {
-      s += "\n  ...";
-      break;
+    for (Thread* t : b->threads) {
+      if (t->p->status != ThreadState::Wait) continue;
+      char place[300];
+      snprintf(place, sizeof place, "%s(%llu) at %s", t->p->waits_for, (unsigned long long)t->p->waits_arg,
+               where(t->p->waits_pc).c_str());
+      char block[64];
+      snprintf(block, sizeof block, "block(%u,%u,%u)", b->bid.x, b->bid.y, b->bid.z);
+      Group& g = groups[std::string(block) + ": " + place];
+      if (!g.lanes++) g.first = t;
     }
-    s += "\n  " + std::to_string(c) + " lanes " + k;
+  constexpr int shown = 12;
+  std::string s;
+  int n = 0;
+  for (auto& [place, g] : groups) {
+    if (n++ == shown) return s + "\n  ...";
+    char thread[64];
+    snprintf(thread, sizeof thread, "thread(%u,%u,%u)", g.first->tid.x, g.first->tid.y, g.first->tid.z);
+    s += "\n  " + std::to_string(g.lanes) + " lanes from " + thread + " on, " + place;
   }
+  return s;
 }
 [[noreturn]] static void deadlock() {
-  std::string s = "DEADLOCK: no thread can run";
-  describe_deadlock(s);
-  record(s);
+  record("DEADLOCK: no thread can run" + waiting());
   running.aborted = true;
   leave_to_main();
 }
@@ -153,12 +161,14 @@ void park(const char* why, uint64_t arg, void* pc) {
   cur = nx;
   switch_to(me->p->context, nx->p->context);
 }
-void yield() {
+__attribute__((noinline)) void yield(void* pc) {
   if (!cur) return;
+  if (!pc) pc = CUSIM_PC;
   Thread* me = cur;
   wake(me);
   if (++running.idle > yields_of_a_livelock)
-    fail("LIVELOCK: threads only spin (%d yields without progress)", yields_of_a_livelock);
+    fail("LIVELOCK: threads only spin (%d yields without progress), one of them at %s%s",
+         yields_of_a_livelock, where(pc).c_str(), waiting().c_str());
   Thread* nx = pick(true);
   if (nx == me) {
     me->p->status = ThreadState::Run;

@@ -165,7 +165,7 @@ static void post(std::function<void()> f) {
   else
     running.async.push_back(std::move(f));
 }
-static uint32_t copy_agent() { return 2 * running.threads + cur->gid; }
+static uint32_t copy_agent() { return clock_index(cur, agent_bulk_load); }
 static constexpr uint32_t offset_of(uint32_t shared_address) { return shared_address & 0xFFFFFF; }
 
 // Shared memory is moved in chunks of 16 bytes: what a swizzle exchanges.
@@ -202,13 +202,14 @@ static void load_box(uint32_t dst, const TensorMap& m, Box&& found, uint32_t mba
   const uint32_t offset = offset_of(dst), bar_offset = offset_of(mbar), bytes = found.bytes();
   for (Block* b : targets) {
     check_destination(m, offset, bytes, b, pc, "write");
-    access_async(b->window + offset, bytes, true, 2, pc, true);
+    access_async(b->window + offset, bytes, true, agent_bulk_load, pc, true);
   }
   for (const Row& row : found.rows)
-    if (row.global) access_async(row.global, (row.end - row.first) * m.element_bytes, false, 2, pc, true);
+    if (row.global)
+      access_async(row.global, (row.end - row.first) * m.element_bytes, false, agent_bulk_load, pc, true);
   mbar_at(mbar, "TMA completion");
   Block* bar_block = blocks ? nullptr : address_block(mbar);
-  const uint32_t agent = copy_agent(), clock = cur->p->async_clock[1]++;
+  const uint32_t agent = copy_agent(), clock = cur->p->async_clock[agent_bulk_load]++;
   post([=, box = std::move(found)] {
     for (Block* b : targets) {
       for (uint32_t r = 0; r < box.rows.size(); r++)
@@ -240,10 +241,11 @@ __attribute__((noinline)) void bulk_load(uint32_t dst, const void* src, uint32_t
   if (dst % 16 || bytes % 16 || (uintptr_t)src % 16)
     fail("cp.async.bulk: an address or the size is not a multiple of 16, at %s", where(pc).c_str());
   char* d = smem_ptr(dst, bytes, "cp.async.bulk write");
-  access_async(d, bytes, true, 2, pc, true);
-  access_async(src, bytes, false, 2, pc, true);
+  access_async(d, bytes, true, agent_bulk_load, pc, true);
+  access_async(src, bytes, false, agent_bulk_load, pc, true);
   mbar_at(mbar, "bulk completion");
-  const uint32_t agent = copy_agent(), clock = cur->p->async_clock[1]++, bar_offset = offset_of(mbar);
+  const uint32_t agent = copy_agent(), clock = cur->p->async_clock[agent_bulk_load]++,
+                 bar_offset = offset_of(mbar);
   Block* b = address_block(mbar);
   post([=] {
     memcpy(d, src, bytes);
@@ -279,7 +281,8 @@ static void add_to(char* to, const char* from, uint32_t bytes, Numbers numbers) 
 }
 static void note_write(const void* p, size_t bytes, bool add, void* pc) {
   if (checks_on)
-    check_access(p, bytes, true, kAsync | (add ? kAtomic : 0), pc, 2, cur->p->async_clock[1], true);
+    check_access(p, bytes, true, kAsync | (add ? kAtomic : 0), pc, agent_bulk_write,
+                 cur->p->async_clock[agent_bulk_write], true);
 }
 __attribute__((noinline)) void tma_store(const TensorMap* map, uint32_t src, int rank, const int* at,
                                          bool add) {
@@ -290,7 +293,7 @@ __attribute__((noinline)) void tma_store(const TensorMap* map, uint32_t src, int
   Block* b = cur->blk;
   const uint32_t offset = offset_of(src);
   check_destination(m, offset, box.bytes(), b, pc, "read");
-  access_async(b->window + offset, box.bytes(), false, 2, pc, true);
+  access_async(b->window + offset, box.bytes(), false, agent_bulk_read, pc, true);
   for (const Row& row : box.rows)
     if (row.global) note_write(row.global, (row.end - row.first) * m.element_bytes, add, pc);
   cur->p->bulk_open.push_back([=, box = std::move(box)] {
@@ -314,7 +317,7 @@ __attribute__((noinline)) void bulk_store(void* dst, uint32_t src, uint32_t byte
   if (src % 16 || bytes % 16 || (uintptr_t)dst % 16)
     fail("cp.async.bulk: an address or the size is not a multiple of 16, at %s", where(pc).c_str());
   const char* s = smem_ptr(src, bytes, "cp.async.bulk read");
-  access_async(s, bytes, false, 2, pc, true);
+  access_async(s, bytes, false, agent_bulk_read, pc, true);
   note_write(dst, bytes, add != Numbers::none, pc);
   cur->p->bulk_open.push_back([=] {
     if (add == Numbers::none)
@@ -323,20 +326,48 @@ __attribute__((noinline)) void bulk_store(void* dst, uint32_t src, uint32_t byte
       add_to((char*)dst, s, bytes, add);
   });
 }
+// Stores into the memory of a block of the cluster.
+__attribute__((noinline)) void st_async(uint32_t addr, const float* v, int n, uint32_t mbar) {
+  void* pc = CUSIM_PC;
+  const uint32_t bytes = uint32_t(n) * 4;
+  if (addr % bytes) fail("st.async: the address is not a multiple of %u, at %s", bytes, where(pc).c_str());
+  if (address_block(addr) != address_block(mbar))
+    fail("st.async: address and mbarrier belong to different blocks, at %s", where(pc).c_str());
+  char* d = smem_ptr(addr, bytes, "st.async");
+  access_async(d, bytes, true, agent_bulk_load, pc, false);
+  mbar_at(mbar, "st.async");
+  const uint32_t agent = copy_agent(), clock = cur->p->async_clock[agent_bulk_load]++,
+                 bar_offset = offset_of(mbar);
+  Block* b = address_block(mbar);
+  std::vector<float> values(v, v + n);
+  post([=] {
+    memcpy(d, values.data(), bytes);
+    complete_tx(b, bar_offset, bytes, agent, clock);
+  });
+}
+
+// Stores of a group happen at the first wait that covers it. A wait for reads joins the reads of shared memory
+// only: whoever uses the results must wait for the whole.
 void bulk_commit() {
   auto* p = cur->p;
   p->bulk_groups.push_back(std::move(p->bulk_open));
   p->bulk_open.clear();
-  p->async_clock[1]++;
+  p->async_clock[agent_bulk_read]++;
+  p->async_clock[agent_bulk_write]++;
 }
-void bulk_wait(int n, bool) {
+void bulk_wait(int n, bool read) {
   auto* p = cur->p;
   while ((int)p->bulk_groups.size() > n) {
     for (auto& f : p->bulk_groups.front()) f();
     p->bulk_groups.pop_front();
     stats.async_ops++;
   }
-  if (n == 0) p->async_seen[1] = p->async_clock[1] - 1;
+  const auto join = [&](int agent) {
+    const uint32_t done = p->async_clock[agent] - 1 - (uint32_t)p->bulk_groups.size();
+    p->async_seen[agent] = std::max(p->async_seen[agent], done);
+  };
+  join(agent_bulk_read);
+  if (!read) join(agent_bulk_write);
 }
 
 }  // namespace cusim

@@ -65,23 +65,79 @@ void shfl(uint32_t mask, ShflArg* a) {
     collective_release(mask);
   }
 }
-uint32_t vote(uint32_t mask, bool pred) {
-  struct V {
-    bool p;
-    uint32_t out;
-  } v{pred, 0};
-  if (collective_arrive(mask, kVote, &v)) {
+uint32_t exists(uint32_t mask) { return mask & cur->wp->exists; }
+
+// The lanes of the mask bring a value each; the last to come calls compute(lanes, lane -> its Exchange).
+struct Exchange {
+  uint64_t in;
+  uint32_t out;
+};
+template <class Compute>
+static uint32_t exchange(uint32_t mask, int op, uint64_t value, const Compute& compute) {
+  Exchange mine{value, 0};
+  if (collective_arrive(mask, op, &mine)) {
     Warp* w = cur->wp;
-    uint32_t r = 0;
-    mask &= w->exists;
-    for (uint32_t m = mask; m; m &= m - 1) {
-      int l = __builtin_ctz(m);
-      if (((V*)w->arg[l])->p) r |= 1u << l;
-    }
-    for (uint32_t m = mask; m; m &= m - 1) ((V*)w->arg[__builtin_ctz(m)])->out = r;
+    compute(mask & w->exists, [w](int lane) -> Exchange& { return *(Exchange*)w->arg[lane]; });
     collective_release(mask);
   }
-  return v.out;
+  return mine.out;
+}
+template <class Body>
+static void for_lanes(uint32_t lanes, const Body& body) {
+  for (uint32_t m = lanes; m; m &= m - 1) body(__builtin_ctz(m));
+}
+uint32_t vote(uint32_t mask, bool pred) {
+  return exchange(mask, kVote, pred, [](uint32_t lanes, const auto& at) {
+    uint32_t yes = 0;
+    for_lanes(lanes, [&](int l) { yes |= uint32_t(at(l).in) << l; });
+    for_lanes(lanes, [&](int l) { at(l).out = yes; });
+  });
+}
+uint32_t match_any(uint32_t mask, uint64_t v) {
+  return exchange(mask, kMatch, v, [](uint32_t lanes, const auto& at) {
+    for_lanes(lanes, [&](int l) {
+      at(l).out = 0;
+      for_lanes(lanes, [&](int k) { at(l).out |= uint32_t(at(k).in == at(l).in) << k; });
+    });
+  });
+}
+uint32_t reduce(uint32_t mask, Reduce op, bool is_signed, uint32_t v) {
+  return exchange(mask, kRedux, v, [=](uint32_t lanes, const auto& at) {
+    const auto less = [&](uint32_t a, uint32_t b) { return is_signed ? int(a) < int(b) : a < b; };
+    uint32_t r = uint32_t(at(__builtin_ctz(lanes)).in);
+    for_lanes(lanes & (lanes - 1), [&](int l) {
+      const uint32_t x = uint32_t(at(l).in);
+      switch (op) {
+        case Reduce::add:
+          r += x;
+          break;
+        case Reduce::min:
+          r = less(x, r) ? x : r;
+          break;
+        case Reduce::max:
+          r = less(r, x) ? x : r;
+          break;
+        case Reduce::land:
+          r &= x;
+          break;
+        case Reduce::lor:
+          r |= x;
+          break;
+        case Reduce::lxor:
+          r ^= x;
+          break;
+      }
+    });
+    for_lanes(lanes, [&](int l) { at(l).out = r; });
+  });
+}
+// Any lane, but the same in all calls of a launch.
+bool elect_one() {
+  return exchange(~0u, kElect, 0, [](uint32_t lanes, const auto& at) {
+    const int count = __builtin_popcount(lanes), chosen = int((opt.seed * 7 + 3) % uint64_t(count));
+    int i = 0;
+    for_lanes(lanes, [&](int l) { at(l).out = i++ == chosen; });
+  });
 }
 
 }  // namespace cusim

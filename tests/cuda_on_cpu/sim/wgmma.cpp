@@ -102,7 +102,7 @@ static void note_operand(const WgmmaOp& op, uint64_t d, bool mn_major, int row0,
     const uint32_t a = element_address(d, mn_major, size, row, k);
     if (!shared_valid(b, a, 16))
       fail("OUT OF BOUNDS: wgmma operand at shared offset %u, at %s", a, where(pc).c_str());
-    if (checks_on) access_async(b->window + a, 16, false, 3, pc, true);
+    if (checks_on) access_async(b->window + a, 16, false, agent_wgmma, pc, true);
   };
   if (mn_major)
     for (int k = 0; k < op.k(); k++)
@@ -159,7 +159,7 @@ void wgmma_commit() {
     Warp* w = cur->wp;
     w->wgmma_groups.push_back(std::move(w->wgmma_open));
     w->wgmma_open.clear();
-    for (auto* t : w->t) t->p->async_clock[2]++;
+    for (auto* t : w->t) t->p->async_clock[agent_wgmma]++;
     collective_release(~0u);
   }
 }
@@ -177,7 +177,8 @@ void wgmma_wait(int n) {
       w->wgmma_groups.pop_front();
     }
     w->wgmma_fenced = false;
-    for (auto* t : w->t) t->p->async_seen[2] = t->p->async_clock[2] - 1 - (uint32_t)w->wgmma_groups.size();
+    for (auto* t : w->t)
+      t->p->async_seen[agent_wgmma] = t->p->async_clock[agent_wgmma] - 1 - (uint32_t)w->wgmma_groups.size();
     collective_release(~0u);
   }
   Block* b = cur->blk;
@@ -191,26 +192,18 @@ void wgmma_wait(int n) {
   }
   if (checks_on)
     for (int w = 0; w < 4; w++) {
-      ClockRef v = new_clock();
-      for (Thread* t : b->warps[g * 4 + w]->t)
-        if (t->p->base) clock_max(*v, *t->p->base);  // bases of one warp are (nearly) equal
-      bool same = true;
-      for (Thread* t : b->warps[g * 4 + w]->t) same &= t->p->base == b->warps[g * 4 + w]->t[0]->p->base;
-      auto add = [&](Clock& x) {
-        for (Thread* t : r.wait) {
-          auto& e = x[3 * running.threads + t->gid];
-          e = std::max(e, t->p->async_seen[2]);
+      ClockRef before, after;  // threads of a warp mostly share one clock
+      for (Thread* t : b->warps[g * 4 + w]->t) {
+        if (!after || t->p->base != before) {
+          before = t->p->base;
+          after = copy_clock(before);
+          for (Thread* u : r.wait) {
+            auto& known = (*after)[clock_index(u, agent_wgmma)];
+            known = std::max(known, u->p->async_seen[agent_wgmma]);
+          }
         }
-      };
-      if (same) {
-        add(*v);
-        for (Thread* t : b->warps[g * 4 + w]->t) t->p->base = v;
-      } else
-        for (Thread* t : b->warps[g * 4 + w]->t) {
-          auto x = t->p->base ? std::make_shared<Clock>(*t->p->base) : new_clock();
-          add(*x);
-          t->p->base = x;
-        }
+        t->p->base = after;
+      }
     }
   for (Thread* t : r.wait)
     if (t != cur) wake(t);
