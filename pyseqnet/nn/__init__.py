@@ -1,11 +1,21 @@
 """Layers with torch.nn's constructors, parameters and results, computed by pyseqnet's kernels."""
 
+from pyseqnet.nn.additive import AdditiveAttention, LocationAwareAttention, LocationState
 from pyseqnet.nn.attention import MultiheadAttention
+from pyseqnet.nn.cache import (
+    DecodingState,
+    KeyValueCache,
+    LayerState,
+    MemoryCache,
+    PreallocatedCache,
+    RecurrentCache,
+)
 from pyseqnet.nn.conv import Conv1d, Conv1dReLU, Conv2d, Conv2dReLU, Conv2dReLUMaxPool2d
-from pyseqnet.nn.linear_attention import LinearAttention
+from pyseqnet.nn.linear_attention import LinearAttention, LinearMultiheadAttention
 from pyseqnet.nn.norm import LayerNorm
 from pyseqnet.nn.pool import MaxPool1d, MaxPool2d
 from pyseqnet.nn.position import LearnedPositions, SinusoidalPositions
+from pyseqnet.nn.power_norm import PowerNorm
 from pyseqnet.nn.recurrent import GRU, LSTM, RNN, GRUCell, JordanRNN, JordanRNNCell, LSTMCell, RNNCell
 from pyseqnet.nn.sequential import Sequential
 from pyseqnet.nn.transformer import (
@@ -20,22 +30,33 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "AdditiveAttention",
     "Conv1d",
     "Conv1dReLU",
     "Conv2d",
     "Conv2dReLU",
     "Conv2dReLUMaxPool2d",
+    "DecodingState",
     "GRUCell",
     "JordanRNN",
     "JordanRNNCell",
+    "KeyValueCache",
     "LSTMCell",
     "LayerNorm",
+    "LayerState",
     "LearnedPositions",
     "LinearAttention",
+    "LinearMultiheadAttention",
+    "LocationAwareAttention",
+    "LocationState",
     "MaxPool1d",
     "MaxPool2d",
+    "MemoryCache",
     "MultiheadAttention",
+    "PowerNorm",
+    "PreallocatedCache",
     "RNNCell",
+    "RecurrentCache",
     "Sequential",
     "SinusoidalPositions",
     "Transformer",

@@ -20,6 +20,7 @@ from torch.nn.functional import linear
 from torch.nn.functional import pad as _torch_pad
 
 from pyseqnet import functional as F
+from pyseqnet.nn.cache import KeyValueCache, MemoryCache, PreallocatedCache
 
 
 def agreed_masks(
@@ -100,6 +101,13 @@ def _merged(padding: Tensor | None, mask: Tensor | None, heads: int, extra_keys:
     return ~merged if merged is not None and merged.dtype == torch.bool else merged
 
 
+def _causal_rows(queries: int, keys: int, device: torch.device) -> Tensor | None:
+    """True where the last `queries` of `keys` positions would see a later one; None where none would."""
+    if queries == 1:
+        return None
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).triu(keys - queries + 1)
+
+
 def _on_each(
     function: Callable[[Tensor], Tensor], query: Tensor, key: Tensor, value: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -136,7 +144,37 @@ class MultiheadAttention(_TorchMultiheadAttention):
 
     >>> ends = torch.arange(5) >= torch.tensor([[5], [2], [4]])  # True: padding
     >>> output, _ = attention(x, x, x, key_padding_mask=ends, need_weights=False)
+
+    Decoding token by token (``cache``, by keyword):
+
+    * a `KeyValueCache` or `PreallocatedCache`, self-attention: the projections of ``key`` and ``value``, the new
+      positions, are appended, and ``query`` sees all positions so far. Masks have the size of all of them:
+      ``attn_mask`` (L, S so far), ``key_padding_mask`` (B, S so far). ``is_causal`` needs no mask here: new position i
+      sees what was cached and the new ones up to i (bottom-right alignment).
+    * a `MemoryCache`, cross-attention: ``key`` and ``value`` are projected in the first step and not looked at later.
+
+    >>> cache, steps = attention.new_cache(), []
+    >>> with torch.no_grad():
+    ...     for token in x.split(1, dim=1):
+    ...         steps.append(attention(token, token, token, need_weights=False, cache=cache)[0])
+    >>> cache.length
+    5
     """
+
+    def new_cache(
+        self, capacity: int | None = None, batch_size: int | None = None, memory: bool = False
+    ) -> KeyValueCache | MemoryCache:
+        """An empty cache for this layer: one that grows, or one of ``capacity`` positions of ``batch_size`` sequences,
+        or (``memory``) one for cross-attention."""
+        if memory:
+            return MemoryCache()
+        if capacity is None:
+            return KeyValueCache()
+        if batch_size is None:
+            raise ValueError("a cache of fixed capacity needs batch_size")
+        like = self.out_proj.weight
+        heads, width = self.num_heads, self.head_dim
+        return PreallocatedCache(batch_size, heads, capacity, width, device=like.device, dtype=like.dtype)
 
     def forward(
         self,
@@ -148,8 +186,12 @@ class MultiheadAttention(_TorchMultiheadAttention):
         attn_mask: Tensor | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
+        *,
+        cache: KeyValueCache | MemoryCache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         padding, mask = agreed_masks(key_padding_mask, attn_mask, "key_padding_mask", "attn_mask", query.dtype)
+        if cache is not None:
+            return self._decode(query, key, value, padding, need_weights, mask, average_attn_weights, is_causal, cache)
         hinted = is_causal and not need_weights  # as torch: whoever reads the weights gets those of the mask
         reason = self._refusal(query, key, value, padding, mask, is_causal, hinted and padding is None)
         if reason is not None:
@@ -169,23 +211,42 @@ class MultiheadAttention(_TorchMultiheadAttention):
             key_value = _on_each(lambda t: finite_padding(t, pads, batch_first), key, key, value)[1:]
             query, key, value = (key_value[0] if query_too else query, *key_value)
 
-        q, k, v = self._projections(query, key, value)
-        if not batch_first:
-            q, k, v = (t.transpose(0, 1) for t in (q, k, v))
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, L or S, D), views
-        k, v, extra_keys = self._with_extra_keys(k, v)
+        q, k, v = (self._heads(t, batch_first) for t in self._projections(query, key, value))
+        extra = (self.bias_k is not None) + self.add_zero_attn
+        # As torch: beside a padding mask the extra keys are seen by all, else they are the last ones.
+        causal = hinted and (key_padding_mask is None or not extra)
+        mask = None if causal else mask
+        return self._attend(q, k, v, padding, mask, causal, need_weights, average_attn_weights, batched, batch_first)
 
+    @staticmethod
+    def _heads(projected: Tensor, batch_first: bool) -> Tensor:
+        """(B, L, H, D) or (L, B, H, D) as (B, H, L, D), a view."""
+        return (projected if batch_first else projected.transpose(0, 1)).transpose(1, 2)
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        padding: Tensor | None,
+        mask: Tensor | None,
+        causal: bool,
+        need_weights: bool,
+        average_attn_weights: bool,
+        batched: bool,
+        batch_first: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """From projected heads to the output."""
+        k, v, extra_keys = self._with_extra_keys(k, v)
         lengths = None
         if padding is not None and padding.dtype == torch.bool and not extra_keys:
             lengths = _right_padded_lengths(padding)
             padding = padding if lengths is None else None
-        # As torch: beside a padding mask the extra keys are seen by all, else they are the last ones.
-        causal = hinted and (key_padding_mask is None or not extra_keys)
         result: Any = F.scaled_dot_product_attention(
             q,
             k,
             v,
-            _merged(padding, None if causal else mask, self.num_heads, extra_keys),
+            _merged(padding, mask, self.num_heads, extra_keys),
             self.dropout if self.training else 0.0,
             causal,
             key_lengths=lengths,
@@ -201,6 +262,97 @@ class MultiheadAttention(_TorchMultiheadAttention):
             output = output.squeeze(0)
             weights = weights.squeeze(0) if weights is not None else None
         return output, weights
+
+    def _decode(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        padding: Tensor | None,
+        need_weights: bool,
+        mask: Tensor | None,
+        average_attn_weights: bool,
+        is_causal: bool,
+        cache: KeyValueCache | MemoryCache,
+    ) -> tuple[Tensor, Tensor | None]:
+        """One step with a cache."""
+        if not isinstance(cache, (KeyValueCache, MemoryCache)):
+            raise TypeError(f"cache must be a KeyValueCache or a MemoryCache, got {type(cache).__name__}")
+        batched = query.dim() == 3
+        batch_first = self.batch_first or not batched
+        grows = isinstance(cache, KeyValueCache)
+        filled = not grows and cache.key is not None
+        length = query.shape[int(batch_first) if batched else 0]
+        new = 0 if filled else key.shape[int(batch_first) if batched else 0]
+        total = cache.length + new
+        causal = _causal_rows(length, total, query.device) if is_causal and mask is None and grows else None
+        if is_causal and mask is None and not grows:
+            raise ValueError("is_causal means nothing for the memory of a decoder: give attn_mask")
+        if filled:
+            reason = self._query_refusal(query, cache, batched, batch_first)
+        else:
+            reason = self._refusal(query, key, value, None, None, False, False)
+        reason = reason or self._mask_refusal(query, padding, mask, total, batched, batch_first)
+        if reason is not None:
+            raise ValueError(f"pyseqnet MultiheadAttention: {reason}")
+
+        if not batched:
+            query, key, value = _on_each(lambda t: t.unsqueeze(0), query, key, value)
+            padding = padding.unsqueeze(0) if padding is not None else None
+        if padding is not None and not filled:
+            pads = padding[:, total - new :]
+            own = query is key
+            key_value = _on_each(lambda t: finite_padding(t, pads, batch_first), key, key, value)[1:]
+            query, key, value = (key_value[0] if own else query, *key_value)
+        if filled:
+            q, k, v = self._heads(self._project_query(query), batch_first), cache.key, cache.value
+        else:
+            q, k, v = (self._heads(t, batch_first) for t in self._projections(query, key, value))
+            if isinstance(cache, KeyValueCache):
+                k, v = cache.append(k, v)
+            else:
+                k, v = k.contiguous(), v.contiguous()
+                cache.fill(k, v)
+        assert k is not None
+        assert v is not None
+        if causal is not None:
+            if padding is not None and padding.dtype != torch.bool:
+                causal = _additive(causal, query.dtype)
+            mask = causal
+        return self._attend(q, k, v, padding, mask, False, need_weights, average_attn_weights, batched, batch_first)
+
+    def _query_refusal(self, query: Tensor, cache: Any, batched: bool, batch_first: bool) -> str | None:
+        """Why a query does not fit the memory that was projected before."""
+        if query.dim() not in (2, 3) or query.shape[-1] != self.embed_dim:
+            return f"query must be 2-D or 3-D with {self.embed_dim} features; got {tuple(query.shape)}"
+        batch = query.shape[0 if batch_first else 1] if batched else 1
+        held = cache.key.shape[0]
+        return None if batch == held else f"query must have the batch size {held} of the cached memory; got {batch}"
+
+    def _mask_refusal(
+        self,
+        query: Tensor,
+        padding: Tensor | None,
+        mask: Tensor | None,
+        total: int,
+        batched: bool,
+        batch_first: bool,
+    ) -> str | None:
+        """Why masks do not fit `total` positions, cached and new."""
+        batch = query.shape[0 if batch_first else 1] if batched else 1
+        length = query.shape[1 if batch_first else 0] if batched else query.shape[0]
+        shape: tuple[int, ...] = (batch, total) if batched else (total,)
+        if padding is not None and tuple(padding.shape) != shape:
+            return f"key_padding_mask must have shape {shape}, cached positions included; got {tuple(padding.shape)}"
+        shapes = ((length, total), (batch * self.num_heads, length, total))
+        if mask is not None and tuple(mask.shape) not in shapes:
+            return f"attn_mask must have shape {shapes[0]}, cached positions included; got {tuple(mask.shape)}"
+        return None
+
+    def _project_query(self, query: Tensor) -> Tensor:
+        weight = self.in_proj_weight[: self.embed_dim] if self._qkv_same_embed_dim else self.q_proj_weight
+        bias = self.in_proj_bias[: self.embed_dim] if self.in_proj_bias is not None else None
+        return linear(query, weight, bias).unflatten(-1, (self.num_heads, self.head_dim))
 
     def _refusal(
         self,

@@ -12,6 +12,7 @@ from torch.nn.init import constant_, xavier_uniform_
 
 from pyseqnet import functional as F
 from pyseqnet.functional.linear_attention import FeatureMap, State
+from pyseqnet.nn.cache import RecurrentCache
 
 
 class LinearAttention(Module):
@@ -165,3 +166,92 @@ class LinearAttention(Module):
         words += f", feature_map={map_name!r}" if map_name else ""
         words += ", causal=True" if self.causal else ""
         return words + (", batch_first=True" if self.batch_first else "")
+
+
+class LinearMultiheadAttention(LinearAttention):
+    """`LinearAttention` called as `torch.nn.MultiheadAttention` is: what Transformer layers use for
+    ``attention="linear"``.
+
+    ``forward(query, key, value, key_padding_mask=None, need_weights=False, attn_mask=None, average_attn_weights=True,
+    is_causal=False, *, cache=None)`` returns ``(output, None)``. There are no weights, so none is returned and none
+    dropped (``dropout`` is taken for the sake of the signature). Of masks there is the causal one (``is_causal=True``;
+    ``attn_mask`` is then not looked at) and padding at the end (a bool ``key_padding_mask``, True = ignore); others
+    raise ValueError.
+
+    A `RecurrentCache` (`new_cache`) makes it decode token by token in constant time and memory.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        *,
+        feature_map: FeatureMap = "elu",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(
+            embed_dim, num_heads, bias, kdim, vdim, batch_first, feature_map=feature_map, device=device, dtype=dtype
+        )
+        self.dropout = dropout
+
+    def new_cache(
+        self, capacity: int | None = None, batch_size: int | None = None, memory: bool = False
+    ) -> RecurrentCache:
+        """An empty state; it needs no capacity."""
+        if memory:
+            raise ValueError("linear attention keeps no memory of an encoder: its cross-attention is computed anew")
+        return RecurrentCache()
+
+    def _lengths(self, padding: Tensor | None, query: Tensor, positions: int) -> Tensor | None:
+        if padding is None:
+            return None
+        if padding.dtype != torch.bool:
+            raise ValueError("linear attention takes a bool key_padding_mask (True = ignore)")
+        padding = padding if query.dim() == 3 else padding.unsqueeze(0)
+        lengths = positions - padding.sum(1)
+        at = torch.arange(positions, device=padding.device)
+        if not torch.compiler.is_compiling() and not torch.equal(padding, at >= lengths.unsqueeze(1)):
+            raise ValueError("linear attention takes padding at the end of the keys only")
+        return lengths
+
+    def forward(  # type: ignore[override]
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = False,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+        *,
+        cache: RecurrentCache | None = None,
+    ) -> tuple[Tensor, None]:
+        if need_weights:
+            raise ValueError("linear attention has no weights to return: need_weights must be False")
+        if attn_mask is not None and not is_causal:
+            raise ValueError("linear attention takes no attn_mask but the causal one, with is_causal=True")
+        sequence = 1 if self.batch_first and query.dim() == 3 else 0
+        before, self.causal = self.causal, is_causal
+        try:
+            if cache is None:
+                lengths = self._lengths(key_padding_mask, query, key.shape[sequence])
+                output: Tensor = super().forward(query, key, value, key_lengths=lengths)
+                return output, None
+            if not isinstance(cache, RecurrentCache):
+                raise TypeError(f"cache must be a RecurrentCache, got {type(cache).__name__}")
+            if key_padding_mask is not None:
+                raise ValueError("linear attention with a cache takes no key_padding_mask: what it has seen stays")
+            if not is_causal:
+                raise ValueError("linear attention with a cache is causal: pass is_causal=True")
+            output, state = super().forward(query, key, value, initial_state=cache.state, return_state=True)
+            cache.update(state, query.shape[sequence])
+            return output, None
+        finally:
+            self.causal = before

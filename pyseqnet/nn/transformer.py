@@ -7,11 +7,23 @@ Where they differ from torch's: attention as in `MultiheadAttention`; there is n
 evaluation compute the same and padded positions hold what the layers make of them (torch's holds zeros there, but only
 in evaluation without gradients and with ``enable_nested_tensor``); padded positions that hold NaN or infinity do not
 reach a gradient; and all of them compile with ``fullgraph=True``.
+
+Beyond torch's, all by keyword:
+
+* layers take ``attention`` (a name of `ATTENTION` or a factory called as `MultiheadAttention`) and ``norm`` (a name of
+  `NORMS`, or a factory called with ``d_model``);
+* a stack takes a list of layers in place of one that is copied, so that each may differ;
+* ``state=`` decodes token by token: ``state = decoder.new_state()``, then ``decoder(new_tokens, memory, state=state)``
+  gives what the whole sequence would have given at these positions; keys and values of the past, and those of the
+  memory, are computed once. ``state.reorder(beams)`` follows a beam search, ``state.length`` is the next position;
+* a decoder's ``memory_layers`` says which of the encoder's layers each of its own reads (Liu et al., Rethinking and
+  improving natural language generation with layer-wise multi-view decoding, 2020).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,9 +40,100 @@ from torch.nn import TransformerEncoderLayer as _TorchTransformerEncoderLayer
 from torch.nn.functional import relu
 
 from pyseqnet.nn.attention import MultiheadAttention, agreed_masks, finite_padding
+from pyseqnet.nn.cache import DecodingState, LayerState
+from pyseqnet.nn.linear_attention import LinearMultiheadAttention
 from pyseqnet.nn.norm import LayerNorm
+from pyseqnet.nn.power_norm import PowerNorm
 
 Activation = str | Callable[[Tensor], Tensor]
+Factory = Callable[..., torch.nn.Module]
+
+# What `attention=` and `norm=` may name. A factory of attention is called as MultiheadAttention:
+# factory(d_model, nhead, dropout=, bias=, batch_first=, device=, dtype=); its layer too.
+ATTENTION: dict[str, Factory] = {"softmax": MultiheadAttention, "linear": LinearMultiheadAttention}
+NORMS: dict[str, Factory] = {"layer": LayerNorm, "power": PowerNorm}
+MEMORY_LAYERS = ("last", "same", "reverse", "adaptive")
+
+
+def _factory(choice: str | Factory, names: dict[str, Factory], argument: str) -> Factory:
+    if isinstance(choice, str):
+        if choice not in names:
+            raise ValueError(f"{argument} must be one of {', '.join(map(repr, names))}, or a factory; got {choice!r}")
+        return names[choice]
+    if not callable(choice):
+        raise TypeError(f"{argument} must be a name or a factory, got {type(choice).__name__}")
+    return choice
+
+
+def _choose_parts(
+    layer: Any, attention: str | Factory, norm: str | Factory, bias: bool, factory: dict[str, Any]
+) -> None:
+    """Replaces what torch's constructor has built by what was asked for."""
+    old = layer.self_attn
+    if attention != "softmax":
+        layer.self_attn = _factory(attention, ATTENTION, "attention")(
+            old.embed_dim, old.num_heads, dropout=old.dropout, bias=bias, batch_first=old.batch_first, **factory
+        )
+        # Stacks ask for it, and a module from elsewhere may not know it.
+        if getattr(layer.self_attn, "batch_first", None) is None:
+            layer.self_attn.batch_first = old.batch_first
+    if norm != "layer":
+        make = _factory(norm, NORMS, "norm")
+        for name in ("norm1", "norm2", "norm3"):
+            if hasattr(layer, name):
+                setattr(layer, name, make(old.embed_dim, **(factory if norm in NORMS else {})))
+
+
+def _normalised(norm: torch.nn.Module, x: Tensor, padding: Tensor | None, batch_first: bool) -> Tensor:
+    """PowerNorm's statistics leave the padding out; other normalisations see one position at a time."""
+    if not isinstance(norm, PowerNorm) or padding is None:
+        result: Tensor = norm(x)
+        return result
+    ignored = padding if padding.dtype == torch.bool else padding == -torch.inf
+    if ignored.dim() == 2 and not batch_first:
+        ignored = ignored.transpose(0, 1)
+    masked: Tensor = norm(x, ignored)
+    return masked
+
+
+def _new_cache(attention: Any, capacity: int | None, batch_size: int | None, memory: bool = False) -> Any:
+    if not hasattr(attention, "new_cache"):
+        raise TypeError(f"{type(attention).__name__} cannot decode token by token: it has no new_cache()")
+    return attention.new_cache(capacity, batch_size, memory)
+
+
+def _step(attention: Any, x: Tensor, mask: Tensor | None, padding: Tensor | None, state: LayerState) -> Tensor:
+    """Self-attention of new positions, which see those before them."""
+    if mask is not None:
+        raise ValueError("with state, self-attention is causal by itself: the mask must be None")
+    output: Tensor = attention(
+        x, x, x, key_padding_mask=padding, is_causal=True, need_weights=False, cache=state.self_attention
+    )[0]
+    return output
+
+
+def _stack(given: Any, num_layers: int | None, kind: str) -> tuple[Any, int, list[Any] | None]:
+    """One layer and how often, and the list where a list was given."""
+    if isinstance(given, torch.nn.Module) and not isinstance(given, torch.nn.ModuleList):
+        if num_layers is None:
+            raise TypeError(f"num_layers is needed where one {kind} is given")
+        return given, num_layers, None
+    layers = list(given)
+    if not layers:
+        raise ValueError(f"the list of {kind}s must not be empty")
+    if num_layers not in (None, len(layers)):
+        raise ValueError(f"num_layers must be the number of {kind}s given, {len(layers)}; got {num_layers}")
+    return layers[0], 1, layers
+
+
+def _states(stack: Any, state: DecodingState | None) -> Sequence[Any]:
+    if state is None:
+        return [None] * len(stack.layers)
+    if not isinstance(state, DecodingState):
+        raise TypeError(f"state must come from new_state(), got {type(state).__name__}")
+    if len(state) != len(stack.layers):
+        raise ValueError(f"state is of {len(state)} layers; there are {len(stack.layers)}")
+    return state
 
 
 def _take_over(module: torch.nn.Module) -> None:
@@ -73,6 +176,9 @@ class TransformerEncoderLayer(_TorchTransformerEncoderLayer):
         bias: bool = True,
         device: Any = None,
         dtype: Any = None,
+        *,
+        attention: str | Factory = "softmax",
+        norm: str | Factory = "layer",
     ) -> None:
         super().__init__(
             d_model,
@@ -88,6 +194,7 @@ class TransformerEncoderLayer(_TorchTransformerEncoderLayer):
             dtype,
         )
         _take_over(self)
+        _choose_parts(self, attention, norm, bias, {"device": device, "dtype": dtype})
 
     def forward(
         self,
@@ -95,14 +202,28 @@ class TransformerEncoderLayer(_TorchTransformerEncoderLayer):
         src_mask: Tensor | None = None,
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool = False,
+        *,
+        state: LayerState | None = None,
     ) -> Tensor:
         padding, mask = agreed_masks(src_key_padding_mask, src_mask, "src_key_padding_mask", "src_mask", src.dtype)
-        x = finite_padding(src, padding, self.self_attn.batch_first)
+        batch_first = bool(self.self_attn.batch_first)
+        x = finite_padding(src, padding, batch_first) if state is None else src
+        ignored = padding if state is None else None
+
+        def attend(x: Tensor) -> Tensor:
+            if state is None:
+                return self._sa_block(x, mask, padding, is_causal=is_causal)
+            return self.dropout1(_step(self.self_attn, x, mask, padding, state))
+
         if self.norm_first:
-            x = x + self._sa_block(self.norm1(x), mask, padding, is_causal=is_causal)
-            return x + self._ff_block(self.norm2(x))
-        x = self.norm1(x + self._sa_block(x, mask, padding, is_causal=is_causal))
-        return self.norm2(x + self._ff_block(x))
+            x = x + attend(_normalised(self.norm1, x, ignored, batch_first))
+            return x + self._ff_block(_normalised(self.norm2, x, ignored, batch_first))
+        x = _normalised(self.norm1, x + attend(x), ignored, batch_first)
+        return _normalised(self.norm2, x + self._ff_block(x), ignored, batch_first)
+
+    def new_state(self, capacity: int | None = None, batch_size: int | None = None) -> LayerState:
+        """An empty state of this layer for decoding; see `TransformerEncoder.new_state`."""
+        return LayerState(_new_cache(self.self_attn, capacity, batch_size))
 
 
 class TransformerDecoderLayer(_TorchTransformerDecoderLayer):
@@ -128,6 +249,9 @@ class TransformerDecoderLayer(_TorchTransformerDecoderLayer):
         bias: bool = True,
         device: Any = None,
         dtype: Any = None,
+        *,
+        attention: str | Factory = "softmax",
+        norm: str | Factory = "layer",
     ) -> None:
         super().__init__(
             d_model,
@@ -143,6 +267,7 @@ class TransformerDecoderLayer(_TorchTransformerDecoderLayer):
             dtype,
         )
         _take_over(self)
+        _choose_parts(self, attention, norm, bias, {"device": device, "dtype": dtype})
 
     def forward(
         self,
@@ -154,17 +279,47 @@ class TransformerDecoderLayer(_TorchTransformerDecoderLayer):
         memory_key_padding_mask: Tensor | None = None,
         tgt_is_causal: bool = False,
         memory_is_causal: bool = False,
+        *,
+        state: LayerState | None = None,
     ) -> Tensor:
-        tgt = finite_padding(tgt, tgt_key_padding_mask, self.self_attn.batch_first)
-        return super().forward(
-            tgt,
-            memory,
-            tgt_mask,
-            memory_mask,
-            tgt_key_padding_mask,
-            memory_key_padding_mask,
-            tgt_is_causal,
-            memory_is_causal,
+        batch_first = bool(self.self_attn.batch_first)
+        x = finite_padding(tgt, tgt_key_padding_mask, batch_first) if state is None else tgt
+        ignored = tgt_key_padding_mask if state is None else None
+
+        def attend(x: Tensor) -> Tensor:
+            if state is None:
+                return self._sa_block(x, tgt_mask, tgt_key_padding_mask, tgt_is_causal)
+            return self.dropout1(_step(self.self_attn, x, tgt_mask, tgt_key_padding_mask, state))
+
+        def look(x: Tensor) -> Tensor:
+            if state is None or state.memory is None:
+                return self._mha_block(x, memory, memory_mask, memory_key_padding_mask, memory_is_causal)
+            output = self.multihead_attn(
+                x,
+                memory,
+                memory,
+                attn_mask=memory_mask,
+                key_padding_mask=memory_key_padding_mask,
+                need_weights=False,
+                cache=state.memory,
+            )[0]
+            return self.dropout2(output)
+
+        def normalised(norm: torch.nn.Module, x: Tensor) -> Tensor:
+            return _normalised(norm, x, ignored, batch_first)
+
+        if self.norm_first:
+            x = x + attend(normalised(self.norm1, x))
+            x = x + look(normalised(self.norm2, x))
+            return x + self._ff_block(normalised(self.norm3, x))
+        x = normalised(self.norm1, x + attend(x))
+        x = normalised(self.norm2, x + look(x))
+        return normalised(self.norm3, x + self._ff_block(x))
+
+    def new_state(self, capacity: int | None = None, batch_size: int | None = None) -> LayerState:
+        """An empty state of this layer for decoding; see `TransformerDecoder.new_state`."""
+        return LayerState(
+            _new_cache(self.self_attn, capacity, batch_size), _new_cache(self.multihead_attn, None, None, memory=True)
         )
 
 
@@ -172,7 +327,33 @@ class TransformerEncoder(_TorchTransformerEncoder):
     """Drop-in for `torch.nn.TransformerEncoder`: `num_layers` copies of `encoder_layer`, then `norm`.
 
     ``enable_nested_tensor`` and ``mask_check`` are kept as attributes; there is no path that they would choose.
+    `encoder_layer` may be a list of layers, which are used as they are; `num_layers` is then their number, or
+    None.
+
+    ``return_layers=True`` returns ``(output, layers)``, the second a list of what each layer gave, the last of them
+    normalised: what a decoder with ``memory_layers`` reads.
+
+    ``state``: causal decoding, as a language model does it; ``src`` holds the new positions only.
     """
+
+    def __init__(
+        self,
+        encoder_layer: Any,
+        num_layers: int | None,
+        norm: torch.nn.Module | None = None,
+        enable_nested_tensor: bool = True,
+        mask_check: bool = True,
+    ) -> None:
+        layer, count, layers = _stack(encoder_layer, num_layers, "encoder layer")
+        if layers is None and isinstance(getattr(layer, "self_attn", None), _TorchMultiheadAttention):
+            super().__init__(layer, count, norm, enable_nested_tensor, mask_check)
+            return
+        # torch's constructor looks into the layer for what its nested tensors need; other layers need not have it.
+        torch.nn.Module.__init__(self)
+        self.layers = torch.nn.ModuleList([copy.deepcopy(layer) for _ in range(count)] if layers is None else layers)
+        self.num_layers = len(self.layers)
+        self.norm = norm
+        self.enable_nested_tensor, self.use_nested_tensor, self.mask_check = enable_nested_tensor, False, mask_check
 
     def forward(
         self,
@@ -180,43 +361,146 @@ class TransformerEncoder(_TorchTransformerEncoder):
         mask: Tensor | None = None,
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool | None = None,
-    ) -> Tensor:
+        *,
+        state: DecodingState | None = None,
+        return_layers: bool = False,
+    ) -> Any:
         padding, mask = agreed_masks(src_key_padding_mask, mask, "src_key_padding_mask", "mask", src.dtype)
         batch_first = self.layers[0].self_attn.batch_first
         length = src.shape[1 if src.dim() == 3 and batch_first else 0]
         causal = _finds_causal_mask(mask, is_causal, length)
-        output = src
-        for layer in self.layers:
-            output = layer(output, src_mask=mask, is_causal=causal, src_key_padding_mask=padding)
-        return self.norm(output) if self.norm is not None else output
+        output, outputs = src, []
+        for layer, own in zip(self.layers, _states(self, state), strict=True):
+            options = {} if own is None else {"state": own}
+            output = layer(output, src_mask=mask, is_causal=causal, src_key_padding_mask=padding, **options)
+            outputs.append(output)
+        if self.norm is not None:
+            output = outputs[-1] = _normalised(self.norm, output, None if state else padding, batch_first)
+        return (output, outputs) if return_layers else output
+
+    def new_state(self, capacity: int | None = None, batch_size: int | None = None) -> DecodingState:
+        """An empty state for decoding. Memory grows as it must; with ``capacity`` and ``batch_size`` it is allocated
+        here, once."""
+        return DecodingState([layer.new_state(capacity, batch_size) for layer in self.layers])
 
 
 class TransformerDecoder(_TorchTransformerDecoder):
-    """Drop-in for `torch.nn.TransformerDecoder`: `num_layers` copies of `decoder_layer`, then `norm`."""
+    """Drop-in for `torch.nn.TransformerDecoder`: `num_layers` copies of `decoder_layer`, then `norm`.
+
+    `decoder_layer` may be a list of layers, which are used as they are; `num_layers` is then their number, or
+    None.
+
+    Args beyond torch's:
+        memory_layers: where `memory` is a list of an encoder's layers (``encoder(..., return_layers=True)[1]``), which
+            of them the decoder's layer number l reads: "last" (as torch), "same" (number l; where the numbers of layers
+            differ, the one at the same share of the depth), "reverse" (counted from the last), or "adaptive" (a learned
+            mean of all, ``memory_mix`` (decoder layers, encoder layers) through softmax).
+        num_memory_layers: how many there are; needed by "adaptive".
+
+    ``state`` decodes token by token: ``tgt`` holds the new positions only, ``memory`` is projected once, and masks of
+    the target are not needed.
+
+    >>> layer = TransformerDecoderLayer(8, 2, 16, batch_first=True)
+    >>> decoder = TransformerDecoder(layer, 2).eval()
+    >>> memory, state = torch.zeros(1, 3, 8), decoder.new_state()
+    >>> with torch.no_grad():
+    ...     for _ in range(4):
+    ...         output = decoder(torch.zeros(1, 1, 8), memory, state=state)
+    >>> state.length
+    4
+    """
+
+    memory_layers = "last"  # of a converted decoder
+    memory_mix: torch.nn.Parameter | None
+
+    def __init__(
+        self,
+        decoder_layer: Any,
+        num_layers: int | None,
+        norm: torch.nn.Module | None = None,
+        *,
+        memory_layers: str = "last",
+        num_memory_layers: int | None = None,
+    ) -> None:
+        layer, count, layers = _stack(decoder_layer, num_layers, "decoder layer")
+        super().__init__(layer, count, norm)
+        if layers is not None:
+            self.layers = torch.nn.ModuleList(layers)
+            self.num_layers = len(layers)
+        if memory_layers not in MEMORY_LAYERS:
+            raise ValueError(f"memory_layers must be one of {', '.join(MEMORY_LAYERS)}; got {memory_layers!r}")
+        self.memory_layers = memory_layers
+        if memory_layers == "adaptive":
+            if num_memory_layers is None or num_memory_layers <= 0:
+                raise ValueError("memory_layers='adaptive' needs num_memory_layers, the number of encoder layers")
+            like = next(self.layers.parameters())
+            mix = torch.zeros(self.num_layers, num_memory_layers, device=like.device, dtype=like.dtype)
+            self.memory_mix = torch.nn.Parameter(mix)
+
+    def _memories(self, memory: Tensor | Sequence[Tensor]) -> list[Tensor]:
+        """What each layer reads."""
+        count = len(self.layers)
+        if isinstance(memory, Tensor):
+            if self.memory_layers != "last":
+                raise ValueError(
+                    f"memory_layers={self.memory_layers!r} needs a list of the encoder's layers as memory: "
+                    "encoder(..., return_layers=True)[1]"
+                )
+            return [memory] * count
+        given = list(memory)
+        if not given:
+            raise ValueError("memory must not be an empty list")
+        if self.memory_layers == "last":
+            return [given[-1]] * count
+        if self.memory_layers == "adaptive":
+            assert self.memory_mix is not None
+            if len(given) != self.memory_mix.shape[1]:
+                raise ValueError(f"memory must be {self.memory_mix.shape[1]} layers; got {len(given)}")
+            shares = self.memory_mix.softmax(1)
+            return list(torch.einsum("de,e...->d...", shares, torch.stack(given)).unbind())
+        # The same share of the depth: of 6 layers that 3 read, numbers 2, 4 and 6.
+        same = [given[(layer + 1) * len(given) // count - 1 if len(given) >= count else layer * len(given) // count]
+                for layer in range(count)]  # fmt: skip
+        return same if self.memory_layers == "same" else same[::-1]
 
     def forward(
         self,
         tgt: Tensor,
-        memory: Tensor,
+        memory: Tensor | Sequence[Tensor],
         tgt_mask: Tensor | None = None,
         memory_mask: Tensor | None = None,
         tgt_key_padding_mask: Tensor | None = None,
         memory_key_padding_mask: Tensor | None = None,
         tgt_is_causal: bool | None = None,
         memory_is_causal: bool = False,
+        *,
+        state: DecodingState | None = None,
     ) -> Tensor:
         batch_first = self.layers[0].self_attn.batch_first
         length = tgt.shape[1 if tgt.dim() == 3 and batch_first else 0]
-        return super().forward(
-            tgt,
-            memory,
-            tgt_mask,
-            memory_mask,
-            tgt_key_padding_mask,
-            memory_key_padding_mask,
-            _finds_causal_mask(tgt_mask, tgt_is_causal, length),
-            memory_is_causal,
-        )
+        causal = _finds_causal_mask(tgt_mask, tgt_is_causal, length)
+        output = tgt
+        for layer, source, own in zip(self.layers, self._memories(memory), _states(self, state), strict=True):
+            options = {} if own is None else {"state": own}
+            output = layer(
+                output,
+                source,
+                tgt_mask=tgt_mask,
+                memory_mask=memory_mask,
+                tgt_key_padding_mask=tgt_key_padding_mask,
+                memory_key_padding_mask=memory_key_padding_mask,
+                tgt_is_causal=causal,
+                memory_is_causal=memory_is_causal,
+                **options,
+            )
+        if self.norm is None:
+            return output
+        return _normalised(self.norm, output, None if state else tgt_key_padding_mask, batch_first)
+
+    def new_state(self, capacity: int | None = None, batch_size: int | None = None) -> DecodingState:
+        """An empty state for decoding. Memory grows as it must; with ``capacity`` and ``batch_size`` it is allocated
+        here, once. The encoder's output is projected in the first step and kept: one state belongs to one source."""
+        return DecodingState([layer.new_state(capacity, batch_size) for layer in self.layers])
 
 
 class Transformer(_TorchTransformer):
