@@ -23,8 +23,9 @@ void run_pass_on_cpu(ConvPass pass, const ConvProblem& p, const ConvTensors& t, 
 }
 
 Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-               const ConvGeometry& geometry, RunPass run) {
-  const ConvProblem p = conv_problem(input, weight, geometry);
+               const ConvGeometry& geometry, bool allow_tf32, RunPass run) {
+  ConvProblem p = conv_problem(input, weight, geometry);
+  p.allow_tf32 = allow_tf32;
   const Tensor x = dense(input, p.layout), w = dense(weight, p.filter_layout);
   ConvTensors t;
   t.x = x.const_data_ptr(), t.w = w.const_data_ptr();
@@ -38,14 +39,17 @@ Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Te
   }
   Tensor y = new_image(x, {p.N, p.K, p.P, p.Q}, p.layout, x.dim(), x.scalar_type());
   t.y = y.mutable_data_ptr();
+  p.aligned = all_aligned(t.x, t.w, t.bias);
   run(ConvPass::forward, p, t, x);
   return y;
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& input,
                                             const Tensor& weight, const ConvGeometry& geometry,
-                                            bool need_input, bool need_weight, bool need_bias, RunPass run) {
-  const ConvProblem p = conv_problem(input, weight, geometry);
+                                            bool need_input, bool need_weight, bool need_bias, bool allow_tf32,
+                                            RunPass run) {
+  ConvProblem p = conv_problem(input, weight, geometry);
+  p.allow_tf32 = allow_tf32;
   const ImageShape grad = image_shape(grad_output, "conv: grad_output must have 3 or 4 dimensions");
   require(
       grad_output.dim() == input.dim() && grad.n == p.N && grad.c == p.K && grad.h == p.P && grad.w == p.Q,
@@ -61,12 +65,14 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
     const Tensor w = dense(weight, p.filter_layout);
     gx = new_image(gy, {p.N, p.C, p.H, p.W}, p.layout, input.dim(), type);
     t.w = w.const_data_ptr(), t.gx = gx.mutable_data_ptr();
+    p.aligned = all_aligned(t.gy, t.w);
     run(ConvPass::input_gradient, p, t, gy);
   }
   if (need_weight) {
     const Tensor x = dense(input, p.layout);
     gw = new_image(gy, {p.K, p.group_channels(), p.R, p.S}, p.filter_layout, weight.dim(), type);
     t.x = x.const_data_ptr(), t.gw = gw.mutable_data_ptr();
+    p.aligned = all_aligned(t.gy, t.x);
     run(ConvPass::weight_gradient, p, t, gy);
   }
   if (need_bias) {
@@ -78,13 +84,13 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
 }
 
 Tensor forward_cpu(const Tensor& input, const Tensor& weight, std::optional<Tensor> bias,
-                   CONV_GEOMETRY_PARAMETERS) {
-  return forward(input, weight, bias, CONV_GEOMETRY, run_pass_on_cpu);
+                   CONV_GEOMETRY_PARAMETERS, bool allow_tf32) {
+  return forward(input, weight, bias, CONV_GEOMETRY, allow_tf32, run_pass_on_cpu);
 }
 std::tuple<Tensor, Tensor, Tensor> backward_cpu(const Tensor& grad_output, const Tensor& input,
                                                 const Tensor& weight, CONV_GEOMETRY_PARAMETERS,
-                                                bool need_input, bool need_weight, bool need_bias) {
-  return backward(grad_output, input, weight, CONV_GEOMETRY, need_input, need_weight, need_bias,
+                                                bool need_input, bool need_weight, bool need_bias, bool allow_tf32) {
+  return backward(grad_output, input, weight, CONV_GEOMETRY, need_input, need_weight, need_bias, allow_tf32,
                   run_pass_on_cpu);
 }
 
@@ -98,13 +104,13 @@ void run_pass_on_cuda(ConvPass pass, const ConvProblem& p, const ConvTensors& t,
   run_on_cuda("conv", operation_of(pass), conv_cuda_table(pass), p, t, like);
 }
 Tensor forward_cuda(const Tensor& input, const Tensor& weight, std::optional<Tensor> bias,
-                    CONV_GEOMETRY_PARAMETERS) {
-  return forward(input, weight, bias, CONV_GEOMETRY, run_pass_on_cuda);
+                    CONV_GEOMETRY_PARAMETERS, bool allow_tf32) {
+  return forward(input, weight, bias, CONV_GEOMETRY, allow_tf32, run_pass_on_cuda);
 }
 std::tuple<Tensor, Tensor, Tensor> backward_cuda(const Tensor& grad_output, const Tensor& input,
                                                  const Tensor& weight, CONV_GEOMETRY_PARAMETERS,
-                                                 bool need_input, bool need_weight, bool need_bias) {
-  return backward(grad_output, input, weight, CONV_GEOMETRY, need_input, need_weight, need_bias,
+                                                 bool need_input, bool need_weight, bool need_bias, bool allow_tf32) {
+  return backward(grad_output, input, weight, CONV_GEOMETRY, need_input, need_weight, need_bias, allow_tf32,
                   run_pass_on_cuda);
 }
 

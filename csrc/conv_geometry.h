@@ -54,6 +54,12 @@ inline ConvProblem conv_problem(const Tensor& x, const Tensor& w, const ConvGeom
   return p;
 }
 
+// Whether all of these begin at a multiple of 16 bytes, as ConvProblem::aligned wants to know. A view may not.
+template <class... Pointers>
+bool all_aligned(Pointers... pointers) {
+  return ((reinterpret_cast<uintptr_t>(pointers) % 16 == 0) && ...);
+}
+
 // A convolution's integers as parameters of an operation, and as a ConvGeometry.
 #define CONV_GEOMETRY_PARAMETERS                                                             \
   int64_t stride_h, int64_t stride_w, int64_t pad_top, int64_t pad_left, int64_t pad_bottom, \

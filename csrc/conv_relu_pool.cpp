@@ -58,8 +58,9 @@ void run_pass_on_cpu(ConvPass pass, const ConvReluPoolProblem& p, const ConvRelu
 
 std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& weight,
                                    const std::optional<Tensor>& bias, const ConvGeometry& conv,
-                                   const PoolGeometry& pool, bool with_arg, RunPass run) {
+                                   const PoolGeometry& pool, bool with_arg, bool allow_tf32, RunPass run) {
   ConvReluPoolProblem p = make_problem(input, weight, conv, pool);
+  p.conv.allow_tf32 = allow_tf32;
   p.with_arg = with_arg && p.pooled;
   const Layout layout = p.conv.layout;
   const Tensor x = dense(input, layout), w = dense(weight, p.conv.filter_layout);
@@ -79,6 +80,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& weight,
   Tensor arg = p.with_arg ? new_image(x, out, layout, x.dim(), arg_type(p)) : new_vector(x, 0, arg_type(p));
   t.y = y.mutable_data_ptr();
   if (p.with_arg) t.arg = arg.mutable_data_ptr();
+  p.conv.aligned = all_aligned(t.x, t.w, t.bias);
   run(ConvPass::forward, p, t, x);
   return {y, arg};
 }
@@ -91,8 +93,10 @@ bool has_output_shape(const Tensor& t, const ConvReluPoolProblem& p, int64_t ran
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& saved,
                                             const Tensor& input, const Tensor& weight,
                                             const ConvGeometry& conv, const PoolGeometry& pool,
-                                            bool need_input, bool need_weight, bool need_bias, RunPass run) {
-  const ConvReluPoolProblem p = make_problem(input, weight, conv, pool);
+                                            bool need_input, bool need_weight, bool need_bias, bool allow_tf32,
+ RunPass run) {
+  ConvReluPoolProblem p = make_problem(input, weight, conv, pool);
+  p.conv.allow_tf32 = allow_tf32;
   const Layout layout = p.conv.layout;
   require(has_output_shape(grad_output, p, input.dim()),
           "conv_relu_pool: grad_output does not have the output's shape");
@@ -113,6 +117,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
     const Tensor w = dense(weight, p.conv.filter_layout);
     gx = new_image(gy, {p.conv.N, p.conv.C, p.conv.H, p.conv.W}, layout, input.dim(), type);
     t.w = w.const_data_ptr(), t.gx = gx.mutable_data_ptr();
+    p.conv.aligned = all_aligned(t.gy, t.w);
     run(ConvPass::input_gradient, p, t, gy);
   }
   if (need_weight) {
@@ -120,6 +125,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
     gw = new_image(gy, {p.conv.K, p.conv.group_channels(), p.conv.R, p.conv.S}, p.conv.filter_layout,
                    weight.dim(), type);
     t.x = x.const_data_ptr(), t.gw = gw.mutable_data_ptr();
+    p.conv.aligned = all_aligned(t.gy, t.x);
     run(ConvPass::weight_gradient, p, t, gy);
   }
   if (need_bias) {
@@ -135,15 +141,15 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
   PoolGeometry { pool_h, pool_w, pool_stride_h, pool_stride_w }
 
 std::tuple<Tensor, Tensor> forward_cpu(const Tensor& input, const Tensor& weight, std::optional<Tensor> bias,
-                                       CONV_GEOMETRY_PARAMETERS, POOL_GEOMETRY_PARAMETERS, bool with_arg) {
-  return forward(input, weight, bias, CONV_GEOMETRY, POOL_GEOMETRY, with_arg, run_pass_on_cpu);
+                                       CONV_GEOMETRY_PARAMETERS, POOL_GEOMETRY_PARAMETERS, bool with_arg, bool allow_tf32) {
+  return forward(input, weight, bias, CONV_GEOMETRY, POOL_GEOMETRY, with_arg, allow_tf32, run_pass_on_cpu);
 }
 std::tuple<Tensor, Tensor, Tensor> backward_cpu(const Tensor& grad_output, const Tensor& saved,
                                                 const Tensor& input, const Tensor& weight,
                                                 CONV_GEOMETRY_PARAMETERS, POOL_GEOMETRY_PARAMETERS,
-                                                bool need_input, bool need_weight, bool need_bias) {
+                                                bool need_input, bool need_weight, bool need_bias, bool allow_tf32) {
   return backward(grad_output, saved, input, weight, CONV_GEOMETRY, POOL_GEOMETRY, need_input, need_weight,
-                  need_bias, run_pass_on_cpu);
+                  need_bias, allow_tf32, run_pass_on_cpu);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pyseqnet, CPU, m) {
@@ -157,15 +163,15 @@ void run_pass_on_cuda(ConvPass pass, const ConvReluPoolProblem& p, const ConvRel
   run_on_cuda("conv_relu_pool", fused_operation_of(pass), conv_relu_pool_cuda_table(pass), p, t, like);
 }
 std::tuple<Tensor, Tensor> forward_cuda(const Tensor& input, const Tensor& weight, std::optional<Tensor> bias,
-                                        CONV_GEOMETRY_PARAMETERS, POOL_GEOMETRY_PARAMETERS, bool with_arg) {
-  return forward(input, weight, bias, CONV_GEOMETRY, POOL_GEOMETRY, with_arg, run_pass_on_cuda);
+                                        CONV_GEOMETRY_PARAMETERS, POOL_GEOMETRY_PARAMETERS, bool with_arg, bool allow_tf32) {
+  return forward(input, weight, bias, CONV_GEOMETRY, POOL_GEOMETRY, with_arg, allow_tf32, run_pass_on_cuda);
 }
 std::tuple<Tensor, Tensor, Tensor> backward_cuda(const Tensor& grad_output, const Tensor& saved,
                                                  const Tensor& input, const Tensor& weight,
                                                  CONV_GEOMETRY_PARAMETERS, POOL_GEOMETRY_PARAMETERS,
-                                                 bool need_input, bool need_weight, bool need_bias) {
+                                                 bool need_input, bool need_weight, bool need_bias, bool allow_tf32) {
   return backward(grad_output, saved, input, weight, CONV_GEOMETRY, POOL_GEOMETRY, need_input, need_weight,
-                  need_bias, run_pass_on_cuda);
+                  need_bias, allow_tf32, run_pass_on_cuda);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pyseqnet, CUDA, m) {

@@ -7,22 +7,24 @@ STABLE_TORCH_LIBRARY(pyseqnet, m) {
   m.def(
       "conv_forward(Tensor input, Tensor weight, Tensor? bias, int stride_h, int stride_w, int pad_top, int "
       "pad_left, "
-      "int pad_bottom, int pad_right, int dilation_h, int dilation_w, int groups) -> Tensor");
+      "int pad_bottom, int pad_right, int dilation_h, int dilation_w, int groups, bool allow_tf32=False) -> "
+      "Tensor");
   m.def(
       "conv_backward(Tensor grad_output, Tensor input, Tensor weight, int stride_h, int stride_w, int "
       "pad_top, "
       "int pad_left, int pad_bottom, int pad_right, int dilation_h, int dilation_w, int groups, bool "
       "need_input, "
-      "bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
+      "bool need_weight, bool need_bias, bool allow_tf32=False) -> (Tensor, Tensor, Tensor)");
   m.def(
       "conv_relu_pool_forward(Tensor input, Tensor weight, Tensor? bias, int stride_h, int stride_w, int "
       "pad_top, int pad_left, int pad_bottom, int pad_right, int dilation_h, int dilation_w, int groups, int "
-      "pool_h, int pool_w, int pool_stride_h, int pool_stride_w, bool with_arg) -> (Tensor, Tensor)");
+      "pool_h, int pool_w, int pool_stride_h, int pool_stride_w, bool with_arg, bool allow_tf32=False) -> "
+      "(Tensor, Tensor)");
   m.def(
       "conv_relu_pool_backward(Tensor grad_output, Tensor saved, Tensor input, Tensor weight, int stride_h, "
       "int stride_w, int pad_top, int pad_left, int pad_bottom, int pad_right, int dilation_h, int "
       "dilation_w, int groups, int pool_h, int pool_w, int pool_stride_h, int pool_stride_w, bool "
-      "need_input, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
+      "need_input, bool need_weight, bool need_bias, bool allow_tf32=False) -> (Tensor, Tensor, Tensor)");
   m.def(
       "max_pool_forward(Tensor input, int kernel_h, int kernel_w, int stride_h, int stride_w, int pad_h, int "
       "pad_w, "

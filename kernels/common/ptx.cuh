@@ -100,6 +100,17 @@ PYSEQNET_DEVICE uint32_t round_tf32(float x) {
 #endif
   return r;
 }
+// The bits of a float rounded to TF32, to nearest with ties away from zero. mma.sync alone would truncate.
+PYSEQNET_DEVICE uint32_t round_to_tf32(uint32_t bits) {
+#ifdef __CUDACC__
+  uint32_t rounded;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(__uint_as_float(bits)));
+  return rounded;
+#else
+  const bool finite = (bits & 0x7F800000u) != 0x7F800000u;
+  return finite ? (bits + 0x1000u) & ~0x1FFFu : bits;
+#endif
+}
 // ---------------------------------------------------------------- ldmatrix
 // N matrices of 8 x 8 16-bit numbers: lane 8 i + j names the 16 bytes of row j of matrix i. Lane l receives
 // elements 2 (l % 4) and 2 (l % 4) + 1 of row l / 4 of each; transposed, of column l / 4.

@@ -33,6 +33,9 @@ struct ConvProblem {
           pad_w = 0;  // before the first row and column; what follows the last is implied by P and Q
   int64_t dilation_h = 1, dilation_w = 1;
   int64_t groups = 1;
+  // CUDA: whether float32 may be multiplied as TF32 (10 bits of mantissa, sums in float32), as torch's settings
+  // say, and whether every tensor begins at a multiple of 16 bytes.
+  bool allow_tf32 = false, aligned = true;
 
   int64_t group_channels() const { return C / groups; }  // input channels a filter sees
   int64_t group_filters() const { return K / groups; }

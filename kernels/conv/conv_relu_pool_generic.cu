@@ -1,5 +1,5 @@
-// The fused block on any CUDA device, every dtype and option: the generic convolution kernels and three small
-// ones, launched by one operation.
+// The fused block on any CUDA device, every dtype and option: convolution kernels (those of tensor cores where
+// they take the problem) and three small ones, launched by one operation.
 //
 //   forward           bands of images: convolution -> z in the workspace, pool_windows -> y, arg
 //   input gradient    bands of images: open_windows -> gradient of z in the workspace, input gradient
@@ -25,7 +25,8 @@ namespace pyseqnet {
 
 extern const ConvCudaKernel conv_gemm_forward_cuda, conv_gemm_input_gradient_cuda,
     conv_gemm_weight_gradient_cuda, conv_bias_gradient_cuda, conv_depthwise_forward_cuda,
-    conv_depthwise_input_gradient_cuda, conv_depthwise_weight_gradient_cuda;
+    conv_depthwise_input_gradient_cuda, conv_depthwise_weight_gradient_cuda, conv_sm80_forward_cuda,
+    conv_sm80_input_gradient_cuda, conv_sm80_weight_gradient_cuda;
 
 namespace {
 
@@ -195,7 +196,10 @@ const ConvCudaKernel& convolution(ConvPass pass, const ConvProblem& p) {
   const ConvCudaKernel& gemm = pass == ConvPass::forward          ? conv_gemm_forward_cuda
                                : pass == ConvPass::input_gradient ? conv_gemm_input_gradient_cuda
                                                                   : conv_gemm_weight_gradient_cuda;
-  return depthwise.refuses(p) ? gemm : depthwise;
+  const ConvCudaKernel& tensor_core = pass == ConvPass::forward          ? conv_sm80_forward_cuda
+                                      : pass == ConvPass::input_gradient ? conv_sm80_input_gradient_cuda
+                                                                         : conv_sm80_weight_gradient_cuda;
+  return !depthwise.refuses(p) ? depthwise : !tensor_core.refuses(p) ? tensor_core : gemm;
 }
 
 // The same block for a part of the images.

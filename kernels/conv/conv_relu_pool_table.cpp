@@ -67,10 +67,11 @@ Table<ConvReluPoolCpuKernel> conv_relu_pool_cpu_table(ConvPass pass) {
 
 #if defined(PYSEQNET_WITH_CUDA)
 extern const ConvReluPoolCudaKernel conv_relu_pool_forward_cuda, conv_relu_pool_input_gradient_cuda,
-    conv_relu_pool_weight_gradient_cuda, conv_relu_pool_bias_gradient_cuda;
+    conv_relu_pool_weight_gradient_cuda, conv_relu_pool_bias_gradient_cuda, conv_relu_pool_sm80_forward_cuda;
 
 namespace {
-constexpr const ConvReluPoolCudaKernel* cuda_forward[] = {&conv_relu_pool_forward_cuda};
+constexpr const ConvReluPoolCudaKernel* cuda_forward[] = {&conv_relu_pool_sm80_forward_cuda,
+                                                          &conv_relu_pool_forward_cuda};
 constexpr const ConvReluPoolCudaKernel* cuda_input_gradient[] = {&conv_relu_pool_input_gradient_cuda};
 constexpr const ConvReluPoolCudaKernel* cuda_weight_gradient[] = {&conv_relu_pool_weight_gradient_cuda};
 constexpr const ConvReluPoolCudaKernel* cuda_bias_gradient[] = {&conv_relu_pool_bias_gradient_cuda};

@@ -46,6 +46,20 @@ class _Geometry(NamedTuple):
     groups: int
 
 
+_INTEGERS = len(_Geometry._fields)
+
+
+@torch.compiler.assume_constant_result
+def _torch_allows_tf32() -> bool:
+    return bool(torch._C._get_fp32_precision_getter("cuda", "conv") == "tf32")
+
+
+def _allows_tf32(input: Tensor) -> bool:
+    """Whether torch's settings let this convolution multiply in TF32: `torch.backends.cudnn.allow_tf32`,
+    `torch.backends.cudnn.conv.fp32_precision`. A compiled function keeps what held when it was traced."""
+    return input.is_cuda and input.dtype is torch.float32 and _torch_allows_tf32()
+
+
 def _read_padding_name(
     padding: str, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -111,13 +125,13 @@ class _Conv(torch.autograd.Function):
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[int, ...]) -> Tensor:
         ctx.save_for_backward(input, weight)
         ctx.geometry = geometry
-        return _forward(input, weight, bias, *geometry)
+        return _forward(input, weight, bias, *geometry, _allows_tf32(input))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_output,) = grads
         input, weight = ctx.saved_tensors
-        need_input, need_weight, need_bias = ctx.needs_input_grad[:3]
+        needs = need_input, need_weight, need_bias = ctx.needs_input_grad[:3]
         if creates_graph():
             input, weight = aliases(input, weight)
             wanted = [t for t, need in ((input, need_input), (weight, need_weight)) if need]
@@ -129,7 +143,7 @@ class _Conv(torch.autograd.Function):
             grad_weight = found.pop(0) if need_weight else None
             grad_bias = grad_output.sum([0, *range(2, grad_output.dim())]) if need_bias else None
             return grad_input, grad_weight, grad_bias, None
-        gx, gw, gb = _backward(grad_output, input, weight, *ctx.geometry, need_input, need_weight, need_bias)
+        gx, gw, gb = _backward(grad_output, input, weight, *ctx.geometry, *needs, _allows_tf32(input))
         return gx if need_input else None, gw if need_weight else None, gb if need_bias else None, None
 
 
@@ -157,7 +171,7 @@ def _convolve(
     if needs_autograd(input, weight, bias):
         output: Tensor = _Conv.apply(input, weight, bias, geometry)
     else:
-        output = _forward(input, weight, bias, *geometry)
+        output = _forward(input, weight, bias, *geometry, _allows_tf32(input))
     return output if batched else output.squeeze(0)
 
 
@@ -284,8 +298,8 @@ def _empty_as(tensor: Tensor, shape: Sequence[int], format_of: Tensor) -> Tensor
 
 
 @torch.library.register_fake("pyseqnet::conv_forward")
-def _conv_forward_fake(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: int) -> Tensor:
-    g = _Geometry(*geometry)
+def _conv_forward_fake(input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+    g = _Geometry(*rest[:_INTEGERS])
     same_device("conv", input, weight, bias)
     if input.shape[1] != weight.shape[1] * g.groups:
         raise RuntimeError(
@@ -307,7 +321,7 @@ def _conv_forward_fake(input: Tensor, weight: Tensor, bias: Tensor | None, *geom
 def _conv_backward_fake(
     grad_output: Tensor, input: Tensor, weight: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    need_input, need_weight, need_bias = rest[-3:]
+    need_input, need_weight, need_bias = rest[_INTEGERS : _INTEGERS + 3]
     same_device("conv", grad_output, input, weight)
 
     def nothing() -> Tensor:

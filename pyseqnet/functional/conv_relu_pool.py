@@ -23,6 +23,8 @@ from pyseqnet.functional._common import (
     same_device,
 )
 from pyseqnet.functional.conv import (
+    _INTEGERS,
+    _allows_tf32,
     _conv_forward_fake,
     _empty_as,
     _read_geometry,
@@ -35,14 +37,15 @@ _forward = torch.ops.pyseqnet.conv_relu_pool_forward.default
 _backward = torch.ops.pyseqnet.conv_relu_pool_backward.default
 _torch_relu = torch.relu
 _torch_max_pool2d: Any = torch.nn.functional.max_pool2d
-_CONV_INTEGERS = 9  # of the geometry; then come pool_h, pool_w, pool_stride_h, pool_stride_w
+# After the convolution's integers come pool_h, pool_w, pool_stride_h, pool_stride_w.
 _NO_POOL = (1, 1, 1, 1)
+_ALL_INTEGERS = _INTEGERS + len(_NO_POOL)
 
 
 def _reference(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[int, ...]) -> Tensor:
     """Plain torch, differentiable any number of times; batched input."""
-    output = _torch_relu(_conv_reference(input, weight, bias, geometry[:_CONV_INTEGERS]))
-    pool = geometry[_CONV_INTEGERS:]
+    output = _torch_relu(_conv_reference(input, weight, bias, geometry[:_INTEGERS]))
+    pool = geometry[_INTEGERS:]
     return output if pool == _NO_POOL else _torch_max_pool2d(output, pool[:2], pool[2:])
 
 
@@ -51,8 +54,8 @@ class _ConvReluPool(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[int, ...]) -> Tensor:
-        output, arg = _forward(input, weight, bias, *geometry, True)
-        saved = output if geometry[_CONV_INTEGERS:] == _NO_POOL else arg
+        output, arg = _forward(input, weight, bias, *geometry, True, _allows_tf32(input))
+        saved = output if geometry[_INTEGERS:] == _NO_POOL else arg
         ctx.save_for_backward(input, weight, bias, saved)
         ctx.geometry = geometry
         return output
@@ -68,7 +71,7 @@ class _ConvReluPool(torch.autograd.Function):
             wanted = [t for t, need in zip((input, weight, bias), needs, strict=True) if need]
             found = list(torch.autograd.grad(output, wanted, grad_output, create_graph=True))
             return *[found.pop(0) if need else None for need in needs], None
-        gradients = _backward(grad_output, saved, input, weight, *ctx.geometry, *needs)
+        gradients = _backward(grad_output, saved, input, weight, *ctx.geometry, *needs, _allows_tf32(input))
         return *[g if need else None for g, need in zip(gradients, needs, strict=True)], None
 
 
@@ -97,7 +100,7 @@ def _run(
     if needs_autograd(input, weight, bias):
         output: Tensor = _ConvReluPool.apply(input, weight, bias, geometry)
     else:
-        output = _forward(input, weight, bias, *geometry, False)[0]
+        output = _forward(input, weight, bias, *geometry, False, _allows_tf32(input))[0]
     return output if batched else output.squeeze(0)
 
 
@@ -273,7 +276,7 @@ def conv2d_relu_max_pool2d_reference(
 def _conv_relu_pool_forward_fake(
     input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    conv, pool, with_arg = rest[:_CONV_INTEGERS], rest[_CONV_INTEGERS:-1], rest[-1]
+    conv, pool, with_arg = rest[:_INTEGERS], rest[_INTEGERS:_ALL_INTEGERS], rest[_ALL_INTEGERS]
     pool_h, pool_w, stride_h, stride_w = pool
     output = _conv_forward_fake(input, weight, bias, *conv)
     width = (output.shape[-1] - pool_w) // stride_w + 1
@@ -291,7 +294,7 @@ def _conv_relu_pool_forward_fake(
 def _conv_relu_pool_backward_fake(
     grad_output: Tensor, saved: Tensor, input: Tensor, weight: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    need_input, need_weight, need_bias = rest[-3:]
+    need_input, need_weight, need_bias = rest[_ALL_INTEGERS : _ALL_INTEGERS + 3]
     same_device("conv_relu_pool", grad_output, saved, input, weight)
 
     def nothing() -> Tensor:

@@ -3,8 +3,7 @@
 // clang-format off
 // Sources: conv/conv_gemm_generic.cu conv/conv_bias_generic.cu conv/conv_depthwise_generic.cu conv/conv_reference.cpp
 // clang-format on
-#include "conv/conv.h"
-#include "harness.h"
+#include "conv_problems.h"
 
 namespace pyseqnet {
 extern const ConvCpuKernel conv_reference_forward, conv_reference_input_gradient,
@@ -18,22 +17,6 @@ using namespace pyseqnet;
 using namespace pyseqnet::testing;
 
 namespace {
-
-constexpr DType all_dtypes[] = {DType::f32, DType::bf16, DType::f16, DType::f64};
-constexpr Layout all_layouts[] = {Layout::nchw, Layout::nhwc};
-
-std::string label(const ConvProblem& p, bool with_bias) {
-  char words[400];
-  std::snprintf(words, sizeof words,
-                "%s %s filters %s N%lld C%lld H%lld W%lld K%lld %lldx%lld P%lld Q%lld stride %lldx%lld pad "
-                "%lldx%lld dilation %lldx%lld groups %lld%s",
-                name_of(p.dtype), name_of(p.layout), name_of(p.filter_layout), (long long)p.N, (long long)p.C,
-                (long long)p.H, (long long)p.W, (long long)p.K, (long long)p.R, (long long)p.S,
-                (long long)p.P, (long long)p.Q, (long long)p.stride_h, (long long)p.stride_w,
-                (long long)p.pad_h, (long long)p.pad_w, (long long)p.dilation_h, (long long)p.dilation_w,
-                (long long)p.groups, with_bias ? " bias" : "");
-  return words;
-}
 
 // Sums of products of deviates of order 1, in float32 (in double for float64): each of `terms` additions
 // rounds a partial sum of at most about sqrt(terms), which random signs keep below terms roundings of 1. One
@@ -92,36 +75,6 @@ void check_problem(Suite& suite, const ConvProblem& p, bool with_bias) {
                                          &conv_depthwise_weight_gradient_cuda})
       if (!kernel->refuses(p)) suite.fail(kernel->name, "takes what is not depthwise");
   }
-}
-
-int64_t outputs(int64_t extent, int64_t taps, int64_t stride, int64_t pad, int64_t dilation) {
-  const int64_t room = extent + 2 * pad - dilation * (taps - 1) - 1;
-  return room < 0 ? 0 : room / stride + 1;
-}
-
-ConvProblem with_outputs(ConvProblem p) {
-  p.P = outputs(p.H, p.R, p.stride_h, p.pad_h, p.dilation_h);
-  p.Q = outputs(p.W, p.S, p.stride_w, p.pad_w, p.dilation_w);
-  return p;
-}
-
-struct Pair {
-  int64_t h, w;
-};
-
-ConvProblem problem(int64_t N, int64_t C, Pair image, int64_t K, Pair filter, Pair stride, Pair pad,
-                    Pair dilation = {1, 1}, int64_t groups = 1) {
-  ConvProblem p;
-  p.N = N, p.C = C, p.H = image.h, p.W = image.w, p.K = K, p.R = filter.h, p.S = filter.w;
-  p.stride_h = stride.h, p.stride_w = stride.w, p.pad_h = pad.h, p.pad_w = pad.w;
-  p.dilation_h = dilation.h, p.dilation_w = dilation.w, p.groups = groups;
-  return with_outputs(p);
-}
-
-// What follows the last row or column differs from what precedes the first.
-ConvProblem sized(ConvProblem p, int64_t P, int64_t Q) {
-  p.P = P, p.Q = Q;
-  return p;
 }
 
 // Each in both layouts and in three of the dtypes. The tile is 64 (32) rows by 128 columns, eight depths a

@@ -7,6 +7,7 @@
 // clang-format off
 // Sources: conv/conv_relu_pool_generic.cu conv/conv_gemm_generic.cu conv/conv_bias_generic.cu
 // Sources: conv/conv_depthwise_generic.cu conv/conv_relu_pool_reference.cpp
+// Sources: conv/conv_sm80.cu conv/conv_pack.cu conv/conv_relu_pool_sm80.cu
 // clang-format on
 #include "conv/conv_relu_pool.h"
 #include "harness.h"
@@ -15,7 +16,8 @@ namespace pyseqnet {
 extern const ConvReluPoolCpuKernel conv_relu_pool_reference_forward, conv_relu_pool_reference_input_gradient,
     conv_relu_pool_reference_weight_gradient, conv_relu_pool_reference_bias_gradient;
 extern const ConvReluPoolCudaKernel conv_relu_pool_forward_cuda, conv_relu_pool_input_gradient_cuda,
-    conv_relu_pool_weight_gradient_cuda, conv_relu_pool_bias_gradient_cuda;
+    conv_relu_pool_weight_gradient_cuda, conv_relu_pool_bias_gradient_cuda,
+    conv_relu_pool_sm80_forward_cuda;
 }  // namespace pyseqnet
 
 using namespace pyseqnet;
@@ -72,12 +74,22 @@ void check_problem(Suite& suite, const ConvReluPoolProblem& f, bool with_bias, b
   oracle.with_arg = true;
   run_cpu(conv_relu_pool_reference_forward, oracle, host);
   const bool args = f.pooled && f.with_arg;
-  suite.check(
-      "forward", {&y, &arg}, [&] { return run_cuda(conv_relu_pool_forward_cuda, f, device); },
-      [&] {
-        const std::string wrong = bitwise_difference(y, want_y);
-        return wrong.empty() && args ? bitwise_difference(arg, want_arg) : wrong;
-      });
+  const auto check_forward = [&](const ConvReluPoolCudaKernel& kernel, const ConvReluPoolProblem& problem) {
+    suite.check(
+        std::string("forward ") + kernel.name, {&y, &arg}, [&] { return run_cuda(kernel, problem, device); },
+        [&] {
+          const std::string wrong = bitwise_difference(y, want_y);
+          return wrong.empty() && args ? bitwise_difference(arg, want_arg) : wrong;
+        });
+  };
+  check_forward(conv_relu_pool_forward_cuda, f);
+  ConvReluPoolProblem tensor_core = f;  // small integers are exact in TF32
+  tensor_core.conv.allow_tf32 = true;
+  const bool taken = !conv_relu_pool_sm80_forward_cuda.refuses(tensor_core);
+  const bool fits = f.disjoint() && f.window() <= 128 && p.dtype != DType::f64 && outputs > 0 &&
+                    (p.groups == 1 || !p.depthwise());
+  if (taken != fits) suite.fail("fused_sm80", taken ? "takes what it cannot" : "refuses what it can");
+  if (taken) check_forward(conv_relu_pool_sm80_forward_cuda, tensor_core);
   if (!f.with_arg || with_nan) return;
 
   const Tensor& saved = f.pooled ? want_arg : want_y;
@@ -137,6 +149,7 @@ void check_edges(Suite& suite) {
       problem(1, 4, {12, 12}, 6, {5, 5}, {2, 3}, {2, 3}, 2, 2, 2),  // stride and groups
       problem(2, 5, {10, 9}, 5, {3, 3}, {2, 2}, {2, 2}, 1, 1, 5),   // depthwise
       problem(3, 1, {28, 28}, 4, {5, 5}, {2, 2}, {2, 2}, 2),        // a first layer
+      problem(1, 24, {13, 19}, 40, {3, 3}, {3, 3}, {3, 3}),         // windows that do not fill a tile
   };
   int which = 0;
   for (ConvReluPoolProblem f : edges)
