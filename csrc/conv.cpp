@@ -46,8 +46,8 @@ Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Te
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& input,
                                             const Tensor& weight, const ConvGeometry& geometry,
-                                            bool need_input, bool need_weight, bool need_bias, bool allow_tf32,
-                                            RunPass run) {
+                                            bool need_input, bool need_weight, bool need_bias,
+                                            bool allow_tf32, RunPass run) {
   ConvProblem p = conv_problem(input, weight, geometry);
   p.allow_tf32 = allow_tf32;
   const ImageShape grad = image_shape(grad_output, "conv: grad_output must have 3 or 4 dimensions");
@@ -89,7 +89,8 @@ Tensor forward_cpu(const Tensor& input, const Tensor& weight, std::optional<Tens
 }
 std::tuple<Tensor, Tensor, Tensor> backward_cpu(const Tensor& grad_output, const Tensor& input,
                                                 const Tensor& weight, CONV_GEOMETRY_PARAMETERS,
-                                                bool need_input, bool need_weight, bool need_bias, bool allow_tf32) {
+                                                bool need_input, bool need_weight, bool need_bias,
+                                                bool allow_tf32) {
   return backward(grad_output, input, weight, CONV_GEOMETRY, need_input, need_weight, need_bias, allow_tf32,
                   run_pass_on_cpu);
 }
@@ -109,7 +110,8 @@ Tensor forward_cuda(const Tensor& input, const Tensor& weight, std::optional<Ten
 }
 std::tuple<Tensor, Tensor, Tensor> backward_cuda(const Tensor& grad_output, const Tensor& input,
                                                  const Tensor& weight, CONV_GEOMETRY_PARAMETERS,
-                                                 bool need_input, bool need_weight, bool need_bias, bool allow_tf32) {
+                                                 bool need_input, bool need_weight, bool need_bias,
+                                                 bool allow_tf32) {
   return backward(grad_output, input, weight, CONV_GEOMETRY, need_input, need_weight, need_bias, allow_tf32,
                   run_pass_on_cuda);
 }

@@ -93,8 +93,8 @@ bool has_output_shape(const Tensor& t, const ConvReluPoolProblem& p, int64_t ran
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& saved,
                                             const Tensor& input, const Tensor& weight,
                                             const ConvGeometry& conv, const PoolGeometry& pool,
-                                            bool need_input, bool need_weight, bool need_bias, bool allow_tf32,
- RunPass run) {
+                                            bool need_input, bool need_weight, bool need_bias,
+                                            bool allow_tf32, RunPass run) {
   ConvReluPoolProblem p = make_problem(input, weight, conv, pool);
   p.conv.allow_tf32 = allow_tf32;
   const Layout layout = p.conv.layout;
@@ -141,13 +141,15 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
   PoolGeometry { pool_h, pool_w, pool_stride_h, pool_stride_w }
 
 std::tuple<Tensor, Tensor> forward_cpu(const Tensor& input, const Tensor& weight, std::optional<Tensor> bias,
-                                       CONV_GEOMETRY_PARAMETERS, POOL_GEOMETRY_PARAMETERS, bool with_arg, bool allow_tf32) {
+                                       CONV_GEOMETRY_PARAMETERS, POOL_GEOMETRY_PARAMETERS, bool with_arg,
+                                       bool allow_tf32) {
   return forward(input, weight, bias, CONV_GEOMETRY, POOL_GEOMETRY, with_arg, allow_tf32, run_pass_on_cpu);
 }
 std::tuple<Tensor, Tensor, Tensor> backward_cpu(const Tensor& grad_output, const Tensor& saved,
                                                 const Tensor& input, const Tensor& weight,
                                                 CONV_GEOMETRY_PARAMETERS, POOL_GEOMETRY_PARAMETERS,
-                                                bool need_input, bool need_weight, bool need_bias, bool allow_tf32) {
+                                                bool need_input, bool need_weight, bool need_bias,
+                                                bool allow_tf32) {
   return backward(grad_output, saved, input, weight, CONV_GEOMETRY, POOL_GEOMETRY, need_input, need_weight,
                   need_bias, allow_tf32, run_pass_on_cpu);
 }
@@ -163,13 +165,15 @@ void run_pass_on_cuda(ConvPass pass, const ConvReluPoolProblem& p, const ConvRel
   run_on_cuda("conv_relu_pool", fused_operation_of(pass), conv_relu_pool_cuda_table(pass), p, t, like);
 }
 std::tuple<Tensor, Tensor> forward_cuda(const Tensor& input, const Tensor& weight, std::optional<Tensor> bias,
-                                        CONV_GEOMETRY_PARAMETERS, POOL_GEOMETRY_PARAMETERS, bool with_arg, bool allow_tf32) {
+                                        CONV_GEOMETRY_PARAMETERS, POOL_GEOMETRY_PARAMETERS, bool with_arg,
+                                        bool allow_tf32) {
   return forward(input, weight, bias, CONV_GEOMETRY, POOL_GEOMETRY, with_arg, allow_tf32, run_pass_on_cuda);
 }
 std::tuple<Tensor, Tensor, Tensor> backward_cuda(const Tensor& grad_output, const Tensor& saved,
                                                  const Tensor& input, const Tensor& weight,
                                                  CONV_GEOMETRY_PARAMETERS, POOL_GEOMETRY_PARAMETERS,
-                                                 bool need_input, bool need_weight, bool need_bias, bool allow_tf32) {
+                                                 bool need_input, bool need_weight, bool need_bias,
+                                                 bool allow_tf32) {
   return backward(grad_output, saved, input, weight, CONV_GEOMETRY, POOL_GEOMETRY, need_input, need_weight,
                   need_bias, allow_tf32, run_pass_on_cuda);
 }

@@ -45,6 +45,8 @@ ALLOWED_SPILLS: dict[tuple[str, str], tuple[int, str]] = {
 # instantiation.
 EXPECTED: dict[tuple[str, str], tuple[str, ...]] = {
     ("implicit_gemm", "any"): (r"\bLDS\.128",),  # shared memory is read by vectors
+    ("gathered_product", "any"): (r"\bHMMA\b", r"\bLDGSTS\b", r"\bLDSM\b"),
+    ("weight_product", "any"): (r"\bHMMA\b", r"\bLDGSTS\b"),
     ("attention_forward_mma", "any"): (r"\bHMMA\b", r"\bLDGSTS\b", r"\bLDSM\b"),
     ("attention_backward_mma", "any"): (r"\bHMMA\b", r"\bLDGSTS\b", r"\bLDSM\b"),
 }

@@ -111,14 +111,14 @@ int launch_pack(DType dtype, const PackPlan& plan, const void* from, void* to, v
   p.limit = int(plan.limit), p.first = int(plan.first), p.step = int(plan.step);
   p.tap_step = int(plan.tap_step);
   p.line_blocks = unsigned(ceil_div(p.lines, block_lines));
-  const LaunchConfig config = {.grid = dim3(unsigned(p.line_blocks * plan.groups)),
-                               .block = dim3(pack_threads),
-                               .stream = stream};
+  const LaunchConfig config = {
+      .grid = dim3(unsigned(p.line_blocks * plan.groups)), .block = dim3(pack_threads), .stream = stream};
   // Only bits are moved: types of one size share a kernel.
   if (bytes_of(dtype) == 2)
     return launch(config, pack_lines<__half>, static_cast<const __half*>(from),
                   static_cast<Chunk<__half>*>(to), p);
-  return launch(config, pack_lines<float>, static_cast<const float*>(from), static_cast<Chunk<float>*>(to), p);
+  return launch(config, pack_lines<float>, static_cast<const float*>(from), static_cast<Chunk<float>*>(to),
+                p);
 }
 
 PackedConv packed_conv(const ConvProblem& p, bool expand) {
@@ -216,10 +216,9 @@ int launch_sum_filters(const ConvProblem& p, const PackedConv& packed, const flo
   f.columns = p.R * f.r_columns;
   f.taps_w = int(p.S), f.channels = int(p.group_channels()), f.expanded = packed.expanded;
   f.gw = p.w_strides();
-  const LaunchConfig config = {
-      .grid = dim3(unsigned(ceil_div(f.filters * f.columns, sum_parts_elements))),
-      .block = dim3(sum_parts_elements, sum_parts_lanes),
-      .stream = stream};
+  const LaunchConfig config = {.grid = dim3(unsigned(ceil_div(f.filters * f.columns, sum_parts_elements))),
+                               .block = dim3(sum_parts_elements, sum_parts_lanes),
+                               .stream = stream};
   return dispatch_dtype(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     if constexpr (std::is_same_v<T, double>)
@@ -231,7 +230,8 @@ int launch_sum_filters(const ConvProblem& p, const PackedConv& packed, const flo
 
 Refusal refuse_tensor_cores(const ConvProblem& given) {
   if (given.dtype == DType::f64) return "float64 needs an exact product";
-  if (given.dtype == DType::f32 && !given.allow_tf32) return "TF32 is not allowed: float32 needs an exact product";
+  if (given.dtype == DType::f32 && !given.allow_tf32)
+    return "TF32 is not allowed: float32 needs an exact product";
   const ConvProblem p = simplified(given);
   if (const Refusal why = refuse_beyond_coordinates(p)) return why;
   for (int64_t extent : {p.N, p.C, p.H, p.W, p.K, p.R, p.S, p.P, p.Q})

@@ -49,10 +49,10 @@ struct PackedConv {
 };
 // For a simplified problem that refuse_tensor_cores accepts.
 PackedConv packed_conv(const ConvProblem& p, bool expand);
-PackPlan pack_image(const ConvProblem& p, const PackedConv& packed);            // x
-PackPlan pack_output(const ConvProblem& p, const PackedConv& packed);           // gy
-PackPlan pack_filters(const ConvProblem& p, const PackedConv& packed);          // forward
-PackPlan pack_filters_turned(const ConvProblem& p, const PackedConv& packed);   // input gradient
+PackPlan pack_image(const ConvProblem& p, const PackedConv& packed);           // x
+PackPlan pack_output(const ConvProblem& p, const PackedConv& packed);          // gy
+PackPlan pack_filters(const ConvProblem& p, const PackedConv& packed);         // forward
+PackPlan pack_filters_turned(const ConvProblem& p, const PackedConv& packed);  // input gradient
 
 // gw, in any filter layout, from `parts` partial sums (part, filter, R, S, chunks of channels) in float.
 int launch_sum_filters(const ConvProblem& p, const PackedConv& packed, const float* partial, int64_t parts,

@@ -46,7 +46,7 @@ int launch_forward(const ConvReluPoolProblem& f, const ConvReluPoolTensors& t, v
 }  // namespace
 
 extern const ConvReluPoolCudaKernel conv_relu_pool_sm80_forward_cuda;
-const ConvReluPoolCudaKernel conv_relu_pool_sm80_forward_cuda = {"fused_sm80",    80, 0, refuses,
-                                                                 workspace_bytes, launch_forward};
+const ConvReluPoolCudaKernel conv_relu_pool_sm80_forward_cuda = {
+    "fused_sm80", 80, 0, refuses, workspace_bytes, launch_forward};
 
 }  // namespace pyseqnet

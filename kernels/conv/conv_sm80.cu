@@ -1,5 +1,31 @@
+// Convolution on tensor cores from sm_80 on, in bfloat16, float16 and, where torch allows TF32, float32: every
+// stride, padding, dilation, group and channel count, both layouts. The kernels are in conv_sm80.cuh; this file
+// says what their operands are, and how wide a tile is.
+//
+//                     rows            columns         depth        operands
+//   forward           pixels of y     filters         r, s, c      x gathered, w as (k, r, s, c)
+//   input gradient    pixels of x     channels        r, s, k      gy gathered, w turned to (c, r, s, k)
+//   weight gradient   filters         r, s, channels  pixels       gy, x gathered
+//
+// All operands are read as chunks of 16 bytes of neighbouring channels, which NHWC with a multiple of eight
+// (float: four) channels is. NCHW and other channel counts are packed into that form first (conv_pack.h): a
+// gather by elements would be paid again by every tile of filters, and by every tap, while packing costs two
+// accesses an element, once. Results in NCHW are stored directly, pixels across the lanes. Few channels are
+// packed as runs of taps x channels: of ResNet-50's first layer 21 of 24 values of depth are real.
+//
+// Bound: mma.sync issue for 3x3 layers, memory for 1x1. Counted for ResNet-50, bfloat16 NHWC, batch 64, and
+// predicted before any measurement for an H200 at 350 TFLOP/s (mma.sync reaches about 0.6 of wgmma's rate
+// there) and 4.2 TB/s, forward:
+//   64 -> 64, 3x3, 56x56       14.8 GFLOP   51 MB   42 us (12 by memory)
+//   64 -> 256, 1x1, 56x56       6.6 GFLOP  128 MB   31 us (19 by issue)
+//   128 -> 128, 3x3, 28x28     14.8 GFLOP   26 MB   42 us
+//   256 -> 256, 3x3, 14x14     14.8 GFLOP   14 MB   48 us (196 tiles on 264 places)
+//   512 -> 512, 3x3, 7x7       14.8 GFLOP   11 MB   52 us (tiles of 64 columns, for there to be 200)
+//   3 -> 64, 7x7 / 2, 224x224  17.3 GFLOP  276 MB   66 us (25 of them packing: 96 MB)
+// Input gradients cost the same and a packing of the filters (2 to 4 us); at stride 2 a residue of pixels has
+// a quarter of the taps, so no more than forward. Weight gradients cost the same and their parts: 264 blocks
+// in float32, at most 34 MB written and read, 16 us.
 #include "conv/conv_sm80.cuh"
-
 #include "conv/conv_sm80.h"
 
 namespace pyseqnet {
@@ -48,7 +74,8 @@ int launch_tiles(GatheredProduct g, int64_t row_tiles, const void* image, const 
                  .dynamic_shared_bytes = Tile::shared_bytes,
                  .stream = stream},
                 gathered_product<T, columns>, static_cast<const Chunk16*>(image),
-                static_cast<const Chunk16*>(filters), static_cast<const T*>(bias), static_cast<T*>(out), arg, g);
+                static_cast<const Chunk16*>(filters), static_cast<const T*>(bias), static_cast<T*>(out), arg,
+                g);
 }
 
 int64_t row_tiles_of(const GatheredProduct& g) {
@@ -207,7 +234,7 @@ int launch_pass(const ConvProblem& p, const ConvTensors& tensors, void* workspac
   return launch_product_sm80(pass, p, tensors, {}, workspace, stream);
 }
 template <ConvPass pass>
-constexpr ConvCudaKernel product_sm80 = {"gemm_sm80",          80, 0, refuses<pass>, workspace_bytes<pass>,
+constexpr ConvCudaKernel product_sm80 = {"gemm_sm80",      80, 0, refuses<pass>, workspace_bytes<pass>,
                                          launch_pass<pass>};
 
 }  // namespace

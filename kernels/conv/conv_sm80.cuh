@@ -314,7 +314,8 @@ __global__ void __launch_bounds__(ProductTile<columns>::threads, 2)
     float b[2] = {0, 0};
 #pragma unroll
     for (int k = 0; k < 2; k++)
-      if (bias && column + k < columns_left) b[k] = load(bias + group * g.columns + first_column + column + k);
+      if (bias && column + k < columns_left)
+        b[k] = load(bias + group * g.columns + first_column + column + k);
 #pragma unroll
     for (int i = 0; i < Tile::fragment_rows; i++)
 #pragma unroll
@@ -362,7 +363,7 @@ struct WeightTile {
   static constexpr int elements = chunk_bytes / int(sizeof(T));  // of a chunk
   static constexpr int depth = 32 * elements / 4;                // pixels of a stage
   static constexpr int row_chunks = rows / elements, column_chunks = columns / elements;
-  static constexpr int warps_across = 4;                         // 64 x 32 a warp
+  static constexpr int warps_across = 4;  // 64 x 32 a warp
   // Fragments of floats are loaded word by word: their addresses take registers.
   static constexpr int blocks = std::is_same_v<T, float> && rows == 128 ? 1 : 2;
   static constexpr unsigned gy_bytes = depth * row_chunks * chunk_bytes;
@@ -470,14 +471,14 @@ PYSEQNET_DEVICE void multiply_weight_stage(float (&sum)[4][4][4], const unsigned
       const uint32_t gy_u32 = ptx::smem_u32(gy), image_u32 = ptx::smem_u32(image);
 #pragma unroll
       for (int i = 0; i < 4; i++)
-        ptx::ldmatrix_x4_trans(a[i], gy_u32 + pixel_chunk<T>(k + lane % 8 + lane / 16 * 8,
-                                                             first_row / 8 + i * 2 + lane / 8 % 2,
-                                                             Tile::row_chunks));
+        ptx::ldmatrix_x4_trans(
+            a[i], gy_u32 + pixel_chunk<T>(k + lane % 8 + lane / 16 * 8, first_row / 8 + i * 2 + lane / 8 % 2,
+                                          Tile::row_chunks));
 #pragma unroll
       for (int j = 0; j < 2; j++)
-        ptx::ldmatrix_x4_trans(b[j], image_u32 + pixel_chunk<T>(k + lane % 8 + lane / 8 % 2 * 8,
-                                                                first_column / 8 + j * 2 + lane / 16,
-                                                                Tile::column_chunks));
+        ptx::ldmatrix_x4_trans(
+            b[j], image_u32 + pixel_chunk<T>(k + lane % 8 + lane / 8 % 2 * 8,
+                                             first_column / 8 + j * 2 + lane / 16, Tile::column_chunks));
     }
 #pragma unroll
     for (int i = 0; i < 4; i++) round_fragment<T>(a[i]);
@@ -511,8 +512,8 @@ __global__ void __launch_bounds__(WeightTile<T, rows>::threads, WeightTile<T, ro
   const int steps = int((end - begin + Tile::depth - 1) / Tile::depth);
 
   const uint32_t stages = ptx::smem_u32(ring);
-  WeightCopies<T, Tile> copies(g, gy + group * g.row_chunks, image + group * g.chunks, first_row, first_column,
-                               begin, end, t);
+  WeightCopies<T, Tile> copies(g, gy + group * g.row_chunks, image + group * g.chunks, first_row,
+                               first_column, begin, end, t);
   float sum[4][4][4] = {};
   const int warp_row = warp / Tile::warps_across * 64, warp_column = warp % Tile::warps_across * 32;
 #pragma unroll
@@ -546,7 +547,8 @@ __global__ void __launch_bounds__(WeightTile<T, rows>::threads, WeightTile<T, ro
           struct alignas(8) Two {
             float element[2];
           };
-          *reinterpret_cast<Two*>(out + row * width + column) = {{sum[i][j][half * 2], sum[i][j][half * 2 + 1]}};
+          *reinterpret_cast<Two*>(out + row * width +
+                                  column) = {{sum[i][j][half * 2], sum[i][j][half * 2 + 1]}};
         }
       }
     }

@@ -10,6 +10,7 @@
 #include <numeric>
 
 #include "common/ptx.cuh"
+#include "common/tensor_map.cuh"
 #include "conv/conv_generic.cuh"
 #include "conv/conv_pack.h"
 
@@ -120,8 +121,14 @@ inline GatheredProduct gathered_product_of(ConvPass pass, const ConvProblem& p, 
   }
   const auto axis = [](int64_t pixels, int64_t outputs, int64_t taps, int64_t stride, int64_t pad,
                        int64_t dilation) {
-    return StrideAxis{int(pixels < stride ? pixels : stride), int(stride), int(pad),  int(dilation), int(pixels),
-                      int(taps), int(stride / std::gcd(stride, dilation)), int(outputs)};
+    return StrideAxis{int(pixels < stride ? pixels : stride),
+                      int(stride),
+                      int(pad),
+                      int(dilation),
+                      int(pixels),
+                      int(taps),
+                      int(stride / std::gcd(stride, dilation)),
+                      int(outputs)};
   };
   g.by_residue = true;
   g.residue_h = axis(p.H, p.P, p.R, p.stride_h, p.pad_h, p.dilation_h);

@@ -16,8 +16,7 @@ namespace pyseqnet {
 extern const ConvReluPoolCpuKernel conv_relu_pool_reference_forward, conv_relu_pool_reference_input_gradient,
     conv_relu_pool_reference_weight_gradient, conv_relu_pool_reference_bias_gradient;
 extern const ConvReluPoolCudaKernel conv_relu_pool_forward_cuda, conv_relu_pool_input_gradient_cuda,
-    conv_relu_pool_weight_gradient_cuda, conv_relu_pool_bias_gradient_cuda,
-    conv_relu_pool_sm80_forward_cuda;
+    conv_relu_pool_weight_gradient_cuda, conv_relu_pool_bias_gradient_cuda, conv_relu_pool_sm80_forward_cuda;
 }  // namespace pyseqnet
 
 using namespace pyseqnet;

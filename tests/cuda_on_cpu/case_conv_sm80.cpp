@@ -63,23 +63,23 @@ void check_problem(Suite& suite, ConvProblem p, bool with_bias, bool with_gradie
 // The tile is 128 pixels by 128, 64 or 32 filters, and 64 (float 32) values of depth a stage, three stages.
 void check_edges(Suite& suite) {
   const ConvProblem edges[] = {
-      problem(1, 1, {1, 1}, 1, {1, 1}, {1, 1}, {0, 0}),                // one element
-      problem(2, 8, {8, 8}, 64, {1, 1}, {1, 1}, {0, 0}),               // whole tiles, one stage
-      problem(1, 40, {5, 5}, 67, {3, 3}, {1, 1}, {1, 1}),              // six stages; columns with a tail
-      problem(2, 3, {12, 11}, 5, {3, 3}, {1, 1}, {1, 1}),              // few channels: rows of taps
-      problem(1, 3, {15, 14}, 33, {7, 7}, {2, 2}, {3, 3}),             // a first layer
-      problem(2, 1, {9, 9}, 6, {5, 5}, {1, 1}, {2, 2}),                // one channel
-      problem(1, 16, {9, 8}, 24, {3, 3}, {2, 2}, {1, 1}),              // four residues
-      problem(1, 8, {7, 7}, 16, {1, 1}, {2, 2}, {0, 0}),               // residues without taps
-      problem(2, 5, {10, 11}, 4, {2, 5}, {3, 1}, {0, 2}),              // lines nobody reads
-      problem(1, 8, {9, 9}, 3, {3, 3}, {2, 2}, {2, 2}, {2, 2}),        // stride and dilation, not coprime
-      problem(1, 8, {11, 13}, 9, {3, 2}, {2, 3}, {3, 1}, {3, 2}),      // coprime
-      problem(2, 24, {1, 40}, 7, {1, 5}, {1, 2}, {0, 2}),              // one dimension
-      problem(3, 48, {6, 5}, 24, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 3),   // groups of whole chunks
-      problem(1, 6, {6, 6}, 9, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 3),     // groups of few channels
-      problem(1, 4, {6, 6}, 8, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 4),     // two filters a channel
-      sized(problem(1, 8, {6, 6}, 4, {3, 3}, {1, 1}, {0, 2}), 8, 5),   // padding on one side
-      problem(1, 72, {12, 11}, 136, {3, 3}, {1, 1}, {1, 1}),           // more than one tile each way
+      problem(1, 1, {1, 1}, 1, {1, 1}, {1, 1}, {0, 0}),               // one element
+      problem(2, 8, {8, 8}, 64, {1, 1}, {1, 1}, {0, 0}),              // whole tiles, one stage
+      problem(1, 40, {5, 5}, 67, {3, 3}, {1, 1}, {1, 1}),             // six stages; columns with a tail
+      problem(2, 3, {12, 11}, 5, {3, 3}, {1, 1}, {1, 1}),             // few channels: rows of taps
+      problem(1, 3, {15, 14}, 33, {7, 7}, {2, 2}, {3, 3}),            // a first layer
+      problem(2, 1, {9, 9}, 6, {5, 5}, {1, 1}, {2, 2}),               // one channel
+      problem(1, 16, {9, 8}, 24, {3, 3}, {2, 2}, {1, 1}),             // four residues
+      problem(1, 8, {7, 7}, 16, {1, 1}, {2, 2}, {0, 0}),              // residues without taps
+      problem(2, 5, {10, 11}, 4, {2, 5}, {3, 1}, {0, 2}),             // lines nobody reads
+      problem(1, 8, {9, 9}, 3, {3, 3}, {2, 2}, {2, 2}, {2, 2}),       // stride and dilation, not coprime
+      problem(1, 8, {11, 13}, 9, {3, 2}, {2, 3}, {3, 1}, {3, 2}),     // coprime
+      problem(2, 24, {1, 40}, 7, {1, 5}, {1, 2}, {0, 2}),             // one dimension
+      problem(3, 48, {6, 5}, 24, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 3),  // groups of whole chunks
+      problem(1, 6, {6, 6}, 9, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 3),    // groups of few channels
+      problem(1, 4, {6, 6}, 8, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 4),    // two filters a channel
+      sized(problem(1, 8, {6, 6}, 4, {3, 3}, {1, 1}, {0, 2}), 8, 5),  // padding on one side
+      problem(1, 72, {12, 11}, 136, {3, 3}, {1, 1}, {1, 1}),          // more than one tile each way
   };
   int which = 0;
   for (ConvProblem p : edges)

@@ -37,7 +37,7 @@ struct Pair {
 };
 
 inline ConvProblem problem(int64_t N, int64_t C, Pair image, int64_t K, Pair filter, Pair stride, Pair pad,
-                    Pair dilation = {1, 1}, int64_t groups = 1) {
+                           Pair dilation = {1, 1}, int64_t groups = 1) {
   ConvProblem p;
   p.N = N, p.C = C, p.H = image.h, p.W = image.w, p.K = K, p.R = filter.h, p.S = filter.w;
   p.stride_h = stride.h, p.stride_w = stride.w, p.pad_h = pad.h, p.pad_w = pad.w;
