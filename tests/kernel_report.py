@@ -47,6 +47,7 @@ EXPECTED: dict[tuple[str, str], tuple[str, ...]] = {
     ("implicit_gemm", "any"): (r"\bLDS\.128",),  # shared memory is read by vectors
     ("gathered_product", "any"): (r"\bHMMA\b", r"\bLDGSTS\b", r"\bLDSM\b"),
     ("weight_product", "any"): (r"\bHMMA\b", r"\bLDGSTS\b"),
+    ("product_wgmma", "90a"): (r"\bHGMMA\b", r"\bUTMALDG\b"),
     ("attention_forward_mma", "any"): (r"\bHMMA\b", r"\bLDGSTS\b", r"\bLDSM\b"),
     ("attention_backward_mma", "any"): (r"\bHMMA\b", r"\bLDGSTS\b", r"\bLDSM\b"),
 }

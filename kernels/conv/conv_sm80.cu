@@ -1,6 +1,6 @@
 // Convolution on tensor cores from sm_80 on, in bfloat16, float16 and, where torch allows TF32, float32: every
-// stride, padding, dilation, group and channel count, both layouts. The kernels are in conv_sm80.cuh; this file
-// says what their operands are, and how wide a tile is.
+// stride, padding, dilation, group and channel count, both layouts. The kernels are in conv_sm80.cuh and
+// conv_weight_sm80.cuh; this file says what their operands are, and how wide a tile is.
 //
 //                     rows            columns         depth        operands
 //   forward           pixels of y     filters         r, s, c      x gathered, w as (k, r, s, c)
@@ -27,6 +27,7 @@
 // in float32, at most 34 MB written and read, 16 us.
 #include "conv/conv_sm80.cuh"
 #include "conv/conv_sm80.h"
+#include "conv/conv_weight_sm80.cuh"
 
 namespace pyseqnet {
 namespace {

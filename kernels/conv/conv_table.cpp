@@ -76,13 +76,15 @@ Table<ConvCpuKernel> conv_cpu_table(ConvPass pass) {
 extern const ConvCudaKernel conv_gemm_forward_cuda, conv_gemm_input_gradient_cuda,
     conv_gemm_weight_gradient_cuda, conv_bias_gradient_cuda, conv_depthwise_forward_cuda,
     conv_depthwise_input_gradient_cuda, conv_depthwise_weight_gradient_cuda, conv_sm80_forward_cuda,
-    conv_sm80_input_gradient_cuda, conv_sm80_weight_gradient_cuda;
+    conv_sm80_input_gradient_cuda, conv_sm80_weight_gradient_cuda, conv_sm90a_forward_cuda,
+    conv_sm90a_input_gradient_cuda;
 
 namespace {
-constexpr const ConvCudaKernel* cuda_forward[] = {&conv_depthwise_forward_cuda, &conv_sm80_forward_cuda,
-                                                  &conv_gemm_forward_cuda};
+constexpr const ConvCudaKernel* cuda_forward[] = {&conv_depthwise_forward_cuda, &conv_sm90a_forward_cuda,
+                                                  &conv_sm80_forward_cuda, &conv_gemm_forward_cuda};
 constexpr const ConvCudaKernel* cuda_input_gradient[] = {
-    &conv_depthwise_input_gradient_cuda, &conv_sm80_input_gradient_cuda, &conv_gemm_input_gradient_cuda};
+    &conv_depthwise_input_gradient_cuda, &conv_sm90a_input_gradient_cuda, &conv_sm80_input_gradient_cuda,
+    &conv_gemm_input_gradient_cuda};
 constexpr const ConvCudaKernel* cuda_weight_gradient[] = {
     &conv_depthwise_weight_gradient_cuda, &conv_sm80_weight_gradient_cuda, &conv_gemm_weight_gradient_cuda};
 constexpr const ConvCudaKernel* cuda_bias_gradient[] = {&conv_bias_gradient_cuda};

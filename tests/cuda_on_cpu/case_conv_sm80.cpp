@@ -3,11 +3,9 @@
 // clang-format off
 // Sources: conv/conv_sm80.cu conv/conv_pack.cu conv/conv_reference.cpp
 // clang-format on
-#include "conv_problems.h"
+#include "conv_tensor_core.h"
 
 namespace pyseqnet {
-extern const ConvCpuKernel conv_reference_forward, conv_reference_input_gradient,
-    conv_reference_weight_gradient;
 extern const ConvCudaKernel conv_sm80_forward_cuda, conv_sm80_input_gradient_cuda,
     conv_sm80_weight_gradient_cuda;
 }  // namespace pyseqnet
@@ -18,46 +16,12 @@ using namespace pyseqnet::testing;
 namespace {
 
 constexpr DType tensor_core_dtypes[] = {DType::bf16, DType::f16, DType::f32};
+constexpr TensorCoreKernels kernels = {&conv_sm80_forward_cuda, &conv_sm80_input_gradient_cuda,
+                                       &conv_sm80_weight_gradient_cuda};
 
-// As in case_conv.cpp; operands of float32 are rounded to TF32 first, each term by at most twice 2^-11 of
-// itself, which random signs keep within a few times the root of their number.
-std::string wrong(const Tensor& got, const Tensor& want, DType dtype, int64_t terms) {
-  double absolute = 2 * 0x1p-24 * double(terms + 8);
-  if (dtype == DType::f32) absolute += 6 * 0x1p-11 * std::sqrt(double(terms)) + 0x1p-9;
-  return difference(got, want, absolute, epsilon_of(dtype));
-}
-
-void check_problem(Suite& suite, ConvProblem p, bool with_bias, bool with_gradients = true) {
-  p.allow_tf32 = true;
-  if (!suite.begin(label(p, with_bias))) return;
-  const Kind kind = kind_of(p.dtype);
-  const int64_t images = p.N * p.C * p.H * p.W, outputs = p.N * p.K * p.P * p.Q;
-  const int64_t filters = p.K * p.group_channels() * p.R * p.S;
-  Tensor x(kind, images, "x"), w(kind, filters, "w"), bias(kind, p.K, "bias"), gy(kind, outputs, "gy");
-  Tensor y(kind, outputs, "y"), gx(kind, images, "gx"), gw(kind, filters, "gw");
-  Tensor want_y(kind, outputs, "want y"), want_gx(kind, images, "want gx"), want_gw(kind, filters, "want gw");
-  for (Tensor* t : {&x, &w, &bias, &gy}) fill(*t, suite.random);
-  ConvTensors host, device;
-  host.x = x.host(), host.w = w.host(), host.bias = with_bias ? bias.host() : nullptr, host.gy = gy.host();
-  host.y = want_y.host(), host.gx = want_gx.host(), host.gw = want_gw.host();
-  device.x = x.device(), device.w = w.device(), device.bias = with_bias ? bias.device() : nullptr;
-  device.gy = gy.device();
-  device.y = y.device(), device.gx = gx.device(), device.gw = gw.device();
-  run_cpu(conv_reference_forward, p, host);
-  run_cpu(conv_reference_input_gradient, p, host);
-  run_cpu(conv_reference_weight_gradient, p, host);
-  const auto check = [&](const char* pass, const ConvCudaKernel& kernel, Tensor& got, const Tensor& want,
-                         int64_t terms) {
-    if (Refusal why = kernel.refuses(p)) return suite.fail(pass, std::string("refused: ") + why);
-    suite.check(
-        std::string(pass) + " " + kernel.name, {&got}, [&] { return run_cuda(kernel, p, device); },
-        [&] { return wrong(got, want, p.dtype, terms); });
-  };
-  const int64_t taps = p.R * p.S;
-  check("forward", conv_sm80_forward_cuda, y, want_y, p.group_channels() * taps + 1);
-  if (!with_gradients) return;
-  check("input gradient", conv_sm80_input_gradient_cuda, gx, want_gx, p.group_filters() * taps);
-  check("weight gradient", conv_sm80_weight_gradient_cuda, gw, want_gw, p.N * p.P * p.Q);
+void check_problem(Suite& suite, const ConvProblem& p, bool with_bias, bool with_gradients = true) {
+  check_tensor_cores(suite, p, with_bias,
+                     with_gradients ? kernels : TensorCoreKernels{&conv_sm80_forward_cuda, nullptr, nullptr});
 }
 
 // The tile is 128 pixels by 128, 64 or 32 filters, and 64 (float 32) values of depth a stage, three stages.
@@ -133,8 +97,7 @@ void check_refusals(Suite& suite) {
   suite.begin("refusals");
   ConvProblem p = problem(1, 8, {4, 4}, 8, {1, 1}, {1, 1}, {0, 0});
   const auto refused = [&](const ConvProblem& q, const char* what) {
-    for (const ConvCudaKernel* kernel :
-         {&conv_sm80_forward_cuda, &conv_sm80_input_gradient_cuda, &conv_sm80_weight_gradient_cuda})
+    for (const ConvCudaKernel* kernel : {kernels.forward, kernels.input_gradient, kernels.weight_gradient})
       if (!kernel->refuses(q)) suite.fail(kernel->name, std::string("takes ") + what);
   };
   p.dtype = DType::f64;
