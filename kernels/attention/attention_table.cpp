@@ -68,7 +68,8 @@ extern const AttentionCudaKernel attention_forward_cuda, attention_weights_cuda,
     attention_backward_cuda, attention_mask_gradient_cuda, attention_forward_sm80, attention_backward_sm80;
 
 namespace {
-constexpr const AttentionCudaKernel* cuda_forward[] = {&attention_forward_sm80, &attention_forward_cuda};
+constexpr const AttentionCudaKernel* cuda_forward[] = {&attention_forward_sm90a, &attention_forward_sm80,
+                                                       &attention_forward_cuda};
 constexpr const AttentionCudaKernel* cuda_weights[] = {&attention_weights_cuda};
 constexpr const AttentionCudaKernel* cuda_delta[] = {&attention_delta_cuda};
 constexpr const AttentionCudaKernel* cuda_backward[] = {&attention_backward_sm80, &attention_backward_cuda};
