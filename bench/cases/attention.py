@@ -121,6 +121,7 @@ CASES = [
     attention("one_head_2048", 1, 1, 2048, 2048, 64, causal=True),
     attention("wide_512", 2, 4, 512, 512, 128),
     attention("decode_1024", 1, 8, 1, 1024, 64, dtypes=BOTH),
+    attention("decode_4096", 1, 8, 1, 4096, 64, dtypes=BOTH),
     attention("decode_1024_batch", 16, 8, 1, 1024, 64),
     attention("decode_1024_grouped", 4, 16, 1, 1024, 64, key_heads=2),
     # a GPU's sizes

@@ -3,5 +3,6 @@
 from pyseqnet.models.image_classifier import ImageClassifier
 from pyseqnet.models.sequence_tagger import SequenceTagger
 from pyseqnet.models.sequence_translator import SequenceTranslator
+from pyseqnet.models.vision_transformer import VisionTransformer
 
-__all__ = ["ImageClassifier", "SequenceTagger", "SequenceTranslator"]
+__all__ = ["ImageClassifier", "SequenceTagger", "SequenceTranslator", "VisionTransformer"]

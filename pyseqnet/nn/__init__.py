@@ -11,6 +11,8 @@ from pyseqnet.nn.cache import (
     RecurrentCache,
 )
 from pyseqnet.nn.conv import Conv1d, Conv1dReLU, Conv2d, Conv2dReLU, Conv2dReLUMaxPool2d
+from pyseqnet.nn.graph_attention import GraphAttention
+from pyseqnet.nn.image_attention import ImageSelfAttention, SelfAttention2d
 from pyseqnet.nn.linear_attention import LinearAttention, LinearMultiheadAttention
 from pyseqnet.nn.norm import LayerNorm
 from pyseqnet.nn.pool import MaxPool1d, MaxPool2d
@@ -38,6 +40,8 @@ __all__ = [
     "Conv2dReLUMaxPool2d",
     "DecodingState",
     "GRUCell",
+    "GraphAttention",
+    "ImageSelfAttention",
     "JordanRNN",
     "JordanRNNCell",
     "KeyValueCache",
@@ -57,6 +61,7 @@ __all__ = [
     "PreallocatedCache",
     "RNNCell",
     "RecurrentCache",
+    "SelfAttention2d",
     "Sequential",
     "SinusoidalPositions",
     "Transformer",
