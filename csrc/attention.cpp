@@ -5,7 +5,9 @@
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
+#include <string>
 #include <tuple>
+#include <vector>
 
 #include "run_on_cpu.h"
 #if defined(PYSEQNET_WITH_CUDA)
@@ -55,6 +57,10 @@ Tensor new_dense(const Tensor& like, const int64_t (&sizes)[4], int64_t dims, Sc
 ScalarType statistic_type(const AttentionProblem& p) {
   return p.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float;
 }
+// lse has one element a query: (B, H, L), of packed sequences (1, H, their queries).
+int64_t lse_batch(const AttentionProblem& p) { return p.packed ? 1 : p.B; }
+int64_t queries_of(const AttentionProblem& p) { return p.packed ? p.total_q : p.L; }
+int64_t keys_of(const AttentionProblem& p) { return p.packed ? p.total_k : p.S; }
 
 void require_like(const Tensor& t, const Tensor& query, const char* complaint) {
   require(t.scalar_type() == query.scalar_type() && t.device() == query.device(), complaint);
@@ -68,32 +74,94 @@ void require_shape(const Tensor& t, std::initializer_list<int64_t> sizes, const 
 
 // What a call brings along beside query, key and value: kept alive here, described in problem and pointers.
 struct Extras {
-  std::optional<Tensor> mask, key_lengths, seed;
+  std::optional<Tensor> mask, bias, slopes, key_lengths, cu_q, cu_k;
+  std::vector<Tensor> blocks;
+  std::optional<Tensor> seed;
   int64_t causal;
-  double scale, dropout_p;
+  double scale, softcap, dropout_p;
+  int64_t max_q, max_k;  // of packed sequences; 0: the totals bound them
 };
 
-void read_mask(const Tensor& mask, const Tensor& query, AttentionProblem& p, AttentionTensors& t) {
-  require(mask.dim() == 4, "attention: mask must have 4 dimensions");
-  require(mask.device() == query.device(), "attention: mask must be on the query's device");
+// Extents and strides of a mask or bias, 0 along broadcast dimensions.
+void read_broadcast(const Tensor& t, const Tensor& query, const AttentionProblem& p,
+                    AttentionStrides& strides, int64_t& stride_s) {
+  require(t.dim() == 4, "attention: mask and bias must have 4 dimensions");
+  require(t.device() == query.device(), "attention: mask and bias must be on the query's device");
   const int64_t full[] = {p.B, p.H, p.L, p.S};
-  int64_t strides[4];
+  int64_t steps[4];
   for (int64_t d = 0; d < 4; d++) {
-    require(mask.size(d) == full[d] || mask.size(d) == 1,
-            "attention: each extent of mask must be 1 or that of (batch, heads, queries, keys)");
-    strides[d] = mask.size(d) == 1 ? 0 : mask.stride(d);
+    require(t.size(d) == full[d] || t.size(d) == 1,
+            "attention: each extent of mask and bias must be 1 or that of (batch, heads, queries, keys)");
+    steps[d] = t.size(d) == 1 ? 0 : t.stride(d);
   }
-  if (mask.scalar_type() == ScalarType::Bool) {
-    p.mask = AttentionMask::boolean;
-  } else {
-    p.mask = AttentionMask::additive;
-    p.mask_dtype = dtype_of(mask);
-    require(p.mask_dtype == p.dtype || p.mask_dtype == DType::f32,
-            "attention: mask must be bool, float32 or of the query's dtype");
+  strides = {steps[0], steps[1], steps[2]}, stride_s = steps[3];
+}
+void read_masks(const Extras& extras, const Tensor& query, AttentionProblem& p, AttentionTensors& t) {
+  if (extras.mask) {
+    require(extras.mask->scalar_type() == ScalarType::Bool, "attention: mask must be bool");
+    read_broadcast(*extras.mask, query, p, p.mask_strides, p.mask_stride_s);
+    p.with_mask = true, t.mask = extras.mask->const_data_ptr();
   }
-  p.mask_strides = {strides[0], strides[1], strides[2]}, p.mask_stride_s = strides[3];
-  p.mask_B = mask.size(0), p.mask_H = mask.size(1), p.mask_L = mask.size(2), p.mask_S = mask.size(3);
-  t.mask = mask.const_data_ptr();
+  if (extras.bias) {
+    const Tensor& bias = *extras.bias;
+    p.bias_dtype = dtype_of(bias);
+    require(p.bias_dtype == p.dtype || p.bias_dtype == DType::f32,
+            "attention: bias must be float32 or of the query's dtype");
+    read_broadcast(bias, query, p, p.bias_strides, p.bias_stride_s);
+    p.bias_B = bias.size(0), p.bias_H = bias.size(1), p.bias_L = bias.size(2), p.bias_S = bias.size(3);
+    p.with_bias = true, t.bias = bias.const_data_ptr();
+  }
+}
+
+// A vector of a known length and type, dense and on the query's device.
+const void* read_vector(std::optional<Tensor>& vector, const Tensor& query, int64_t length, ScalarType type,
+                        const char* complaint) {
+  require(vector->dim() == 1 && vector->size(0) == length && vector->scalar_type() == type &&
+              vector->device() == query.device(),
+          complaint);
+  vector = compact(*vector);
+  return vector->const_data_ptr();
+}
+
+// row_begin, row_entries, column_begin, column_entries, row_order, column_order, bits of attention_blocks.h.
+// What the numbers say is not looked at: they come from pyseqnet/masks.py.
+void read_blocks(const std::vector<Tensor>& blocks, const Tensor& query, AttentionProblem& p,
+                 AttentionTensors& t) {
+  if (blocks.empty() || p.L == 0 || p.S == 0) return;
+  require(blocks.size() == 7, "attention: a pattern has seven tensors");
+  for (size_t n = 0; n < 7; n++)
+    require(blocks[n].scalar_type() == (n < 6 ? ScalarType::Int : ScalarType::Long) &&
+                blocks[n].device() == query.device() && blocks[n].is_contiguous(),
+            "attention: a pattern's tensors must be dense, int32 (bits: int64) and on the query's device");
+  const int64_t rows = blocks[0].numel() - 1, tiles = block_tiles_of(p.L), entries = blocks[1].numel() / 2;
+  p.with_blocks = true;
+  p.block_heads = rows / tiles, p.block_entries = entries;
+  require(rows == p.block_heads * tiles && (p.block_heads == 1 || p.block_heads == p.H) &&
+              blocks[2].numel() - 1 == p.block_heads * block_tiles_of(p.S) &&
+              blocks[3].numel() == 2 * entries && blocks[4].numel() == rows &&
+              blocks[5].numel() == blocks[2].numel() - 1 && blocks[6].numel() % block_tile == 0,
+          "attention: the pattern was made for other numbers of heads, queries or keys");
+  const auto ints = [&](size_t n) { return static_cast<const int32_t*>(blocks[n].const_data_ptr()); };
+  t.blocks.row_begin = ints(0), t.blocks.column_begin = ints(2);
+  t.blocks.row_entries = reinterpret_cast<const AttentionBlockEntry*>(ints(1));
+  t.blocks.column_entries = reinterpret_cast<const AttentionBlockEntry*>(ints(3));
+  t.blocks.row_order = ints(4), t.blocks.column_order = ints(5);
+  t.blocks.bits = static_cast<const uint64_t*>(blocks[6].const_data_ptr());
+}
+
+void read_sequences(Extras& extras, const Tensor& query, const Tensor& key, AttentionProblem& p,
+                    AttentionTensors& t) {
+  if (!extras.cu_q) return;
+  require(extras.cu_k.has_value(), "attention: cu_seqlens_q needs cu_seqlens_k");
+  require(query.size(0) == 1, "attention: packed sequences have no batch dimension");
+  p.packed = true;
+  p.B = extras.cu_q->numel() - 1, p.total_q = query.size(2), p.total_k = key.size(2);
+  require(p.B >= 0, "attention: cu_seqlens must not be empty");
+  p.L = extras.max_q > 0 ? extras.max_q : p.total_q, p.S = extras.max_k > 0 ? extras.max_k : p.total_k;
+  const char* complaint =
+      "attention: cu_seqlens must be two int32 vectors of one length on the query's device";
+  t.cu_q = static_cast<const int32_t*>(read_vector(extras.cu_q, query, p.B + 1, ScalarType::Int, complaint));
+  t.cu_k = static_cast<const int32_t*>(read_vector(extras.cu_k, query, p.B + 1, ScalarType::Int, complaint));
 }
 
 // Everything of the problem that query, key and the extras say; `extras` holds what pointers point to.
@@ -108,24 +176,34 @@ void read_problem(const Tensor& query, const Tensor& key, int64_t value_width, E
   require(p.H == p.Hk || (p.Hk > 0 && p.H % p.Hk == 0),
           "attention: the number of query heads must be a multiple of that of key heads");
   require(p.D > 0 && p.E > 0, "attention: the head dimension must not be empty");
-  require(product_fits({p.B, p.H, p.L}) && product_fits({p.L, p.S}), "attention: the problem is too large");
   p.q_strides = strides_of(query), p.k_strides = strides_of(key);
   t.q = query.const_data_ptr(), t.k = key.const_data_ptr();
-  p.scale = extras.scale;
+  read_sequences(extras, query, key, p, t);
+  require(product_fits({p.B, p.H, p.L}) && product_fits({p.L, p.S}), "attention: the problem is too large");
+  p.scale = extras.scale, p.softcap = extras.softcap;
   require(extras.causal >= 0 && extras.causal <= 2, "attention: causal must be 0, 1 or 2");
   p.causal = extras.causal != 0;
-  p.causal_offset = extras.causal == 2 ? p.S - p.L : 0;
+  p.causal_bottom_right = p.packed && extras.causal == 2;
+  p.causal_offset = !p.packed && extras.causal == 2 ? p.S - p.L : 0;
   p.dropout_p = extras.dropout_p;
   require(p.dropout_p >= 0 && p.dropout_p < 1, "attention: dropout_p must be at least 0 and below 1");
-  if (extras.mask) read_mask(*extras.mask, query, p, t);
+  read_masks(extras, query, p, t);
+  read_blocks(extras.blocks, query, p, t);
+  if (extras.slopes) {
+    require(extras.slopes->numel() == p.H || extras.slopes->numel() == p.B * p.H,
+            "attention: slopes must have one element a head, or a batch entry and head");
+    p.with_slopes = true, p.slopes_stride_b = extras.slopes->numel() == p.H ? 0 : p.H;
+    t.slopes = read_vector(extras.slopes, query, extras.slopes->numel(), statistic_type(p),
+                           "attention: slopes must be a vector of the statistics' dtype");
+    // Under the causal mask that begins top-left queries stand at the keys' beginning, else at their end.
+    p.alibi_bottom_right = p.packed && extras.causal != 1;
+    p.alibi_offset = !p.packed && extras.causal != 1 ? p.S - p.L : 0;
+  }
   if (extras.key_lengths) {
-    require_shape(*extras.key_lengths, {p.B}, "attention: key_lengths must have one element per batch entry");
-    require(extras.key_lengths->scalar_type() == ScalarType::Long, "attention: key_lengths must be int64");
-    require(extras.key_lengths->device() == query.device(),
-            "attention: key_lengths must be on the query's device");
-    extras.key_lengths = compact(*extras.key_lengths);
     p.with_key_lengths = true;
-    t.key_lengths = static_cast<const int64_t*>(extras.key_lengths->const_data_ptr());
+    t.key_lengths = static_cast<const int64_t*>(
+        read_vector(extras.key_lengths, query, p.B, ScalarType::Long,
+                    "attention: key_lengths must be one int64 a batch entry, on the query's device"));
   }
   if (p.dropout_p > 0) {
     require(extras.seed.has_value(), "attention: dropout needs a seed");
@@ -138,7 +216,7 @@ void read_problem(const Tensor& query, const Tensor& key, int64_t value_width, E
 
 Tensor checked_statistic(const Tensor& lse, const Tensor& query, const AttentionProblem& p,
                          const char* what) {
-  require_shape(lse, {p.B, p.H, p.L}, what);
+  require_shape(lse, {lse_batch(p), p.H, queries_of(p)}, what);
   require(lse.scalar_type() == statistic_type(p) && lse.device() == query.device(), what);
   return compact(lse);
 }
@@ -152,10 +230,11 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query_in, const Tensor& key_in,
   AttentionTensors t;
   read_problem(q, k, v.size(3), extras, p, t);
   require_like(v, q, "attention: query and value must have the same dtype and device");
-  require_shape(v, {p.B, p.Hk, p.S, p.E}, "attention: key and value must agree in batch, heads and length");
+  require_shape(v, {lse_batch(p), p.Hk, keys_of(p), p.E},
+                "attention: key and value must agree in batch, heads and length");
   p.v_strides = strides_of(v), t.v = v.const_data_ptr();
-  Tensor out = new_heads(q, p.B, p.H, p.L, p.E, true, p.out_strides);
-  Tensor lse = new_dense(q, {p.B, p.H, p.L, 1}, 3, statistic_type(p));
+  Tensor out = new_heads(q, lse_batch(p), p.H, queries_of(p), p.E, true, p.out_strides);
+  Tensor lse = new_dense(q, {lse_batch(p), p.H, queries_of(p), 1}, 3, statistic_type(p));
   t.out = out.mutable_data_ptr(), t.lse = lse.mutable_data_ptr();
   run(AttentionPass::forward, p, t, q);
   return {out, lse};
@@ -179,7 +258,7 @@ Tensor weights(const Tensor& query_in, const Tensor& key_in, const Tensor& lse_i
 struct BackwardInputs {
   const Tensor &grad_out, &query, &key, &value, &out, &lse;
   std::optional<Tensor> weights, grad_weights, grad_lse;
-  bool need_query, need_key_value, need_mask;
+  bool need_query, need_key_value, need_bias;
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(BackwardInputs in, Extras extras, RunPass run) {
@@ -194,9 +273,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(BackwardInputs in, Extras ex
   require_like(v, q, "attention: query and value must have the same dtype and device");
   require_like(gout, q, "attention: grad_out must have the query's dtype and device");
   require_like(out, q, "attention: out must have the query's dtype and device");
-  require_shape(v, {p.B, p.Hk, p.S, p.E}, "attention: key and value must agree in batch, heads and length");
-  require_shape(gout, {p.B, p.H, p.L, p.E}, "attention: grad_out does not have the output's shape");
-  require_shape(out, {p.B, p.H, p.L, p.E}, "attention: out does not have the output's shape");
+  require_shape(v, {lse_batch(p), p.Hk, keys_of(p), p.E},
+                "attention: key and value must agree in batch, heads and length");
+  require_shape(gout, {lse_batch(p), p.H, queries_of(p), p.E},
+                "attention: grad_out does not have the output's shape");
+  require_shape(out, {lse_batch(p), p.H, queries_of(p), p.E},
+                "attention: out does not have the output's shape");
   const Tensor lse =
       checked_statistic(in.lse, q, p, "attention: lse does not have the shape that forward gave");
   p.v_strides = strides_of(v), p.gout_strides = strides_of(gout), p.out_strides = strides_of(out);
@@ -218,37 +300,37 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(BackwardInputs in, Extras ex
     p.with_glse = true;
     t.glse = in.grad_lse->const_data_ptr();
   }
-  Tensor delta = new_dense(q, {p.B, p.H, p.L, 1}, 3, statistic_type(p));
+  Tensor delta = new_dense(q, {lse_batch(p), p.H, queries_of(p), 1}, 3, statistic_type(p));
   t.delta = delta.mutable_data_ptr();
   run(AttentionPass::delta, p, t, q);
 
   // What nobody needs comes back empty; results may not alias each other.
   const auto nothing = [&] { return new_vector(q, 0, q.scalar_type()); };
-  Tensor gq = q, gk = q, gv = q, gmask = q;
+  Tensor gq = q, gk = q, gv = q, gbias = q;
   p.need_q = in.need_query, p.need_kv = in.need_key_value;
   if (p.need_q) {
-    gq = new_heads(q, p.B, p.H, p.L, p.D, heads_inside(in.query), p.gq_strides);
+    gq = new_heads(q, lse_batch(p), p.H, queries_of(p), p.D, heads_inside(in.query), p.gq_strides);
     t.gq = gq.mutable_data_ptr();
   } else {
     gq = nothing();
   }
   if (p.need_kv) {
-    gk = new_heads(q, p.B, p.Hk, p.S, p.D, heads_inside(in.key), p.gk_strides);
-    gv = new_heads(q, p.B, p.Hk, p.S, p.E, heads_inside(in.value), p.gv_strides);
+    gk = new_heads(q, lse_batch(p), p.Hk, keys_of(p), p.D, heads_inside(in.key), p.gk_strides);
+    gv = new_heads(q, lse_batch(p), p.Hk, keys_of(p), p.E, heads_inside(in.value), p.gv_strides);
     t.gk = gk.mutable_data_ptr(), t.gv = gv.mutable_data_ptr();
   } else {
     gk = nothing(), gv = nothing();
   }
   if (p.need_q || p.need_kv) run(AttentionPass::backward, p, t, q);
-  if (in.need_mask) {
-    require(p.mask == AttentionMask::additive, "attention: only an additive mask has a gradient");
-    gmask = new_dense(q, {p.mask_B, p.mask_H, p.mask_L, p.mask_S}, 4, extras.mask->scalar_type());
-    t.gmask = gmask.mutable_data_ptr();
-    run(AttentionPass::mask_gradient, p, t, q);
+  if (in.need_bias) {
+    require(p.with_bias, "attention: there is no bias to differentiate");
+    gbias = new_dense(q, {p.bias_B, p.bias_H, p.bias_L, p.bias_S}, 4, extras.bias->scalar_type());
+    t.gbias = gbias.mutable_data_ptr();
+    run(AttentionPass::bias_gradient, p, t, q);
   } else {
-    gmask = nothing();
+    gbias = nothing();
   }
-  return {gq, gk, gv, gmask};
+  return {gq, gk, gv, gbias};
 }
 
 // The CPU can look at the lengths; kernels clamp them as well, for on a GPU nobody can without waiting for
@@ -263,32 +345,68 @@ void check_lengths(const std::optional<Tensor>& key_lengths, const Tensor& key) 
                                   std::to_string(key.size(2)) + "), got " + std::to_string(length[b]));
 }
 
-#define EXTRA_PARAMETERS \
-  std::optional<Tensor> mask, std::optional<Tensor> key_lengths, std::optional<Tensor> seed
-#define OPTIONS int64_t causal, double scale, double dropout_p
-#define EXTRAS \
-  Extras { mask, key_lengths, seed, causal, scale, dropout_p }
+// Lengths of packed sequences, which the CPU can look at as well: the longest bounds the problem.
+int64_t longest_sequence(const Tensor& cu, int64_t positions, const char* name) {
+  require(cu.scalar_type() == ScalarType::Int, "attention: cu_seqlens must be int32");
+  const Tensor dense_cu = compact(cu);
+  const int32_t* at = static_cast<const int32_t*>(dense_cu.const_data_ptr());
+  const int64_t last = dense_cu.numel() - 1;
+  int64_t longest = 0;
+  bool rises = last >= 0 && at[0] == 0;
+  for (int64_t b = 0; b < last; b++) {
+    rises = rises && at[b + 1] >= at[b];
+    longest = at[b + 1] - at[b] > longest ? at[b + 1] - at[b] : longest;
+  }
+  if (!rises || at[last] != positions)
+    throw std::invalid_argument(std::string(name) + " must rise from 0 to the number of positions (" +
+                                std::to_string(positions) + ")");
+  return longest;
+}
+void measure_sequences(Extras& extras, const Tensor& query, const Tensor& key) {
+  if (!extras.cu_q || !extras.cu_k || query.dim() != 4 || key.dim() != 4) return;
+  const int64_t q = longest_sequence(*extras.cu_q, query.size(2), "cu_seqlens_q");
+  const int64_t k = longest_sequence(*extras.cu_k, key.size(2), "cu_seqlens_k");
+  // Where masks and weights were made for a length, it stays.
+  extras.max_q = extras.max_q > q ? extras.max_q : q, extras.max_k = extras.max_k > k ? extras.max_k : k;
+}
+
+#define EXTRA_PARAMETERS                                                                         \
+  std::optional<Tensor> mask, std::optional<Tensor> bias, std::optional<Tensor> slopes,          \
+      std::optional<Tensor> key_lengths, std::optional<Tensor> cu_q, std::optional<Tensor> cu_k, \
+      std::vector<Tensor> blocks, std::optional<Tensor> seed
+#define OPTIONS int64_t causal, double scale, double softcap, double dropout_p, int64_t max_q, int64_t max_k
+#define EXTRAS                                                                                           \
+  Extras {                                                                                               \
+    mask, bias, slopes, key_lengths, cu_q, cu_k, blocks, seed, causal, scale, softcap, dropout_p, max_q, \
+        max_k                                                                                            \
+  }
 #define BACKWARD_PARAMETERS                                                                               \
   const Tensor &grad_out, const Tensor &query, const Tensor &key, const Tensor &value, const Tensor &out, \
       const Tensor &lse, EXTRA_PARAMETERS, std::optional<Tensor> saved_weights,                           \
       std::optional<Tensor> grad_weights, std::optional<Tensor> grad_lse, OPTIONS, bool need_query,       \
-      bool need_key_value, bool need_mask
+      bool need_key_value, bool need_bias
 #define BACKWARD_INPUTS                                                                       \
   BackwardInputs {                                                                            \
     grad_out, query, key, value, out, lse, saved_weights, grad_weights, grad_lse, need_query, \
-        need_key_value, need_mask                                                             \
+        need_key_value, need_bias                                                             \
   }
 
 std::tuple<Tensor, Tensor> forward_cpu(const Tensor& query, const Tensor& key, const Tensor& value,
                                        EXTRA_PARAMETERS, OPTIONS) {
   check_lengths(key_lengths, key);
-  return forward(query, key, value, EXTRAS, run_pass_on_cpu);
+  Extras extras = EXTRAS;
+  measure_sequences(extras, query, key);
+  return forward(query, key, value, extras, run_pass_on_cpu);
 }
 Tensor weights_cpu(const Tensor& query, const Tensor& key, const Tensor& lse, EXTRA_PARAMETERS, OPTIONS) {
-  return weights(query, key, lse, EXTRAS, run_pass_on_cpu);
+  Extras extras = EXTRAS;
+  measure_sequences(extras, query, key);
+  return weights(query, key, lse, extras, run_pass_on_cpu);
 }
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(BACKWARD_PARAMETERS) {
-  return backward(BACKWARD_INPUTS, EXTRAS, run_pass_on_cpu);
+  Extras extras = EXTRAS;
+  measure_sequences(extras, query, key);
+  return backward(BACKWARD_INPUTS, extras, run_pass_on_cpu);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pyseqnet, CPU, m) {

@@ -37,20 +37,26 @@ STABLE_TORCH_LIBRARY(pyseqnet, m) {
   m.def(
       "max_pool_indices(Tensor arg, SymInt height, SymInt width, int kernel_h, int kernel_w, int stride_h, "
       "int stride_w, int pad_h, int pad_w, int dilation_h, int dilation_w, bool ceil_mode) -> Tensor");
-  // Attention. causal: 0 none, 1 top-left, 2 bottom-right. mask: None, bool or additive, four-dimensional,
-  // each extent 1 or that of (B, H, L, S). seed: one int64, needed when dropout_p > 0. weights, grad_weights:
-  // both or none.
+  // Attention. causal: 0 none, 1 top-left, 2 bottom-right. mask (bool), bias (additive): four-dimensional, each
+  // extent 1 or that of (B, H, L, S). slopes: (H) or (B H), of lse's dtype. cu_seqlens: int32; inputs are then
+  // (1, H, positions of all sequences, D), max_q and max_k bound the lengths (0: by the positions), and B, L, S
+  // of mask, bias and weights are the number of sequences and those bounds. pattern: nothing, or the seven
+  // tensors of attention_blocks.h. softcap: 0 for none. seed: one int64, needed when dropout_p > 0. weights,
+  // grad_weights: both or none.
   m.def(
-      "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? key_lengths, Tensor? "
-      "seed, int causal, float scale, float dropout_p) -> (Tensor, Tensor)");
+      "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? bias, Tensor? slopes, "
+      "Tensor? key_lengths, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor[] pattern, Tensor? seed, int "
+      "causal, float scale, float softcap, float dropout_p, int max_q, int max_k) -> (Tensor, Tensor)");
   m.def(
-      "attention_weights(Tensor query, Tensor key, Tensor lse, Tensor? mask, Tensor? key_lengths, Tensor? "
-      "seed, int causal, float scale, float dropout_p) -> Tensor");
+      "attention_weights(Tensor query, Tensor key, Tensor lse, Tensor? mask, Tensor? bias, Tensor? slopes, "
+      "Tensor? key_lengths, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor[] pattern, Tensor? seed, int "
+      "causal, float scale, float softcap, float dropout_p, int max_q, int max_k) -> Tensor");
   m.def(
       "attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
-      "Tensor? mask, Tensor? key_lengths, Tensor? seed, Tensor? weights, Tensor? grad_weights, Tensor? "
-      "grad_lse, int causal, float scale, float dropout_p, bool need_query, bool need_key_value, bool "
-      "need_mask) -> (Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? mask, Tensor? bias, Tensor? slopes, Tensor? key_lengths, Tensor? cu_seqlens_q, Tensor? "
+      "cu_seqlens_k, Tensor[] pattern, Tensor? seed, Tensor? weights, Tensor? grad_weights, Tensor? "
+      "grad_lse, int causal, float scale, float softcap, float dropout_p, int max_q, int max_k, bool "
+      "need_query, bool need_key_value, bool need_bias) -> (Tensor, Tensor, Tensor, Tensor)");
   // Additive attention (kernels/attention/additive.h): out, lse; weights; gradients of query, key, value,
   // weight, bias, empty where not needed. saved_weights, grad_weights: both or none.
   m.def(

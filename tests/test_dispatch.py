@@ -22,7 +22,7 @@ FAMILIES = {
     ),
     "recurrent": ("recurrent_forward", "recurrent_backward"),
     "attention": (
-        "attention_forward", "attention_weights", "attention_delta", "attention_backward", "attention_mask_gradient",
+        "attention_forward", "attention_weights", "attention_delta", "attention_backward", "attention_bias_gradient",
     ),
     "additive_attention": (
         "additive_attention_forward", "additive_attention_weights", "additive_attention_backward",

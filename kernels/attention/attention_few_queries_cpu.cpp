@@ -88,22 +88,22 @@ struct Scratch {
 template <class T>
 void forward_row(const AttentionProblem& p, const AttentionTensors& t, const Dropout& dropout, int64_t row,
                  const Scratch& s) {
-  const int64_t i = row % p.L, h = row / p.L % p.H, b = row / p.L / p.H, hk = h / p.group();
-  const int64_t end = visible_keys(p.causal, p.causal_offset, length_of(p, t, b), i);
-  const T* q = static_cast<const T*>(t.q) + b * p.q_strides.b + h * p.q_strides.h + i * p.q_strides.n;
-  const T* keys = static_cast<const T*>(t.k) + b * p.k_strides.b + hk * p.k_strides.h;
-  const T* values = static_cast<const T*>(t.v) + b * p.v_strides.b + hk * p.v_strides.h;
+  const int64_t i = row % p.L, h = row / p.L % p.H, hk = h / p.group();
+  const AttentionSequence at = sequence_of(p, t, row / p.L / p.H);
+  const int64_t end = visible_to(p, at, i);
+  const T* keys = static_cast<const T*>(t.k) + key_offset(p.k_strides, at, hk, 0);
+  const T* values = static_cast<const T*>(t.v) + key_offset(p.v_strides, at, hk, 0);
   alignas(64) float sums[VL] = {};
   float largest = -INFINITE, factor;
   const int32_t limit = int32_t(end);
-  pack_rows(q, 0, 1, p.D, float(p.scale), s.q);
+  pack_rows(static_cast<const T*>(t.q) + query_offset(p.q_strides, at, h, i), 0, 1, p.D, float(p.scale), s.q);
   dot_keys(s.q, keys, p.k_strides.n, end, p.D, s.z);
-  apply_mask(p, t, b, h, i, 1, 0, &limit, s.z, 0);
+  to_logits(p, t, at, h, i, 1, 0, {}, &limit, s.z, 0);
   softmax_tile(1, end, &limit, s.z, 0, {&largest, sums}, &factor);
   if (dropout.on) drop_tile(dropout, row, 1, 0, end, s.z, 0);
   const SoftmaxState<float> state{largest, hsum(load(sums))};
-  T* out = static_cast<T*>(t.out) + b * p.out_strides.b + h * p.out_strides.h + i * p.out_strides.n;
-  if (p.mask == AttentionMask::none)
+  T* out = static_cast<T*>(t.out) + query_offset(p.out_strides, at, h, i);
+  if (!hides_pairs(p))
     weigh_row<false>(s.z, values, p.v_strides.n, end, p.E, softmax_inverse(state), out);
   else
     weigh_row<true>(s.z, values, p.v_strides.n, end, p.E, softmax_inverse(state), out);
@@ -113,10 +113,11 @@ void forward_row(const AttentionProblem& p, const AttentionTensors& t, const Dro
 
 // Weights and logit gradients of one query: w[S], dz[S], zero where not seen.
 template <class T>
-void gradient_row(const AttentionProblem& p, const AttentionTensors& t, const Dropout& dropout, int64_t b,
-                  int64_t h, int64_t i, const float* q, const float* gout, float* w, float* dz) {
-  const int64_t row = (b * p.H + h) * p.L + i, hk = h / p.group(), padded = round_up(p.S, VL);
-  const int64_t end = visible_keys(p.causal, p.causal_offset, length_of(p, t, b), i);
+void gradient_row(const AttentionProblem& p, const AttentionTensors& t, const Dropout& dropout, int64_t row,
+                  const float* q, const float* gout, float* slopes, float* w, float* dz) {
+  const int64_t i = row % p.L, h = row / p.L % p.H, hk = h / p.group(), padded = round_up(p.S, VL);
+  const AttentionSequence at = sequence_of(p, t, row / p.L / p.H);
+  const int64_t end = visible_to(p, at, i);
   const float lse = static_cast<const float*>(t.lse)[row], delta = static_cast<const float*>(t.delta)[row];
   const int32_t limit = int32_t(end);
   if (lse == -INFINITE) {
@@ -124,10 +125,11 @@ void gradient_row(const AttentionProblem& p, const AttentionTensors& t, const Dr
     memset(dz, 0, size_t(padded) * sizeof(float));
     return;
   }
-  const T* keys = static_cast<const T*>(t.k) + b * p.k_strides.b + hk * p.k_strides.h;
-  const T* values = static_cast<const T*>(t.v) + b * p.v_strides.b + hk * p.v_strides.h;
+  const T* keys = static_cast<const T*>(t.k) + key_offset(p.k_strides, at, hk, 0);
+  const T* values = static_cast<const T*>(t.v) + key_offset(p.v_strides, at, hk, 0);
+  const bool capped = p.softcap > 0;
   dot_keys(q, keys, p.k_strides.n, end, p.D, w);
-  apply_mask(p, t, b, h, i, 1, 0, &limit, w, 0);
+  to_logits(p, t, at, h, i, 1, 0, {}, &limit, w, 0, capped ? slopes : nullptr);
   probabilities_tile(1, padded, &limit, w, 0, &lse);
   dot_keys(gout, values, p.v_strides.n, end, p.E, dz);
   const uint64_t key = dropout.on ? dropout_row_key(dropout.seed, row) : 0;
@@ -141,8 +143,10 @@ void gradient_row(const AttentionProblem& p, const AttentionTensors& t, const Dr
       gradient *= keep;
       store(w + j, probability * keep);
     }
+    gradient = probability * (gradient - delta);
+    if (capped && j < end) gradient *= load(slopes + j);
     // What is masked may hold NaN, and so may its products.
-    store(dz + j, probability == 0.0f ? vf{} : probability * (gradient - delta));
+    store(dz + j, probability == 0.0f ? vf{} : gradient);
   }
 }
 
@@ -161,12 +165,14 @@ PYSEQNET_NOINLINE void sum_outer(int64_t rows, const float* factors, int64_t ldf
 
 struct BackwardScratch {
   float *q, *gout, *w, *dz;  // one row a query of the key head
+  float* slopes;             // of the soft cap
   BackwardScratch(Carver& carve, const AttentionProblem& p) {
     const int64_t rows = p.group() * p.L;
     q = carve.take<float>(rows * round_up(p.D, VL));
     gout = carve.take<float>(rows * round_up(p.E, VL));
     w = carve.take<float>(rows * round_up(p.S, VL));
     dz = carve.take<float>(rows * round_up(p.S, VL));
+    slopes = carve.take<float>(p.softcap > 0 ? round_up(p.S, VL) : 0);
   }
 };
 
@@ -188,7 +194,7 @@ void backward_item(const AttentionProblem& p, const AttentionTensors& t, const D
       pack_rows(query, 0, 1, p.D, float(p.scale), q);
       pack_rows(gradient, 0, 1, p.E, 1.0f, gout);
     }
-    gradient_row<T>(p, t, dropout, b, h, i, q, gout, s.w + r * padded_s, dz);
+    gradient_row<T>(p, t, dropout, row, q, gout, s.slopes, s.w + r * padded_s, dz);
     if (p.need_q)
       weigh_row<true>(dz, keys, p.k_strides.n, p.S, p.D, float(p.scale),
                       static_cast<T*>(t.gq) + b * p.gq_strides.b + h * p.gq_strides.h + i * p.gq_strides.n);
@@ -202,6 +208,8 @@ void backward_item(const AttentionProblem& p, const AttentionTensors& t, const D
 
 Refusal refuses(const AttentionProblem& p) {
   if (p.dtype == DType::f64) return "float64 is left to the reference";
+  if (p.packed) return "packed sequences are left to the tiles";
+  if (p.with_blocks) return "patterns are left to the tiles";
   if (p.L > FEW) return "takes at most four queries";
   if (p.S >= (int64_t(1) << 31)) return "takes fewer than 2^31 keys";
   return accepted;

@@ -78,12 +78,12 @@ PYSEQNET_DEVICE void store_forward(const ChannelRegisters<T> (&sum)[groups],
 #pragma unroll
   for (int i = 0; i < Tile::thread_rows; i++) {
     state[i].sum = reduce_lanes<Lanes::row>(state[i].sum, [](Acc x, Acc y) { return x + y; });
-    const int64_t query = query0 + at.row(i), line = block.head * a.L + query;
-    if (query >= a.L) continue;
+    const int64_t query = query0 + at.row(i), line = block.head * a.L + query;  // of the partial results
+    if (query >= head.at.L) continue;
     const Acc inverse = softmax_inverse(state[i]) * a.keep_scale;
     if (block.column_tile == 0 && at.first_column == 0) {
       if (g.parts == 1) {
-        results.lse[line] = softmax_lse(state[i]);
+        results.lse[lse_row(head.at, head.h, query)] = softmax_lse(state[i]);
       } else {
         results.states.at(block.part, line)[0] = state[i].largest;
         results.states.at(block.part, line)[1] = state[i].sum;
@@ -99,7 +99,8 @@ PYSEQNET_DEVICE void store_forward(const ChannelRegisters<T> (&sum)[groups],
       for (int c = 0; c < Tile::vector; c++)
         value[c] = g.parts == 1 ? sum[group][i][first + c] * inverse : sum[group][i][first + c];
       if (g.parts == 1)
-        store_channels<T>(out.at(head.b, head.h, query) + channel, out.vectors, value, a.E - channel);
+        store_channels<T>(out.data + query_offset(out.strides, head.at, head.h, query) + channel, out.vectors,
+                          value, a.E - channel);
       else
         store_channels<Acc>(results.sums.at(block.part, line) + channel, false, value, a.E - channel);
     }
@@ -116,12 +117,14 @@ __global__ void __launch_bounds__(attention_threads, groups == 1 ? 3 : 2)
   PYSEQNET_SHARED(AttentionMemory<T>, memory, );
   const TilePlace<T> at(threadIdx.x);
   const AttentionBlock block = block_of(g);
-  const AttentionHead head = head_of(a, block.head / a.H, block.head % a.H);
-  // With causality the last queries see the most keys: they begin.
-  const int64_t query0 = int64_t(g.tiles - 1 - block.tile) * Tile::positions;
+  begin_sequence(memory, a, block.head / a.H);
+  const AttentionHead head = head_of(memory, a, block.head % a.H);
+  const int64_t query0 = query_tile_of(a, g.tiles, block.tile) * Tile::positions;
+  if (query0 >= head.at.L) return;
   const int64_t channel0 = int64_t(block.column_tile) * (groups * Tile::channels);
-  const int64_t begin = block.part * g.part_steps * Tile::positions;
-  const int64_t end = min(begin + g.part_steps * Tile::positions, keys_of_queries(a, head, query0));
+  const TileStops<T> stops = key_stops(a, head.h, query0);
+  const int64_t end_key = keys_of_queries(a, head, query0);
+  const int64_t begin = block.part * g.part_steps, end = min(begin + g.part_steps, stops.count);
 
   SoftmaxState<Acc> state[Tile::thread_rows];
 #pragma unroll
@@ -130,16 +133,19 @@ __global__ void __launch_bounds__(attention_threads, groups == 1 ? 3 : 2)
   TileWalk<T> walk;
   clear_seen(memory);
   stage_queries<T, false, false>(memory, a, head, query0);
-  for (int64_t key0 = begin; key0 < end; key0 += Tile::positions) {
-    const uint32_t visible = visible_pairs(a, head, query0, key0, at);
+  for (int64_t step = begin; step < end; step++) {
+    const TileStop stop = stops.keys_at(step, query0);
+    const int64_t key0 = stop.first;
+    if (key0 >= end_key) break;
+    const uint32_t visible = visible_pairs(a, head, query0, key0, stop.bits, at);
     if (!walk.enter(memory, visible, at)) continue;
     ScoreRegisters<T> score = {};
     logits_of_tile<T>(score, memory, visible, a, head, query0, key0, at);
     softmax_tile<T, groups>(score, state, sum, memory, a, key0, at);
     __syncthreads();
     store_tile<T>(memory.left, score, at);
-    const int depth = positions_of<T>(end - key0);
-    const T* values = a.v.at(head.b, head.kv, key0);
+    const int depth = positions_of<T>(end_key - key0);
+    const T* values = a.v.data + key_offset(a.v.strides, head.at, head.kv, key0);
 #pragma unroll
     for (int group = 0; group < groups; group++) {
       const int64_t channel = channel0 + group * Tile::channels;
@@ -190,13 +196,16 @@ __global__ void __launch_bounds__(attention_threads, 4)
   PYSEQNET_SHARED(AttentionMemory<T>, memory, );
   const TilePlace<T> at(threadIdx.x);
   const AttentionBlock block = block_of(g);
-  const AttentionHead head = head_of(a, block.head / a.H, block.head % a.H);
+  begin_sequence(memory, a, block.head / a.H);
+  const AttentionHead head = head_of(memory, a, block.head % a.H);
   const int64_t query0 = int64_t(block.tile) * Tile::positions;
   const int64_t key0 = int64_t(block.column_tile) * Tile::positions;
   TileWalk<T> walk;
   clear_seen(memory);
   stage_queries<T, true, false>(memory, a, head, query0);
-  const uint32_t visible = visible_pairs(a, head, query0, key0, at);
+  TileStop stop;
+  const bool listed = find_stop(a, head.h, query0, key0, stop);
+  const uint32_t visible = listed ? visible_pairs(a, head, query0, key0, stop.bits, at) : 0;
   ScoreRegisters<T> score = {};
   if (walk.enter(memory, visible, at)) logits_of_tile<T>(score, memory, visible, a, head, query0, key0, at);
   const uint32_t kept = kept_pairs(memory, a, key0, at);
@@ -210,7 +219,8 @@ __global__ void __launch_bounds__(attention_threads, 4)
     for (int j = 0; j < Tile::thread_columns; j++) {
       if (key0 + at.column(j) >= a.S) continue;
       const bool counts = has_pair<T>(visible, i, j) && has_pair<T>(kept, i, j) && lse != -Acc(INFINITY);
-      store(line + at.column(j), counts ? exp2_of(score[i][j] - lse) * a.keep_scale : Acc(0));
+      const Acc z = score[i][j] - lse;
+      store(line + at.column(j), counts ? exp2_of(z > 0 ? Acc(0) : z) * a.keep_scale : Acc(0));
     }
   }
 }
@@ -230,19 +240,23 @@ __global__ void __launch_bounds__(attention_threads)
   constexpr int warps = attention_threads / 32;
   const int lane = int(threadIdx.x) % 32;
   const int64_t rows = a.B * a.H * a.L, step = int64_t(gridDim.x) * warps;
-  for (int64_t row = int64_t(blockIdx.x) * warps + threadIdx.x / 32; row < rows; row += step) {
-    const int64_t head = row / a.L, query = row - head * a.L, b = head / a.H, h = head - b * a.H;
+  for (int64_t item = int64_t(blockIdx.x) * warps + threadIdx.x / 32; item < rows; item += step) {
+    const int64_t head = item / a.L, query = item - head * a.L, b = head / a.H, h = head - b * a.H;
+    const AttentionSequence at = sequence_of(a, a.key_lengths, a.cu_q, a.cu_k, b);
+    if (query >= at.L) continue;
+    const int64_t row = lse_row(at, h, query), line = weights_offset(a, at, h, query);
     const bool alive = a.lse[row] != -Acc(INFINITY);
     Acc sum = 0;
     if (alive) {
-      const T *gout = a.gout.at(b, h, query), *out = t.out.at(b, h, query);
+      const T* gout = a.gout.data + query_offset(a.gout.strides, at, h, query);
+      const T* out = t.out.data + query_offset(t.out.strides, at, h, query);
       for (int64_t e = lane; e < a.E; e += 32) sum += load(gout + e) * load(out + e);
     }
     if (alive && a.gweights)
       for (int64_t j = lane; j < a.S; j += 32) {
         // Behind a weight of zero there may be anything.
-        const Acc weight = load(t.weights + row * a.S + j);
-        if (weight != 0) sum += weight * load(a.gweights + row * a.S + j);
+        const Acc weight = load(t.weights + line + j);
+        if (weight != 0) sum += weight * load(a.gweights + line + j);
       }
     sum = reduce_lanes<Lanes::all>(sum, [](Acc x, Acc y) { return x + y; });
     if (alive && t.glse) sum -= t.glse[row];
@@ -260,7 +274,7 @@ int64_t groups_of(const AttentionProblem& p) {
 }
 AttentionGrid forward_grid(const AttentionProblem& p) {
   return attention_grid(p.B * p.H, tiles_of(p, p.L), ceil_divide(p.E, groups_of(p) * channels_of_a_group),
-                        tiles_of(p, p.S));
+                        tiles_of(p, p.S), !p.packed);
 }
 int64_t lines_of(const AttentionProblem& p) { return p.B * p.H * p.L; }
 

@@ -42,14 +42,16 @@ constexpr int64_t least_part_steps = 3;
 
 inline int64_t ceil_divide(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 
-inline AttentionGrid attention_grid(int64_t heads, int64_t tiles, int64_t column_tiles, int64_t steps) {
+// split: whether several blocks may share a tile's steps.
+inline AttentionGrid attention_grid(int64_t heads, int64_t tiles, int64_t column_tiles, int64_t steps,
+                                    bool split = true) {
   AttentionGrid g;
   g.heads = heads;
   g.tiles = unsigned(std::min(tiles, max_attention_blocks));
   g.column_tiles = unsigned(std::min(column_tiles, max_attention_blocks));
   const int64_t blocks = heads * tiles * column_tiles;
   int64_t parts = 1;
-  if (blocks > 0 && blocks < enough_blocks) {
+  if (split && blocks > 0 && blocks < enough_blocks) {
     parts = std::min(ceil_divide(wanted_blocks, blocks), ceil_divide(steps, least_part_steps));
     parts = std::max<int64_t>(parts, 1);
   }
@@ -136,10 +138,18 @@ AttentionInputs<T> inputs_of(const AttentionProblem& p, const AttentionTensors& 
   a.lse = static_cast<const Acc*>(t.lse), a.delta = static_cast<const Acc*>(t.delta);
   a.gweights = p.with_gweights ? static_cast<const T*>(t.gweights) : nullptr;
   a.scale = Acc(p.scale), a.scale_log2 = Acc(p.scale * log2_e);
+  a.softcap = Acc(p.softcap);
   a.causal = p.causal, a.causal_offset = p.causal_offset;
-  a.key_lengths = p.with_key_lengths ? t.key_lengths : nullptr;
-  a.mask_kind = p.mask, a.mask_is_float = p.mask_dtype != p.dtype;
-  a.mask = t.mask, a.mask_strides = p.mask_strides, a.mask_stride_s = p.mask_stride_s;
+  a.with_key_lengths = p.with_key_lengths, a.key_lengths = t.key_lengths;
+  a.mask = p.with_mask ? static_cast<const uint8_t*>(t.mask) : nullptr;
+  a.mask_strides = p.mask_strides, a.mask_stride_s = p.mask_stride_s;
+  a.bias = p.with_bias ? t.bias : nullptr, a.bias_is_float = p.bias_dtype != p.dtype;
+  a.bias_strides = p.bias_strides, a.bias_stride_s = p.bias_stride_s;
+  a.slopes = p.with_slopes ? static_cast<const Acc*>(t.slopes) : nullptr;
+  a.slopes_stride_b = p.slopes_stride_b, a.alibi_offset = p.alibi_offset;
+  a.with_blocks = p.with_blocks, a.block_heads = p.block_heads, a.blocks = t.blocks;
+  a.packed = p.packed, a.total_q = p.total_q, a.total_k = p.total_k, a.cu_q = t.cu_q, a.cu_k = t.cu_k;
+  a.causal_bottom_right = p.causal_bottom_right, a.alibi_bottom_right = p.alibi_bottom_right;
   a.dropout = p.dropout_p > 0, a.seed = t.seed;
   a.threshold = dropout_threshold(p.dropout_p), a.keep_scale = Acc(1 / (1 - p.dropout_p));
   return a;

@@ -41,30 +41,35 @@ PYSEQNET_INLINE void with_rounded_rows(int64_t n, F&& f) {
   f(Int<ROWS>{});
 }
 
-// z = a x K^T for `vectors` vectors of keys; of the last panel only the first half where that is enough.
+// z = a x K^T for `vectors` vectors of keys from vector `first` of the panels on; of a panel only the half that
+// is asked for.
 PYSEQNET_NOINLINE void multiply_panels(int64_t rows, int64_t depth, const float* a, int64_t lda,
-                                       const float* panels, int64_t vectors, float* z, int64_t ldz) {
+                                       const float* panels, int64_t first, int64_t vectors, float* z,
+                                       int64_t ldz) {
   with_rounded_rows(rows, [&](auto rr) PYSEQNET_LAMBDA {
     constexpr int R = decltype(rr)::value;
     const float* ar[R];
     for (int r = 0; r < R; ++r) ar[r] = a + r * lda;
-    int64_t v = 0;
-    for (; v + 2 <= vectors; v += 2) {
-      vf c[R][2];
-      zero(c);
-      mk_rows<R, 2>(depth, ar, panels + v * depth * VL, PANEL, c);
+    for (int64_t v = first; v < first + vectors; z += VL) {
+      const float* panel = panels + v / 2 * depth * PANEL + v % 2 * VL;
+      if (v % 2 == 0 && v + 2 <= first + vectors) {
+        vf c[R][2];
+        zero(c);
+        mk_rows<R, 2>(depth, ar, panel, PANEL, c);
 #pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) {
-        store(z + r * ldz + v * VL, c[r][0]);
-        store(z + r * ldz + v * VL + VL, c[r][1]);
+        for (int r = 0; r < R; ++r) {
+          store(z + r * ldz, c[r][0]);
+          store(z + r * ldz + VL, c[r][1]);
+        }
+        v += 2, z += VL;
+      } else {
+        vf c[R][1];
+        zero(c);
+        mk_rows<R, 1>(depth, ar, panel, PANEL, c);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) store(z + r * ldz, c[r][0]);
+        v += 1;
       }
-    }
-    if (v < vectors) {
-      vf c[R][1];
-      zero(c);
-      mk_rows<R, 1>(depth, ar, panels + v * depth * VL, PANEL, c);
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) store(z + r * ldz + v * VL, c[r][0]);
     }
   });
 }

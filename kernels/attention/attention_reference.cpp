@@ -4,7 +4,7 @@
 //   forward        two sweeps over the visible keys of a row: the largest logit, then the sums
 //   backward       gq: one item a query; gk, gv: one item a key, sweeping the queries that see it. Logits are
 //                  recomputed each time: no workspace
-//   mask_gradient  one item an element row of the mask, sweeping what it was broadcast along
+//   bias_gradient  one item an element row of the bias, sweeping what it was broadcast along
 //
 // Every sum runs in a fixed order within one item: any split gives the same bits.
 #include "attention/attention_math.h"
@@ -23,6 +23,12 @@ struct StatisticOf<double> {
   using type = double;
 };
 
+// One query head of one batch entry or packed sequence.
+struct Head {
+  AttentionSequence at;
+  int64_t h;
+};
+
 template <class T>
 class Attention {
  public:
@@ -32,45 +38,52 @@ class Attention {
     if (p.dropout_p > 0) seed_ = *t.seed, threshold_ = dropout_threshold(p.dropout_p);
   }
 
-  const T* query(int64_t b, int64_t h, int64_t i) const { return row(t.q, p.q_strides, b, h, i); }
-  const T* key(int64_t b, int64_t h, int64_t j) const { return row(t.k, p.k_strides, b, h / p.group(), j); }
-  const T* value(int64_t b, int64_t h, int64_t j) const { return row(t.v, p.v_strides, b, h / p.group(), j); }
-  const T* gout(int64_t b, int64_t h, int64_t i) const { return row(t.gout, p.gout_strides, b, h, i); }
-  int64_t row_index(int64_t b, int64_t h, int64_t i) const { return (b * p.H + h) * p.L + i; }
+  Head head(int64_t b, int64_t h) const { return {sequence_of(p, t.key_lengths, t.cu_q, t.cu_k, b), h}; }
+  const T* q(const Head& head, int64_t i) const { return query(t.q, p.q_strides, head, i); }
+  const T* out(const Head& head, int64_t i) const { return query(t.out, p.out_strides, head, i); }
+  const T* gout(const Head& head, int64_t i) const { return query(t.gout, p.gout_strides, head, i); }
+  const T* key(const Head& head, int64_t j) const { return key(t.k, p.k_strides, head, j); }
+  const T* value(const Head& head, int64_t j) const { return key(t.v, p.v_strides, head, j); }
+  static int64_t row(const Head& head, int64_t i) { return lse_row(head.at, head.h, i); }
+  int64_t weights_at(const Head& head, int64_t i) const { return weights_offset(p, head.at, head.h, i); }
   double lse(int64_t row) const { return double(static_cast<const Statistic*>(t.lse)[row]); }
   double delta(int64_t row) const { return double(static_cast<const Statistic*>(t.delta)[row]); }
 
-  int64_t keys_of(int64_t b, int64_t i) const {
-    const int64_t length = p.with_key_lengths ? clamped_length(t.key_lengths[b], p.S) : p.S;
-    return visible_keys(p.causal, p.causal_offset, length, i);
+  // Whether query i sees key j.
+  bool sees(const Head& head, int64_t i, int64_t j) const {
+    if (j >= visible_keys(p.causal, head.at.causal_offset, head.at.length, i)) return false;
+    if (p.with_blocks && !block_sees(t.blocks, block_row(p, head.h, i), i, j)) return false;
+    if (p.with_mask &&
+        !static_cast<const uint8_t*>(t.mask)[element(p.mask_strides, p.mask_stride_s, head, i, j)])
+      return false;
+    return !p.with_bias || bias(head, i, j) != -__builtin_inf();
   }
-  // Whether the mask lets the pair through; adds an additive mask to z.
-  bool masked_in(int64_t b, int64_t h, int64_t i, int64_t j, double& z) const {
-    if (p.mask == AttentionMask::none) return true;
-    const int64_t at =
-        b * p.mask_strides.b + h * p.mask_strides.h + i * p.mask_strides.n + j * p.mask_stride_s;
-    if (p.mask == AttentionMask::boolean) return static_cast<const uint8_t*>(t.mask)[at] != 0;
-    const double added = p.mask_dtype == p.dtype ? to_double(static_cast<const T*>(t.mask)[at])
-                                                 : double(static_cast<const float*>(t.mask)[at]);
-    z += added;
-    return added != -__builtin_inf();
+  double bias(const Head& head, int64_t i, int64_t j) const {
+    const int64_t at = element(p.bias_strides, p.bias_stride_s, head, i, j);
+    return p.bias_dtype == p.dtype ? to_double(static_cast<const T*>(t.bias)[at])
+                                   : double(static_cast<const float*>(t.bias)[at]);
   }
-  // Calls f(j, z) for every key that the query sees.
-  template <class F>
-  void for_visible(int64_t b, int64_t h, int64_t i, F&& f) const {
-    const T* q = query(b, h, i);
-    for (int64_t j = 0, end = keys_of(b, i); j < end; j++) {
-      double z = 0;
-      if (!masked_in(b, h, i, j, z)) continue;
-      f(j, z + p.scale * dot(q, key(b, h, j), p.D));
+  Capped<double> score(const Head& head, int64_t i, int64_t j) const {
+    const double s = p.scale * dot(q(head, i), key(head, j), p.D);
+    return p.softcap > 0 ? soft_cap(s, p.softcap) : Capped<double>{s, 1};
+  }
+  double logit(const Head& head, int64_t i, int64_t j, double score) const {
+    double z = score;
+    if (p.with_bias) z += bias(head, i, j);
+    if (p.with_slopes) {
+      const double slope = static_cast<const Statistic*>(t.slopes)[head.at.b * p.slopes_stride_b + head.h];
+      z += alibi_of(slope, i, head.at.alibi_offset, j);
     }
+    return z;
   }
-  // The logit of one pair and whether it is visible.
-  bool visible(int64_t b, int64_t h, int64_t i, int64_t j, double& z) const {
-    z = 0;
-    if (j >= keys_of(b, i) || !masked_in(b, h, i, j, z)) return false;
-    z += p.scale * dot(query(b, h, i), key(b, h, j), p.D);
-    return true;
+  // Calls f(j, z, slope of the soft cap) for every key that the query sees.
+  template <class F>
+  void for_visible(const Head& head, int64_t i, F&& f) const {
+    for (int64_t j = 0; j < head.at.length; j++) {
+      if (!sees(head, i, j)) continue;
+      const Capped<double> s = score(head, i, j);
+      f(j, logit(head, i, j, s.value), s.slope);
+    }
   }
   double keep(int64_t row, int64_t j) const {
     if (!(p.dropout_p > 0)) return 1;
@@ -81,78 +94,88 @@ class Attention {
     for (int64_t d = 0; d < n; d++) sum += to_double(a[d]) * to_double(b[d]);
     return sum;
   }
-  double weight_gradient(int64_t b, int64_t h, int64_t i, int64_t j) const {
-    double gradient = dot(gout(b, h, i), value(b, h, j), p.E);
-    if (p.with_gweights)
-      gradient += to_double(static_cast<const T*>(t.gweights)[row_index(b, h, i) * p.S + j]);
-    return gradient;
-  }
-  double gradient_of_logit(int64_t b, int64_t h, int64_t i, int64_t j, double z) const {
-    const int64_t row = row_index(b, h, i);
-    return logit_gradient(__builtin_exp(z - lse(row)), weight_gradient(b, h, i, j), keep(row, j), delta(row));
+  double gradient_of_logit(const Head& head, int64_t i, int64_t j, double z) const {
+    const int64_t r = row(head, i);
+    double gradient = dot(gout(head, i), value(head, j), p.E);
+    if (p.with_gweights) gradient += to_double(static_cast<const T*>(t.gweights)[weights_at(head, i) + j]);
+    return logit_gradient(__builtin_exp(z - lse(r)), gradient, keep(r, j), delta(r));
   }
 
   const AttentionProblem& p;
   const AttentionTensors& t;
 
  private:
-  static const T* row(const void* base, const AttentionStrides& s, int64_t b, int64_t h, int64_t n) {
-    return static_cast<const T*>(base) + b * s.b + h * s.h + n * s.n;
+  const T* query(const void* base, const AttentionStrides& s, const Head& head, int64_t i) const {
+    return static_cast<const T*>(base) + query_offset(s, head.at, head.h, i);
+  }
+  const T* key(const void* base, const AttentionStrides& s, const Head& head, int64_t j) const {
+    return static_cast<const T*>(base) + key_offset(s, head.at, head.h / p.group(), j);
+  }
+  static int64_t element(const AttentionStrides& s, int64_t stride_s, const Head& head, int64_t i,
+                         int64_t j) {
+    return head.at.b * s.b + head.h * s.h + i * s.n + j * stride_s;
   }
   int64_t seed_ = 0;
   uint32_t threshold_ = 0;
 };
 
+// Items of the passes by query are (b, h, i), i below the longest sequence's length.
 template <class T>
-T* row_of(void* base, const AttentionStrides& s, int64_t b, int64_t h, int64_t n) {
-  return static_cast<T*>(base) + b * s.b + h * s.h + n * s.n;
+Head head_of_item(const Attention<T>& a, int64_t item) {
+  return a.head(item / a.p.L / a.p.H, item / a.p.L % a.p.H);
 }
 
 template <class T>
-void forward_row(const Attention<T>& a, int64_t row, double* sums) {
+void forward_row(const Attention<T>& a, int64_t item, double* sums) {
   using Statistic = typename Attention<T>::Statistic;
   const AttentionProblem& p = a.p;
-  const int64_t i = row % p.L, h = row / p.L % p.H, b = row / p.L / p.H;
+  const Head head = head_of_item(a, item);
+  const int64_t i = item % p.L, row = a.row(head, i);
+  if (i >= head.at.L) return;
   SoftmaxState<double> state{-__builtin_inf(), 0};
-  a.for_visible(b, h, i, [&](int64_t, double z) {
+  a.for_visible(head, i, [&](int64_t, double z, double) {
     if (z * log2_e > state.largest || z != z) state.largest = z * log2_e;
   });
   for (int64_t e = 0; e < p.E; e++) sums[e] = 0;
-  a.for_visible(b, h, i, [&](int64_t j, double z) {
+  a.for_visible(head, i, [&](int64_t j, double z, double) {
     const double probability = exp2_of(z * log2_e - softmax_origin(state.largest));
     state.sum += probability;
     const double weight = probability * a.keep(row, j);
-    const T* v = a.value(b, h, j);
+    const T* v = a.value(head, j);
     for (int64_t e = 0; weight != 0 && e < p.E; e++) sums[e] += weight * to_double(v[e]);
   });
-  T* out = row_of<T>(a.t.out, p.out_strides, b, h, i);
+  T* out = static_cast<T*>(a.t.out) + query_offset(p.out_strides, head.at, head.h, i);
   const double inverse = softmax_inverse(state);
   for (int64_t e = 0; e < p.E; e++) round_to(out[e], sums[e] * inverse);
   static_cast<Statistic*>(a.t.lse)[row] = Statistic(softmax_lse(state));
 }
 
 template <class T>
-void weights_row(const Attention<T>& a, int64_t row) {
+void weights_row(const Attention<T>& a, int64_t item) {
   const AttentionProblem& p = a.p;
-  const int64_t i = row % p.L, h = row / p.L % p.H, b = row / p.L / p.H;
-  T* weights = static_cast<T*>(a.t.weights) + row * p.S;
+  const Head head = head_of_item(a, item);
+  const int64_t i = item % p.L, row = a.row(head, i);
+  T* weights = static_cast<T*>(a.t.weights) + a.weights_at(head, i);
   for (int64_t j = 0; j < p.S; j++) round_to(weights[j], 0.0);
-  a.for_visible(b, h, i, [&](int64_t j, double z) {
+  if (i >= head.at.L) return;
+  a.for_visible(head, i, [&](int64_t j, double z, double) {
     round_to(weights[j], __builtin_exp(z - a.lse(row)) * a.keep(row, j));
   });
 }
 
 template <class T>
-void delta_row(const Attention<T>& a, int64_t row) {
+void delta_row(const Attention<T>& a, int64_t item) {
   using Statistic = typename Attention<T>::Statistic;
   const AttentionProblem& p = a.p;
-  const int64_t i = row % p.L, h = row / p.L % p.H, b = row / p.L / p.H;
+  const Head head = head_of_item(a, item);
+  const int64_t i = item % p.L, row = a.row(head, i);
+  if (i >= head.at.L) return;
   double sum = 0;
   if (a.lse(row) != -__builtin_inf()) {
-    sum = Attention<T>::dot(a.gout(b, h, i), row_of<T>(a.t.out, p.out_strides, b, h, i), p.E);
+    sum = a.dot(a.gout(head, i), a.out(head, i), p.E);
     if (p.with_gweights) {
-      const T* weights = static_cast<const T*>(a.t.weights) + row * p.S;
-      sum += Attention<T>::dot(weights, static_cast<const T*>(a.t.gweights) + row * p.S, p.S);
+      const int64_t at = a.weights_at(head, i);
+      sum += a.dot(static_cast<const T*>(a.t.weights) + at, static_cast<const T*>(a.t.gweights) + at, p.S);
     }
     if (p.with_glse) sum -= double(static_cast<const Statistic*>(a.t.glse)[row]);
   }
@@ -160,65 +183,76 @@ void delta_row(const Attention<T>& a, int64_t row) {
 }
 
 template <class T>
-void query_gradient_row(const Attention<T>& a, int64_t row, double* sums) {
+void query_gradient_row(const Attention<T>& a, int64_t item, double* sums) {
   const AttentionProblem& p = a.p;
-  const int64_t i = row % p.L, h = row / p.L % p.H, b = row / p.L / p.H;
+  const Head head = head_of_item(a, item);
+  const int64_t i = item % p.L;
+  if (i >= head.at.L) return;
   for (int64_t d = 0; d < p.D; d++) sums[d] = 0;
-  if (a.lse(row) != -__builtin_inf())
-    a.for_visible(b, h, i, [&](int64_t j, double z) {
-      const double gradient = a.gradient_of_logit(b, h, i, j, z);
-      const T* k = a.key(b, h, j);
+  if (a.lse(a.row(head, i)) != -__builtin_inf())
+    a.for_visible(head, i, [&](int64_t j, double z, double slope) {
+      const double gradient = a.gradient_of_logit(head, i, j, z) * slope;
+      const T* k = a.key(head, j);
       for (int64_t d = 0; d < p.D; d++) sums[d] += gradient * to_double(k[d]);
     });
-  T* gq = row_of<T>(a.t.gq, p.gq_strides, b, h, i);
+  T* gq = static_cast<T*>(a.t.gq) + query_offset(p.gq_strides, head.at, head.h, i);
   for (int64_t d = 0; d < p.D; d++) round_to(gq[d], p.scale * sums[d]);
 }
 
+// Items are (b, key head, j).
 template <class T>
 void key_gradient_row(const Attention<T>& a, int64_t item, double* gk_sums, double* gv_sums) {
   const AttentionProblem& p = a.p;
   const int64_t j = item % p.S, hk = item / p.S % p.Hk, b = item / p.S / p.Hk;
+  const AttentionSequence at = a.head(b, 0).at;
+  if (j >= at.S) return;
   for (int64_t d = 0; d < p.D; d++) gk_sums[d] = 0;
   for (int64_t e = 0; e < p.E; e++) gv_sums[e] = 0;
   for (int64_t h = hk * p.group(); h < (hk + 1) * p.group(); h++)
-    for (int64_t i = 0; i < p.L; i++) {
-      const int64_t row = a.row_index(b, h, i);
-      double z;
-      if (a.lse(row) == -__builtin_inf() || !a.visible(b, h, i, j, z)) continue;
-      const double gradient = a.gradient_of_logit(b, h, i, j, z);
+    for (int64_t i = 0; i < at.L; i++) {
+      const Head head = {at, h};
+      const int64_t row = a.row(head, i);
+      if (a.lse(row) == -__builtin_inf() || !a.sees(head, i, j)) continue;
+      const Capped<double> score = a.score(head, i, j);
+      const double z = a.logit(head, i, j, score.value);
+      const double gradient = a.gradient_of_logit(head, i, j, z) * score.slope;
       const double weight = __builtin_exp(z - a.lse(row)) * a.keep(row, j);
-      const T *q = a.query(b, h, i), *gout = a.gout(b, h, i);
+      const T *q = a.q(head, i), *gout = a.gout(head, i);
       for (int64_t d = 0; d < p.D; d++) gk_sums[d] += gradient * to_double(q[d]);
       for (int64_t e = 0; weight != 0 && e < p.E; e++) gv_sums[e] += weight * to_double(gout[e]);
     }
-  T* gk = row_of<T>(a.t.gk, p.gk_strides, b, hk, j);
-  T* gv = row_of<T>(a.t.gv, p.gv_strides, b, hk, j);
-  for (int64_t d = 0; d < p.D; d++) round_to(gk[d], p.scale * gk_sums[d]);
-  for (int64_t e = 0; e < p.E; e++) round_to(gv[e], gv_sums[e]);
+  const auto write = [&](void* base, const AttentionStrides& s, const double* sums, int64_t n, double scale) {
+    T* to = static_cast<T*>(base) + key_offset(s, at, hk, j);
+    for (int64_t d = 0; d < n; d++) round_to(to[d], scale * sums[d]);
+  };
+  write(a.t.gk, p.gk_strides, gk_sums, p.D, p.scale);
+  write(a.t.gv, p.gv_strides, gv_sums, p.E, 1);
 }
 
-// One row (of mask_S elements) of the mask, summed over all pairs that read it.
+// One row (of bias_S elements) of the bias, summed over all pairs that read it.
 template <class T>
-void mask_gradient_row(const Attention<T>& a, int64_t item, double* sums) {
+void bias_gradient_row(const Attention<T>& a, int64_t item, double* sums) {
   const AttentionProblem& p = a.p;
-  const int64_t mi = item % p.mask_L, mh = item / p.mask_L % p.mask_H, mb = item / p.mask_L / p.mask_H;
+  const int64_t mi = item % p.bias_L, mh = item / p.bias_L % p.bias_H, mb = item / p.bias_L / p.bias_H;
   const auto begin = [](int64_t extent, int64_t at) { return extent == 1 ? 0 : at; };
   const auto end = [](int64_t extent, int64_t at, int64_t full) { return extent == 1 ? full : at + 1; };
-  for (int64_t j = 0; j < p.mask_S; j++) sums[j] = 0;
-  for (int64_t b = begin(p.mask_B, mb); b < end(p.mask_B, mb, p.B); b++)
-    for (int64_t h = begin(p.mask_H, mh); h < end(p.mask_H, mh, p.H); h++)
-      for (int64_t i = begin(p.mask_L, mi); i < end(p.mask_L, mi, p.L); i++) {
-        if (a.lse(a.row_index(b, h, i)) == -__builtin_inf()) continue;
-        a.for_visible(b, h, i, [&](int64_t j, double z) {
-          sums[p.mask_S == 1 ? 0 : j] += a.gradient_of_logit(b, h, i, j, z);
+  for (int64_t j = 0; j < p.bias_S; j++) sums[j] = 0;
+  for (int64_t b = begin(p.bias_B, mb); b < end(p.bias_B, mb, p.B); b++)
+    for (int64_t h = begin(p.bias_H, mh); h < end(p.bias_H, mh, p.H); h++) {
+      const Head head = a.head(b, h);
+      for (int64_t i = begin(p.bias_L, mi); i < end(p.bias_L, mi, p.L); i++) {
+        if (i >= head.at.L || a.lse(a.row(head, i)) == -__builtin_inf()) continue;
+        a.for_visible(head, i, [&](int64_t j, double z, double) {
+          sums[p.bias_S == 1 ? 0 : j] += a.gradient_of_logit(head, i, j, z);
         });
       }
-  for (int64_t j = 0; j < p.mask_S; j++) {
-    const int64_t at = item * p.mask_S + j;
-    if (p.mask_dtype == p.dtype)
-      round_to(static_cast<T*>(a.t.gmask)[at], sums[j]);
+    }
+  for (int64_t j = 0; j < p.bias_S; j++) {
+    const int64_t at = item * p.bias_S + j;
+    if (p.bias_dtype == p.dtype)
+      round_to(static_cast<T*>(a.t.gbias)[at], sums[j]);
     else
-      static_cast<float*>(a.t.gmask)[at] = float(sums[j]);
+      static_cast<float*>(a.t.gbias)[at] = float(sums[j]);
   }
 }
 
@@ -257,8 +291,8 @@ WorkPlan plan_backward(const AttentionProblem& p) {
   plan.add_phase(keys.phase[0].items, keys.phase[0].grain);
   return plan;
 }
-WorkPlan plan_mask_gradient(const AttentionProblem& p) {
-  return plan_rows(p.mask_B * p.mask_H * p.mask_L, p.S * (p.D + p.E), p.mask_S);
+WorkPlan plan_bias_gradient(const AttentionProblem& p) {
+  return plan_rows(p.bias_B * p.bias_H * p.bias_L, p.S * (p.D + p.E), p.bias_S);
 }
 
 void run_forward(const AttentionProblem& p, const AttentionTensors& t, const WorkSlice& slice) {
@@ -291,18 +325,18 @@ void run_backward(const AttentionProblem& p, const AttentionTensors& t, const Wo
         key_gradient_row(a, k, sums, sums + p.D);
   });
 }
-void run_mask_gradient(const AttentionProblem& p, const AttentionTensors& t, const WorkSlice& slice) {
+void run_bias_gradient(const AttentionProblem& p, const AttentionTensors& t, const WorkSlice& slice) {
   with_type(p.dtype, [&](auto tag) {
     const Attention<decltype(tag)> a(p, t);
     for (int64_t k = slice.begin; k < slice.end; k++)
-      mask_gradient_row(a, k, reinterpret_cast<double*>(slice.scratch));
+      bias_gradient_row(a, k, reinterpret_cast<double*>(slice.scratch));
   });
 }
 
 }  // namespace
 
 extern const AttentionCpuKernel attention_reference_forward, attention_reference_weights,
-    attention_reference_delta, attention_reference_backward, attention_reference_mask_gradient;
+    attention_reference_delta, attention_reference_backward, attention_reference_bias_gradient;
 const AttentionCpuKernel attention_reference_forward = {"reference", Isa::portable, refuses, plan_forward,
                                                         run_forward};
 const AttentionCpuKernel attention_reference_weights = {"reference", Isa::portable, refuses, plan_weights,
@@ -311,7 +345,7 @@ const AttentionCpuKernel attention_reference_delta = {"reference", Isa::portable
                                                       run_delta};
 const AttentionCpuKernel attention_reference_backward = {"reference", Isa::portable, refuses, plan_backward,
                                                          run_backward};
-const AttentionCpuKernel attention_reference_mask_gradient = {"reference", Isa::portable, refuses,
-                                                              plan_mask_gradient, run_mask_gradient};
+const AttentionCpuKernel attention_reference_bias_gradient = {"reference", Isa::portable, refuses,
+                                                              plan_bias_gradient, run_bias_gradient};
 
 }  // namespace pyseqnet

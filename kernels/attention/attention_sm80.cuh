@@ -231,7 +231,12 @@ inline Refusal refuses_tensor_cores(const AttentionProblem& p) {
   if (p.D % 8 || p.E % 8) return "channels are no multiple of 8";
   if (!p.lines_aligned) return "a line does not begin at a multiple of 16 bytes";
   if (p.dropout_p > 0) return "dropout";
-  if (p.mask != AttentionMask::none) return "a mask of its own";
+  if (p.with_mask) return "a mask of its own";
+  if (p.with_bias) return "a bias";
+  if (p.with_slopes) return "ALiBi";
+  if (p.softcap > 0) return "soft-capping";
+  if (p.with_blocks) return "a pattern";
+  if (p.packed) return "packed sequences";
   if (!(p.scale > 0)) return "a scale that is not positive";
   for (const AttentionStrides* s : {&p.q_strides, &p.k_strides, &p.v_strides, &p.out_strides, &p.gout_strides,
                                     &p.gq_strides, &p.gk_strides, &p.gv_strides})

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import pyseqnet.functional as F
 from pyseqnet import _C
+from pyseqnet.functional._attention_reference import BOTTOM_RIGHT, Extras, Options
 
 ops = torch.ops.pyseqnet
 sdpa = torch.nn.functional.scaled_dot_product_attention
@@ -284,14 +285,13 @@ def test_step_by_step_is_the_whole(device: str) -> None:
 def test_bottom_right_alignment_of_the_raw_operations(device: str) -> None:
     """For decoding several tokens at once: the last query sees every key."""
     q, k, v = (normal((2, 3, n, 16), n, torch.float32).to(device) for n in (5, 30, 30))
-    bottom_right = 2
-    out, lse = ops.attention_forward(q, k, v, None, None, None, bottom_right, 0.25, 0.0)
+    extras, options = Extras(), Options(BOTTOM_RIGHT, 0.25, 0.0, 0.0, 0, 0)
+    out, lse = ops.attention_forward(q, k, v, *extras, *options)
     visible = torch.ones(5, 30, dtype=torch.bool, device=device).tril(25)
     torch.testing.assert_close(out, sdpa(q, k, v, visible, scale=0.25), rtol=1e-5, atol=1e-5)
     found = ops.attention_backward(
-        torch.ones_like(out), q, k, v, out, lse, None, None, None, None, None, None, bottom_right, 0.25, 0.0,
-        True, True, False,
-    )  # fmt: skip
+        torch.ones_like(out), q, k, v, out, lse, *extras, None, None, None, *options, True, True, False
+    )
     inputs = [t.clone().requires_grad_() for t in (q, k, v)]
     sdpa(*inputs, visible, scale=0.25).sum().backward()
     for ours, theirs in zip(found, inputs, strict=False):

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 import pyseqnet.functional as F
+from pyseqnet import masks
+from pyseqnet.functional._attention_reference import Extras, Options
 
 ops = torch.ops.pyseqnet
 sdpa = torch.nn.functional.scaled_dot_product_attention
@@ -62,7 +64,6 @@ OURS_ALONE: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "lengths too large": ({"key_lengths": torch.tensor([1, 8])}, ValueError, "key_lengths.*7.*8"),
     "lengths negative": ({"key_lengths": torch.tensor([1, -1])}, ValueError, "key_lengths.*-1"),
     "values": ({"value": torch.randn(2, 4, 8, 6)}, ValueError, "7.*8"),  # torch reads past the end
-    "pattern": ({"pattern": None}, TypeError, "pattern"),
 }
 
 
@@ -83,10 +84,16 @@ def test_other_dtypes_are_refused_by_name() -> None:
 def hostile_calls() -> list[tuple[Any, tuple[Any, ...]]]:
     q, k, v = torch.randn(2, 4, 5, 6), torch.randn(2, 2, 7, 6), torch.randn(2, 2, 7, 3)
     lse, out = torch.randn(2, 4, 5), torch.randn(2, 4, 5, 3)
-    none, options = (None, None, None), (0, 1.0, 0.0)
+    options, none, nothing = Options(0, 1.0, 0.0, 0.0, 0, 0), Extras(), (None, None, None)
     forward, backward, weights = ops.attention_forward, ops.attention_backward, ops.attention_weights
     flags = (True, True, False)
     w = torch.ones(2, 4, 5, 7)
+    tiles = masks.Local(2).compile(5, 7)
+    ends = torch.tensor([0, 2, 5], dtype=torch.int32)
+
+    def extras(**given: Any) -> tuple[Any, ...]:
+        return (q, k, v, *none._replace(**given), *options)
+
     return [
         (forward, (q[0], k, v, *none, *options)),
         (forward, (q, k[:1], v, *none, *options)),
@@ -98,28 +105,44 @@ def hostile_calls() -> list[tuple[Any, tuple[Any, ...]]]:
         (forward, (q, k, v.half(), *none, *options)),
         (forward, (q[..., :0], k[..., :0], v, *none, *options)),
         (forward, (q.int(), k.int(), v.int(), *none, *options)),
-        (forward, (q, k, v, torch.ones(5, 7, dtype=torch.bool), None, None, *options)),
-        (forward, (q, k, v, torch.ones(2, 4, 6, 7, dtype=torch.bool), None, None, *options)),
-        (forward, (q, k, v, torch.ones(1, 1, 5, 7).half(), None, None, *options)),
-        (forward, (q, k, v, torch.ones(1, 1, 5, 7, dtype=torch.uint8), None, None, *options)),
-        (forward, (q, k, v, None, torch.tensor([1]), None, *options)),
-        (forward, (q, k, v, None, torch.tensor([1, 99]), None, *options)),
-        (forward, (q, k, v, None, torch.tensor([1.0, 2.0]), None, *options)),
-        (forward, (q, k, v, *none, 3, 1.0, 0.0)),
-        (forward, (q, k, v, *none, 0, 1.0, 1.0)),
-        (forward, (q, k, v, *none, 0, 1.0, -1.0)),
-        (forward, (q, k, v, *none, 0, 1.0, math.nan)),
-        (forward, (q, k, v, *none, 0, 1.0, 0.5)),  # no seed
-        (forward, (q, k, v, None, None, torch.zeros(0, dtype=torch.int64), 0, 1.0, 0.5)),
+        (forward, extras(mask=torch.ones(5, 7, dtype=torch.bool))),
+        (forward, extras(mask=torch.ones(2, 4, 6, 7, dtype=torch.bool))),
+        (forward, extras(mask=torch.ones(1, 1, 5, 7))),
+        (forward, extras(mask=torch.ones(1, 1, 5, 7, dtype=torch.uint8))),
+        (forward, extras(bias=torch.ones(1, 1, 5, 7).half())),
+        (forward, extras(bias=torch.ones(1, 1, 5, 7, dtype=torch.bool))),
+        (forward, extras(bias=torch.ones(1, 3, 5, 7))),
+        (forward, extras(slopes=torch.ones(3))),
+        (forward, extras(slopes=torch.ones(4, dtype=torch.float64))),
+        (forward, extras(slopes=torch.ones(2, 4))),
+        (forward, extras(key_lengths=torch.tensor([1]))),
+        (forward, extras(key_lengths=torch.tensor([1, 99]))),
+        (forward, extras(key_lengths=torch.tensor([1.0, 2.0]))),
+        (forward, extras(pattern=tiles[:6])),
+        (forward, extras(pattern=(*tiles[:6], tiles[6].int()))),
+        (forward, extras(pattern=masks.Local(2).compile(5, 70))),
+        (forward, extras(pattern=masks.per_head([masks.Local(2)] * 3).compile(5, 7, heads=3))),
+        (forward, (q[:1], k[:1], v[:1], *none._replace(cu_q=ends), *options)),
+        (forward, (q[:1], k[:1], v[:1], *none._replace(cu_q=ends, cu_k=ends[:2]), *options)),
+        (forward, (q[:1], k[:1], v[:1], *none._replace(cu_q=ends, cu_k=ends), *options)),  # 7 keys
+        (forward, (q[:1], k[:1], v[:1], *none._replace(cu_q=ends, cu_k=ends.long()), *options)),
+        (forward, (q[:1], k[:1, :, :5], v[:1, :, :5], *none._replace(cu_q=ends.flip(0), cu_k=ends), *options)),
+        (forward, (q, k[:, :, :5], v[:, :, :5], *none._replace(cu_q=ends, cu_k=ends), *options)),
+        (forward, (q, k, v, *none, *options._replace(causal=3))),
+        (forward, (q, k, v, *none, *options._replace(dropout_p=1.0))),
+        (forward, (q, k, v, *none, *options._replace(dropout_p=-1.0))),
+        (forward, (q, k, v, *none, *options._replace(dropout_p=math.nan))),
+        (forward, (q, k, v, *none, *options._replace(dropout_p=0.5))),  # no seed
+        (forward, (q, k, v, *none._replace(seed=torch.zeros(0).long()), *options._replace(dropout_p=0.5))),
         (weights, (q, k, lse[:, :2], *none, *options)),
         (weights, (q, k, lse.double(), *none, *options)),
-        (backward, (out[..., :2], q, k, v, out, lse, *none, *none, *options, *flags)),
-        (backward, (out, q, k, v, out[:, :2], lse, *none, *none, *options, *flags)),
-        (backward, (out, q, k, v, out, lse[..., :2], *none, *none, *options, *flags)),
+        (backward, (out[..., :2], q, k, v, out, lse, *none, *nothing, *options, *flags)),
+        (backward, (out, q, k, v, out[:, :2], lse, *none, *nothing, *options, *flags)),
+        (backward, (out, q, k, v, out, lse[..., :2], *none, *nothing, *options, *flags)),
         (backward, (out, q, k, v, out, lse, *none, None, w, None, *options, *flags)),
         (backward, (out, q, k, v, out, lse, *none, w, w[0], None, *options, *flags)),
         (backward, (out, q, k, v, out, lse, *none, None, None, torch.ones(3), *options, *flags)),
-        (backward, (out, q, k, v, out, lse, *none, *none, *options, True, True, True)),
+        (backward, (out, q, k, v, out, lse, *none, *nothing, *options, True, True, True)),
     ]  # fmt: skip
 
 

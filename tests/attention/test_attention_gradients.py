@@ -15,6 +15,8 @@ from support import (
 from torch import Tensor
 
 import pyseqnet.functional as F
+from pyseqnet import masks
+from pyseqnet.functional._attention_reference import Extras, Options
 
 ops = torch.ops.pyseqnet
 sdpa = torch.nn.functional.scaled_dot_product_attention
@@ -161,20 +163,30 @@ def test_gradients_arrive_with_any_strides(device: str, arrival: str) -> None:
 def raw_calls(device: str):
     q, k, v = (normal((2, h, n, 4), n, torch.float32).to(device) for h, n in ((4, 6), (2, 7), (2, 7)))
     inside = q.transpose(1, 2).contiguous().transpose(1, 2)
-    mask = normal((1, 4, 1, 7), 3, torch.float32).to(device)
-    lengths, seed = torch.tensor([3, 7], device=device), torch.tensor([5], device=device)
-    for query, extras in ((q, (None, None, None)), (inside, (mask, lengths, seed))):
-        options = (1, 0.5, 0.2 if extras[2] is not None else 0.0)
-        out, lse = ops.attention_forward(query, k, v, *extras, *options)
-        weights = ops.attention_weights(query, k, lse, *extras, *options)
-        yield ops.attention_forward, (query, k, v, *extras, *options)
-        yield ops.attention_weights, (query, k, lse, *extras, *options)
+    everything = Extras(
+        mask=torch.rand(2, 1, 6, 7, device=device) > 0.2,
+        bias=normal((1, 4, 1, 7), 3, torch.float32).to(device),
+        slopes=torch.rand(4, device=device),
+        key_lengths=torch.tensor([3, 7], device=device),
+        pattern=masks.Local(3).compile(6, 7, device=device),
+        seed=torch.tensor([5], device=device),
+    )
+    ends = torch.tensor([0, 2, 6], dtype=torch.int32, device=device)
+    packed = Extras(cu_q=ends, cu_k=ends)
+    plain = Options(1, 0.5, 0.0, 0.0, 0, 0)
+    for inputs, extras, options in (
+        ((q, k, v), Extras(), plain),
+        ((inside, k, v), everything, Options(1, 0.5, 9.0, 0.2, 0, 0)),
+        ((q[:1], k[:1, :, :6], v[:1, :, :6]), packed, Options(2, 0.5, 0.0, 0.0, 4, 4)),
+    ):
+        out, lse = ops.attention_forward(*inputs, *extras, *options)
+        weights = ops.attention_weights(*inputs[:2], lse, *extras, *options)
+        yield ops.attention_forward, (*inputs, *extras, *options)
+        yield ops.attention_weights, (*inputs[:2], lse, *extras, *options)
         for need in (True, False):
             more = (weights, torch.ones_like(weights), torch.ones_like(lse)) if need else (None, None, None)
-            yield (
-                ops.attention_backward,
-                (out, query, k, v, out, lse, *extras, *more, *options, need, True, need and extras[0] is not None),
-            )
+            needs = (need, True, need and extras.bias is not None)
+            yield ops.attention_backward, (out, *inputs, out, lse, *extras, *more, *options, *needs)
 
 
 def test_opcheck(device: str) -> None:

@@ -25,8 +25,8 @@ from support import (
 from torch import Tensor
 
 import pyseqnet.functional as F
-from pyseqnet import _C
-from pyseqnet.functional import attention as module
+from pyseqnet import _C, masks
+from pyseqnet.functional._attention_reference import Extras, Options, keep_factors
 
 EXAMPLES = 60
 ops = torch.ops.pyseqnet
@@ -50,9 +50,13 @@ class Problem:
     D: int
     E: int
     causal: bool
-    mask: str
+    mask: bool
+    bias: str
     mask_shape: tuple[bool, bool, bool]  # whether batch, heads, queries are broadcast
     lengths: bool
+    alibi: int  # dimensions of the slopes, 0: none
+    softcap: float
+    pattern: masks.Pattern | None
     dropout_p: float
     scale: float | None
     dtype: torch.dtype
@@ -61,27 +65,66 @@ class Problem:
     with_lse: bool
     seed: int
 
-    def tensors(self, device: str) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
-        """[query, key, value], mask, key_lengths; in the problem's dtype."""
-        shapes = ((self.H * self.group, self.L, self.D), (self.H, self.S, self.D), (self.H, self.S, self.E))
+    @property
+    def heads(self) -> int:
+        return self.H * self.group
+
+    def tensors(self, device: str) -> tuple[list[Tensor], Extras]:
+        """[query, key, value] and what comes beside them; in the problem's dtype."""
+        shapes = ((self.heads, self.L, self.D), (self.H, self.S, self.D), (self.H, self.S, self.E))
         inputs = [normal((self.B, *shape), self.seed + n, self.dtype) for n, shape in enumerate(shapes)]
         generator = torch.Generator().manual_seed(self.seed)
-        full = (self.B, self.H * self.group, self.L)
+        full = (self.B, self.heads, self.L)
         shape = (*(1 if one else f for one, f in zip(self.mask_shape, full, strict=True)), self.S)
-        mask = None
-        if self.mask == "bool":
-            mask = torch.rand(shape, generator=generator) > 0.4
-        elif self.mask != "none":
-            mask = normal(shape, self.seed + 3, self.dtype if self.mask == "additive" else torch.float32)
-            mask = mask.masked_fill(torch.rand(shape, generator=generator) > 0.8, -math.inf)
-            if self.dtype == torch.float64:
-                mask = mask.double()
-        lengths = torch.randint(0, self.S + 1, (self.B,), generator=generator) if self.lengths else None
+        mask = (torch.rand(shape, generator=generator) > 0.4).to(device) if self.mask else None
+        bias = None
+        if self.bias:
+            bias = normal(shape, self.seed + 3, torch.float32 if self.bias == "f32" else self.dtype)
+            bias = bias.masked_fill(torch.rand(shape, generator=generator) > 0.8, -math.inf)
+            bias = (bias.double() if self.dtype == torch.float64 else bias).to(device)
+        lengths = torch.randint(0, self.S + 1, (self.B,), generator=generator).to(device) if self.lengths else None
+        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        slopes = None
+        if self.alibi:
+            slopes = torch.rand(self.B * self.heads if self.alibi == 2 else self.heads, generator=generator)
+            slopes = slopes.to(device, wide)
+        pattern: tuple[Tensor, ...] = ()
+        if self.pattern is not None:
+            pattern = self.pattern.compile(self.L, self.S, heads=self.heads, device=device)
+        seed = torch.tensor([self.seed], device=device)
         inputs = [arranged(t.to(device), self.view) for t in inputs]
-        return inputs, None if mask is None else mask.to(device), None if lengths is None else lengths.to(device)
+        return inputs, Extras(mask, bias, slopes, lengths, None, None, pattern, seed)
 
-    def options(self) -> tuple[int, float, float]:
-        return int(self.causal), 1 / math.sqrt(self.D) if self.scale is None else self.scale, self.dropout_p
+    def options(self) -> Options:
+        scale = 1 / math.sqrt(self.D) if self.scale is None else self.scale
+        return Options(int(self.causal), scale, self.softcap, self.dropout_p, 0, 0)
+
+
+PATTERNS = (
+    masks.Causal("bottom_right"),
+    masks.Local(3),
+    masks.Local(70, 5, align="bottom_right"),
+    masks.Strided(7),
+    masks.Global(2) | masks.Strided(3, 40),
+    masks.Causal() & (masks.Local(8) | masks.Global([0, 90])),
+    masks.Blocks(torch.tensor([[1, 0, 0], [0, 0, 1], [1, 1, 0], [0, 1, 1]], dtype=torch.bool), 150),
+    masks.Blocks(torch.zeros(1, 1, dtype=torch.bool), 300),
+    "dense",
+    "per head",
+    "edges",
+)
+
+
+def pattern_of(kind: masks.Pattern | str, heads: int, queries: int, keys: int, seed: int) -> masks.Pattern:
+    if isinstance(kind, masks.Pattern):
+        return kind
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "dense":
+        return masks.Dense(torch.rand(queries, keys, generator=generator) > 0.7)
+    if kind == "edges":
+        edges = [torch.randint(0, n, (2 * queries,), generator=generator) for n in (keys, queries)]
+        return masks.Edges(torch.stack(edges), (keys, queries))
+    return masks.per_head([PATTERNS[(seed + h) % 6] for h in range(heads)])
 
 
 @st.composite
@@ -89,38 +132,48 @@ def problems(draw: st.DrawFn) -> Problem:
     length = st.one_of(st.integers(1, 5), st.integers(1, 70))
     width = st.one_of(st.sampled_from((1, 8, 16, 32, 64)), st.integers(1, 70))
     d = draw(width)
+    shape = {
+        "B": draw(st.integers(1, 2)),
+        "H": draw(st.integers(1, 2)),
+        "group": draw(st.sampled_from((1, 1, 2, 3))),
+        "L": draw(st.one_of(length, st.just(130))),
+        "S": draw(st.one_of(length, st.just(300))),
+        "seed": draw(seeds),
+    }
+    kind = draw(st.one_of(st.none(), st.sampled_from(PATTERNS)))
+    pattern = None
+    if kind is not None:
+        pattern = pattern_of(kind, shape["H"] * shape["group"], shape["L"], shape["S"], shape["seed"])
     return Problem(
-        B=draw(st.integers(1, 2)),
-        H=draw(st.integers(1, 2)),
-        group=draw(st.sampled_from((1, 1, 2, 3))),
-        L=draw(st.one_of(length, st.just(130))),
-        S=draw(st.one_of(length, st.just(300))),
+        **shape,
         D=d,
         E=draw(st.one_of(st.just(d), width)),
         causal=draw(st.sampled_from((False, False, True))),
-        mask=draw(st.sampled_from(("none", "none", "bool", "additive", "additive f32"))),
+        mask=draw(st.sampled_from((False, False, True))),
+        bias=draw(st.sampled_from(("", "", "same", "f32"))),
         mask_shape=draw(st.tuples(st.booleans(), st.booleans(), st.booleans())),
         lengths=draw(st.sampled_from((False, False, True))),
+        alibi=draw(st.sampled_from((0, 0, 1, 2))),
+        softcap=draw(st.sampled_from((0.0, 0.0, 0.0, 3.0))),
+        pattern=pattern,
         dropout_p=draw(st.sampled_from((0.0, 0.0, 0.3))),
         scale=draw(st.sampled_from((None, None, 1.0, 0.25))),
         dtype=draw(dtypes),
         view=draw(st.sampled_from(VIEWS)),
         with_weights=draw(st.booleans()),
         with_lse=draw(st.booleans()),
-        seed=draw(seeds),
     )
 
 
 def plain(p: Problem, dtype: torch.dtype) -> dict[str, Tensor]:
     """Results and gradients in plain torch in this dtype, on the CPU."""
-    inputs, mask, lengths = p.tensors("cpu")
+    inputs, extras = p.tensors("cpu")
     inputs = [t.to(dtype).contiguous().requires_grad_() for t in inputs]
     leaves = list(inputs)
-    if mask is not None and mask.dtype != torch.bool:
-        mask = mask.to(dtype).requires_grad_()
-        leaves.append(mask)
-    seed = torch.tensor([p.seed])
-    out, weights, lse = _in_dtype(*inputs, mask, lengths, seed, p)
+    if extras.bias is not None:
+        extras = extras._replace(bias=extras.bias.to(dtype).requires_grad_())
+        leaves.append(extras.bias)
+    out, weights, lse = _in_dtype(*inputs, extras, p)
     gout, gweights, glse = gradients_of(p)
     pairs = [(out, gout.to(dtype))]
     if p.with_weights:
@@ -128,31 +181,40 @@ def plain(p: Problem, dtype: torch.dtype) -> dict[str, Tensor]:
     if p.with_lse:
         pairs.append((torch.where(lse.isinf(), 0.0, lse), glse.to(lse.dtype)))
     found = torch.autograd.grad([r for r, _ in pairs], leaves, [g for _, g in pairs])
-    names = ("gq", "gk", "gv", "gmask")[: len(found)]
+    names = ("gq", "gk", "gv", "gbias")[: len(found)]
     return {"out": out, "weights": weights, "lse": lse, **dict(zip(names, found, strict=True))}
 
 
-def _in_dtype(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, lengths: Tensor | None, seed: Tensor, p: Problem
-) -> tuple[Tensor, Tensor, Tensor]:
+def _in_dtype(query: Tensor, key: Tensor, value: Tensor, extras: Extras, p: Problem) -> tuple[Tensor, Tensor, Tensor]:
     """What a user would write: products and softmax in the dtype of the inputs."""
     key, value = (t.repeat_interleave(p.group, dim=1) for t in (key, value))
-    visible = torch.ones(p.B, p.H * p.group, p.L, p.S, dtype=torch.bool)
+    visible = torch.ones(p.B, p.heads, p.L, p.S, dtype=torch.bool)
     if p.causal:
         visible = visible.tril()
-    if lengths is not None:
-        visible = visible & (torch.arange(p.S) < lengths.view(-1, 1, 1, 1))
-    if mask is not None:
-        visible = visible & (mask if mask.dtype == torch.bool else mask != -math.inf)
-    logits = query @ key.transpose(-1, -2) * p.options()[1]
-    if mask is not None and mask.dtype != torch.bool:
-        logits = logits + mask.masked_fill(mask == -math.inf, 0.0)
+    if extras.key_lengths is not None:
+        visible = visible & (torch.arange(p.S) < extras.key_lengths.view(-1, 1, 1, 1))
+    if p.pattern is not None:
+        visible = visible & p.pattern.to_dense(p.L, p.S)
+    if extras.mask is not None:
+        visible = visible & extras.mask
+    if extras.bias is not None:
+        visible = visible & (extras.bias != -math.inf)
+    logits = query @ key.transpose(-1, -2) * p.options().scale
+    if p.softcap:
+        logits = p.softcap * torch.tanh(logits / p.softcap)
+    if extras.slopes is not None:
+        offset = 0 if p.causal else p.S - p.L
+        distance = (torch.arange(p.L).unsqueeze(1) + offset - torch.arange(p.S)).abs()
+        logits = logits - (extras.slopes.view(-1, p.heads, 1, 1) * distance).to(logits.dtype)
+    if extras.bias is not None:
+        logits = logits + extras.bias.masked_fill(extras.bias == -math.inf, 0.0)
     sees = visible.any(-1, keepdim=True)
     logits = logits.masked_fill(~visible, -math.inf).masked_fill(~sees, 0.0)
     weights = torch.softmax(logits, -1).masked_fill(~sees, 0.0)
     lse = torch.logsumexp(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
     if p.dropout_p > 0:
-        weights = weights * module._keep_factors(tuple(weights.shape), seed, p.dropout_p).to(weights.dtype)
+        keep = keep_factors(tuple(weights.shape), torch.arange(p.S), extras.seed, p.dropout_p)
+        weights = weights * keep.to(weights.dtype)
     return weights @ value, weights, lse.masked_fill(~sees.squeeze(-1), -math.inf)
 
 
@@ -167,9 +229,7 @@ def gradients_of(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
 
 def run_pass(p: Problem, operation: str, device: str) -> dict[str, Tensor]:
     """The results of the raw operations that this table entry belongs to."""
-    inputs, mask, lengths = p.tensors(device)
-    seed = torch.tensor([p.seed], device=device)
-    extras = (mask, lengths, seed)
+    inputs, extras = p.tensors(device)
     out, lse = ops.attention_forward(*inputs, *extras, *p.options())
     if operation == "attention_forward":
         return {"out": out, "lse": lse}
@@ -177,14 +237,13 @@ def run_pass(p: Problem, operation: str, device: str) -> dict[str, Tensor]:
     if operation == "attention_weights":
         return {"weights": weights}
     gout, gweights, glse = (t.to(device) for t in gradients_of(p))
-    additive = mask is not None and mask.dtype != torch.bool
     found = ops.attention_backward(
         arranged(gout, p.view if p.view != "expanded" else "contiguous"), *inputs, out, lse, *extras,
         weights if p.with_weights else None, gweights if p.with_weights else None, glse if p.with_lse else None,
-        *p.options(), True, True, additive,
+        *p.options(), True, True, bool(p.bias),
     )  # fmt: skip
-    names = ("gq", "gk", "gv", "gmask")
-    return dict(zip(names if additive else names[:3], found, strict=False))
+    names = ("gq", "gk", "gv", "gbias")
+    return dict(zip(names if p.bias else names[:3], found, strict=False))
 
 
 @pytest.mark.parametrize("entry", implementations("attention"))
@@ -231,21 +290,21 @@ def terms(p: Problem) -> dict[str, float]:
 
     A logit is off by some ulp of its own size; the weights, exponentials, are then off by so much of theirs.
     """
-    (q, k, _), mask, _ = p.tensors("cpu")
+    (q, k, _), _ = p.tensors("cpu")
     k = k.repeat_interleave(p.group, dim=1)
-    logit = 1 + (q.double() @ k.double().transpose(-1, -2)).abs().max().item() * abs(p.options()[1])
-    if mask is not None and mask.dtype != torch.bool:
-        logit += 4
+    logit = 1 + (q.double() @ k.double().transpose(-1, -2)).abs().max().item() * abs(p.options().scale)
+    logit += 4 * bool(p.bias)
+    logit += max(p.L, p.S) * bool(p.alibi)
     gradient = (3 * math.sqrt(p.E) / (1 - p.dropout_p) + 3) * logit
     rows = math.sqrt(p.L * p.group)
     return {
         "out": 3 * logit, "weights": logit, "lse": logit + math.log(p.S), "gq": gradient, "gk": gradient * rows,
-        "gv": 3 * logit * rows, "gmask": gradient * math.sqrt(p.B * p.H) * rows,
+        "gv": 3 * logit * rows, "gbias": gradient * math.sqrt(p.B * p.H) * rows,
     }  # fmt: skip
 
 
 def test_tables() -> None:
-    for operation in ("forward", "weights", "delta", "backward", "mask_gradient"):
+    for operation in ("forward", "weights", "delta", "backward", "bias_gradient"):
         names = _C.dispatch_tables()[f"attention_{operation}"]["cpu"]
         assert names[-1] == "reference"
         assert len(set(names)) == len(names)

@@ -8,15 +8,17 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <optional>
 #include <random>
 #include <utility>
 #include <vector>
 
+#include "../cuda_on_cpu/attention_pattern.h"
 #include "attention/attention_math.h"
 
 namespace pyseqnet {
 extern const AttentionCpuKernel attention_reference_forward, attention_reference_weights,
-    attention_reference_delta, attention_reference_backward, attention_reference_mask_gradient;
+    attention_reference_delta, attention_reference_backward, attention_reference_bias_gradient;
 }
 
 namespace {
@@ -153,45 +155,71 @@ struct Report {
 
 // One problem with all its tensors.
 struct Setup {
+  std::vector<int32_t> cu_q, cu_k;
   AttentionProblem p;
-  Strided q, k, v, out, gout, gq, gk, gv, mask, gmask, lse, delta, glse, weights, gweights;
+  Strided q, k, v, out, gout, gq, gk, gv, bias, gbias, lse, delta, glse, weights, gweights;
+  std::vector<uint8_t> mask;
   std::vector<int64_t> lengths;
+  std::vector<float> slopes;
+  std::vector<double> wide_slopes;
+  std::optional<testing::PatternLists> pattern;
   int64_t seed;
 
+  int64_t batch() const { return p.packed ? 1 : p.B; }
+  int64_t queries() const { return p.packed ? p.total_q : p.L; }
+  int64_t keys() const { return p.packed ? p.total_k : p.S; }
+  // Ends of sequences of up to `longest` positions, one of them as long.
+  static std::vector<int32_t> ends(int64_t count, int64_t longest, Random& random) {
+    std::vector<int32_t> at = {0};
+    const int64_t whole = count > 0 ? uniform(random, 0, count - 1) : 0;
+    for (int64_t b = 0; b < count; b++)
+      at.push_back(at.back() + int32_t(b == whole ? longest : uniform(random, 0, longest)));
+    return at;
+  }
+  static AttentionProblem with_totals(AttentionProblem p, const std::vector<int32_t>& cu_q,
+                                      const std::vector<int32_t>& cu_k) {
+    p.total_q = cu_q.back(), p.total_k = cu_k.back();
+    return p;
+  }
   static DType statistic(DType t) { return t == DType::f64 ? DType::f64 : DType::f32; }
 
   Setup(const AttentionProblem& problem, Random& random)
-      : p(problem),
-        q(p.dtype, p.B, p.H, p.L, p.D, uniform(random, 0, 2)),
-        k(p.dtype, p.B, p.Hk, p.S, p.D, uniform(random, 0, 2)),
-        v(p.dtype, p.B, p.Hk, p.S, p.E, uniform(random, 0, 2)),
-        out(p.dtype, p.B, p.H, p.L, p.E, uniform(random, 0, 1)),
-        gout(p.dtype, p.B, p.H, p.L, p.E, uniform(random, 0, 2)),
-        gq(p.dtype, p.B, p.H, p.L, p.D, uniform(random, 0, 1)),
-        gk(p.dtype, p.B, p.Hk, p.S, p.D, uniform(random, 0, 1)),
-        gv(p.dtype, p.B, p.Hk, p.S, p.E, uniform(random, 0, 1)),
-        mask(p.mask_dtype, p.mask_B, p.mask_H, p.mask_L, p.mask_S, 0),
-        gmask(p.mask_dtype, p.mask_B, p.mask_H, p.mask_L, p.mask_S, 0),
-        lse(statistic(p.dtype), p.B, p.H, 1, p.L, 0),
-        delta(statistic(p.dtype), p.B, p.H, 1, p.L, 0),
-        glse(statistic(p.dtype), p.B, p.H, 1, p.L, 0),
+      : cu_q(ends(problem.B, problem.L, random)),
+        cu_k(ends(problem.B, problem.S, random)),
+        p(with_totals(problem, cu_q, cu_k)),
+        q(p.dtype, batch(), p.H, queries(), p.D, uniform(random, 0, 2)),
+        k(p.dtype, batch(), p.Hk, keys(), p.D, uniform(random, 0, 2)),
+        v(p.dtype, batch(), p.Hk, keys(), p.E, uniform(random, 0, 2)),
+        out(p.dtype, batch(), p.H, queries(), p.E, uniform(random, 0, 1)),
+        gout(p.dtype, batch(), p.H, queries(), p.E, uniform(random, 0, 2)),
+        gq(p.dtype, batch(), p.H, queries(), p.D, uniform(random, 0, 1)),
+        gk(p.dtype, batch(), p.Hk, keys(), p.D, uniform(random, 0, 1)),
+        gv(p.dtype, batch(), p.Hk, keys(), p.E, uniform(random, 0, 1)),
+        bias(p.bias_dtype, p.bias_B, p.bias_H, p.bias_L, p.bias_S, 0),
+        gbias(p.bias_dtype, p.bias_B, p.bias_H, p.bias_L, p.bias_S, 0),
+        lse(statistic(p.dtype), batch(), p.H, 1, queries(), 0),
+        delta(statistic(p.dtype), batch(), p.H, 1, queries(), 0),
+        glse(statistic(p.dtype), batch(), p.H, 1, queries(), 0),
         weights(p.dtype, p.B, p.H, p.L, p.S, 0),
         gweights(p.dtype, p.B, p.H, p.L, p.S, 0),
         seed(int64_t(random() >> 2)) {
     q.fill(random, 2), k.fill(random, 2), v.fill(random), gout.fill(random);
     glse.fill(random), gweights.fill(random, 0.3);
     for (int64_t b = 0; b < p.B; b++) lengths.push_back(uniform(random, 0, p.S));
-    if (p.mask == AttentionMask::boolean) boolean_mask(random);
-    if (p.mask == AttentionMask::additive) {
-      mask.fill(random);
+    for (int64_t n = 0; n < p.B * p.H; n++) wide_slopes.push_back(std::fabs(spread(random)));
+    for (double slope : wide_slopes) slopes.push_back(float(slope));
+    if (p.with_mask) boolean_mask(random);
+    if (p.with_bias) {
+      bias.fill(random);
       const int64_t chance = uniform(random, 2, 40);
-      for (int64_t i = 0; i < mask.length; i++)
-        if (one_in(random, chance)) write(mask.data(), p.mask_dtype, i, -INFINITY);
+      for (int64_t i = 0; i < bias.length; i++)
+        if (one_in(random, chance)) write(bias.data(), p.bias_dtype, i, -INFINITY);
     }
     const auto stride = [](int64_t extent, int64_t step) { return extent == 1 ? 0 : step; };
-    p.mask_strides = {stride(p.mask_B, mask.strides.b), stride(p.mask_H, mask.strides.h),
-                      stride(p.mask_L, mask.strides.n)};
-    p.mask_stride_s = stride(p.mask_S, 1);
+    p.bias_strides = {stride(p.bias_B, bias.strides.b), stride(p.bias_H, bias.strides.h),
+                      stride(p.bias_L, bias.strides.n)};
+    p.bias_stride_s = stride(p.bias_S, 1);
+    if (p.with_blocks) random_pattern(random);
     p.q_strides = q.strides, p.k_strides = k.strides, p.v_strides = v.strides, p.out_strides = out.strides;
     p.gq_strides = gq.strides, p.gk_strides = gk.strides, p.gv_strides = gv.strides;
     p.gout_strides = gout.strides;
@@ -200,48 +228,71 @@ struct Setup {
 
   void boolean_mask(Random& random) {
     const int64_t kind = uniform(random, 0, 2), chance = uniform(random, 2, 8);
-    for (int64_t i = 0; i < mask.length; i++) {
-      const int64_t s = p.mask_S ? i % p.mask_S : 0, l = p.mask_S ? i / p.mask_S % p.mask_L : 0;
-      const bool value = kind == 0 ? !one_in(random, chance) : kind == 1 ? s <= l : l / 20 == s / 20;
-      mask.data()[i] = std::byte{value};
+    const bool batches = one_in(random, 2), heads = one_in(random, 2), rows = one_in(random, 2);
+    p.mask_strides = {batches ? p.H * p.L * p.S : 0, heads ? p.L * p.S : 0, rows ? p.S : 0};
+    p.mask_stride_s = 1;
+    for (int64_t i = 0; i < p.B * p.H * p.L * p.S; i++) {
+      const int64_t s = i % p.S, l = i / p.S % p.L;
+      mask.push_back(kind == 0 ? !one_in(random, chance) : kind == 1 ? s <= l : l / 20 == s / 20);
     }
+  }
+  void random_pattern(Random& random) {
+    const int64_t window = uniform(random, 0, 80), stride = uniform(random, 2, 9),
+                  dense = uniform(random, 0, 70);
+    const int64_t chance = uniform(random, 1, 60);
+    pattern.emplace(p.block_heads, p.L, p.S, [&](int64_t h, int64_t i, int64_t j) {
+      const int64_t distance = i - j;
+      if (h % 2) return one_in(random, chance);
+      return std::abs(distance) <= window || (distance % stride == 0 && distance > 0) ||
+             (i < dense && j < dense);
+    });
+    p.block_entries = int64_t(pattern->row_entries.size());
   }
 
   bool visible(int64_t b, int64_t h, int64_t i, int64_t j) {
-    const int64_t length = p.with_key_lengths ? lengths[size_t(b)] : p.S;
-    if (j >= visible_keys(p.causal, p.causal_offset, length, i)) return false;
-    if (p.mask == AttentionMask::none) return true;
-    const int64_t at =
-        b * p.mask_strides.b + h * p.mask_strides.h + i * p.mask_strides.n + j * p.mask_stride_s;
-    if (p.mask == AttentionMask::boolean) return mask.data()[at] != std::byte{0};
-    return read(mask.data(), p.mask_dtype, at) != -INFINITY;
+    const AttentionSequence at = sequence_of(p, lengths.data(), cu_q.data(), cu_k.data(), b);
+    if (i >= at.L || j >= visible_keys(p.causal, at.causal_offset, at.length, i)) return false;
+    if (p.with_blocks && !block_sees(tensors().blocks, block_row(p, h, i), i, j)) return false;
+    const auto offset = [&](const AttentionStrides& s) { return b * s.b + h * s.h + i * s.n; };
+    if (p.with_mask && !mask[size_t(offset(p.mask_strides) + j * p.mask_stride_s)]) return false;
+    if (!p.with_bias) return true;
+    return read(bias.data(), p.bias_dtype, offset(p.bias_strides) + j * p.bias_stride_s) != -INFINITY;
   }
   void poison_what_takes_no_part() {
-    for (int64_t b = 0; b < p.B; b++)
+    for (int64_t b = 0; b < p.B; b++) {
+      const AttentionSequence at = sequence_of(p, lengths.data(), cu_q.data(), cu_k.data(), b);
       for (int64_t hk = 0; hk < p.Hk; hk++)
-        for (int64_t j = 0; j < p.S; j++) {
+        for (int64_t j = 0; j < at.S; j++) {
           bool seen = false;
           for (int64_t h = hk * p.group(); !seen && h < (hk + 1) * p.group(); h++)
-            for (int64_t i = 0; !seen && i < p.L; i++) seen = visible(b, h, i, j);
-          if (!seen) k.poison(b, hk, j), v.poison(b, hk, j);
+            for (int64_t i = 0; !seen && i < at.L; i++) seen = visible(b, h, i, j);
+          if (!seen) k.poison(at.batch, hk, at.k_begin + j), v.poison(at.batch, hk, at.k_begin + j);
         }
-    for (int64_t b = 0; b < p.B; b++)
       for (int64_t h = 0; h < p.H; h++)
-        for (int64_t i = 0; i < p.L; i++) {
+        for (int64_t i = 0; i < at.L; i++) {
           bool sees = false;
-          for (int64_t j = 0; !sees && j < p.S; j++) sees = visible(b, h, i, j);
-          if (!sees) q.poison(b, h, i), gout.poison(b, h, i);
+          for (int64_t j = 0; !sees && j < at.S; j++) sees = visible(b, h, i, j);
+          if (!sees) q.poison(at.batch, h, at.q_begin + i), gout.poison(at.batch, h, at.q_begin + i);
         }
+    }
   }
 
   AttentionTensors tensors() {
     AttentionTensors t;
     t.q = q.data(), t.k = k.data(), t.v = v.data(), t.gout = gout.data();
-    t.mask = p.mask == AttentionMask::none ? nullptr : mask.data();
+    t.mask = mask.data(), t.bias = bias.data(), t.cu_q = cu_q.data(), t.cu_k = cu_k.data();
+    t.slopes = p.dtype == DType::f64 ? static_cast<const void*>(wide_slopes.data()) : slopes.data();
+    if (pattern) {
+      t.blocks.row_begin = pattern->row_begin.data(), t.blocks.column_begin = pattern->column_begin.data();
+      t.blocks.row_entries = pattern->row_entries.data();
+      t.blocks.column_entries = pattern->column_entries.data();
+      t.blocks.row_order = pattern->row_order.data(), t.blocks.column_order = pattern->column_order.data();
+      t.blocks.bits = pattern->bits.data();
+    }
     t.key_lengths = lengths.data(), t.seed = &seed;
     t.glse = glse.data(), t.gweights = gweights.data();
     t.out = out.data(), t.lse = lse.data(), t.delta = delta.data(), t.weights = weights.data();
-    t.gq = gq.data(), t.gk = gk.data(), t.gv = gv.data(), t.gmask = gmask.data();
+    t.gq = gq.data(), t.gk = gk.data(), t.gv = gv.data(), t.gbias = gbias.data();
     return t;
   }
   std::vector<Strided*> outputs(AttentionPass pass) {
@@ -252,8 +303,8 @@ struct Setup {
         return {&weights};
       case AttentionPass::delta:
         return {&delta};
-      case AttentionPass::mask_gradient:
-        return {&gmask};
+      case AttentionPass::bias_gradient:
+        return {&gbias};
       case AttentionPass::backward:
         break;
     }
@@ -274,7 +325,7 @@ void check_pass(Report& report, Setup& s, AttentionPass pass, const AttentionCpu
   std::vector<Strided> expected;
   for (Strided* output : s.outputs(pass)) expected.push_back(*output);
   // Gradients may cancel to nothing (a single key): what is lost then is measured against their terms.
-  const double floor = pass == AttentionPass::backward || pass == AttentionPass::mask_gradient ? 0.3 : 1e-3;
+  const double floor = pass == AttentionPass::backward || pass == AttentionPass::bias_gradient ? 0.3 : 1e-3;
   const auto table = attention_cpu_table(pass);
   for (int k = 0; k < table.count; k++) {
     const AttentionCpuKernel& kernel = *table.kernels[k];
@@ -309,8 +360,8 @@ void check(Report& report, const AttentionProblem& problem, Random& random) {
   check_pass(report, s, AttentionPass::weights, attention_reference_weights, random);
   check_pass(report, s, AttentionPass::delta, attention_reference_delta, random);
   check_pass(report, s, AttentionPass::backward, attention_reference_backward, random);
-  if (s.p.mask == AttentionMask::additive)
-    check_pass(report, s, AttentionPass::mask_gradient, attention_reference_mask_gradient, random);
+  if (s.p.with_bias)
+    check_pass(report, s, AttentionPass::bias_gradient, attention_reference_bias_gradient, random);
 }
 
 AttentionProblem random_problem(Random& random) {
@@ -328,14 +379,20 @@ AttentionProblem random_problem(Random& random) {
   p.causal_offset = pick<int64_t>(random, {0, 0, p.S - p.L, uniform(random, -20, 20)});
   p.with_key_lengths = one_in(random, 3);
   p.dropout_p = one_in(random, 3) ? pick(random, {0.1, 0.5, 0.9}) : 0.0;
-  p.mask = pick(random,
-                {AttentionMask::none, AttentionMask::none, AttentionMask::boolean, AttentionMask::additive});
-  p.mask_dtype = one_in(random, 2) ? p.dtype : DType::f32;
-  if (p.mask != AttentionMask::none) {
+  p.with_mask = one_in(random, 4), p.with_bias = one_in(random, 4);
+  p.bias_dtype = one_in(random, 2) ? p.dtype : DType::f32;
+  if (p.with_bias) {
     const auto extent = [&](int64_t full) { return one_in(random, 2) ? full : 1; };
-    p.mask_B = extent(p.B), p.mask_H = extent(p.H), p.mask_L = extent(p.L);
-    p.mask_S = one_in(random, 5) ? 1 : p.S;
+    p.bias_B = extent(p.B), p.bias_H = extent(p.H), p.bias_L = extent(p.L);
+    p.bias_S = one_in(random, 5) ? 1 : p.S;
   }
+  p.with_slopes = one_in(random, 6);
+  p.slopes_stride_b = one_in(random, 2) ? p.H : 0, p.alibi_offset = one_in(random, 2) ? p.S - p.L : 0;
+  p.softcap = one_in(random, 6) ? 2.0 : 0.0;
+  p.with_blocks = one_in(random, 3), p.block_heads = one_in(random, 3) ? p.H : 1;
+  p.packed = one_in(random, 5);
+  p.causal_bottom_right = p.packed && one_in(random, 2), p.alibi_bottom_right = p.packed && one_in(random, 2);
+  if (p.packed) p.with_key_lengths = false;
   p.need_q = !one_in(random, 8), p.need_kv = !p.need_q || !one_in(random, 8);
   p.with_gweights = one_in(random, 4), p.with_glse = one_in(random, 4);
   return p;
@@ -366,7 +423,7 @@ void check_edges(Report& report) {
   for (const Edge& e : edges)
     for (DType dtype : {DType::f32, DType::bf16, DType::f64}) {
       AttentionProblem p;
-      p.dtype = p.mask_dtype = dtype;
+      p.dtype = p.bias_dtype = dtype;
       p.B = e.B, p.H = e.H, p.Hk = e.Hk, p.L = e.L, p.S = e.S, p.D = e.D, p.E = e.E;
       p.causal = e.causal, p.causal_offset = e.causal_offset, p.scale = 0.25;
       check(report, p, random);
