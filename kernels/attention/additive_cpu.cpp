@@ -238,7 +238,7 @@ struct BackwardItem {
     probabilities_tile(rows, columns, s.limits, s.z, KEYS, s.lse + first);
     if (!p.need_scores) return separable;
     for (int64_t r = 0; r < rows; r += ROWS)
-      multiply_panels(smaller(ROWS, rows - r), p.E, s.gout + (first + r) * e, e, s.value_panels, vectors,
+      multiply_panels(smaller(ROWS, rows - r), p.E, s.gout + (first + r) * e, e, s.value_panels, 0, vectors,
                       s.dz + r * KEYS, KEYS);
     for (int64_t i = 0; i < rows; ++i) {
       const T* gweights = p.with_gweights

@@ -8,9 +8,7 @@
 // rounded tanh near 1. It is not relative: sums near 0, and exponentials that would overflow, go the direct
 // way. That is decided for a tile of queries and keys, by their largest magnitudes.
 #pragma once
-#include <cmath>
-
-#include "common/numerics.h"
+#include "attention/attention_math.h"
 
 namespace pyseqnet {
 
@@ -22,10 +20,6 @@ PYSEQNET_HOST_DEVICE bool tanh_is_separable(float largest_a, float largest_b) {
   const float largest = largest_a + largest_b;
   return largest >= separable_from && largest <= separable_up_to;
 }
-
-// Of one number; lanes have their own.
-PYSEQNET_HOST_DEVICE float tanh_of(float x) { return ::tanhf(x); }
-PYSEQNET_HOST_DEVICE double tanh_of(double x) { return ::tanh(x); }
 
 // dz of the contract. value_product: gout . v + gP.
 template <class A>

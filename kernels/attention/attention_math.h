@@ -12,6 +12,7 @@
 // log 2 that number overflows. Keep such logits in natural units, exp2((z - origin) * log2_e), or keep them
 // finite by a clamp.
 #pragma once
+#include <cmath>
 #include <cstdint>
 
 #include "attention/attention.h"
@@ -25,8 +26,9 @@ PYSEQNET_HOST_DEVICE float exp2_of(float x) { return __builtin_exp2f(x); }
 PYSEQNET_HOST_DEVICE double exp2_of(double x) { return __builtin_exp2(x); }
 PYSEQNET_HOST_DEVICE float log2_of(float x) { return __builtin_log2f(x); }
 PYSEQNET_HOST_DEVICE double log2_of(double x) { return __builtin_log2(x); }
-PYSEQNET_HOST_DEVICE float tanh_of(float x) { return __builtin_tanhf(x); }
-PYSEQNET_HOST_DEVICE double tanh_of(double x) { return __builtin_tanh(x); }
+// Of one number; lanes have their own.
+PYSEQNET_HOST_DEVICE float tanh_of(float x) { return ::tanhf(x); }
+PYSEQNET_HOST_DEVICE double tanh_of(double x) { return ::tanh(x); }
 
 // Number of leading keys that a row may see at all, by length and causality; a mask may hide more of them.
 PYSEQNET_HOST_DEVICE int64_t clamped_length(int64_t length, int64_t S) {
