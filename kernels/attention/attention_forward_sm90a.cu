@@ -260,7 +260,7 @@ class Consumer {
       for (int j = 1; j < tiles; j++) {
         const Turn<Shape> previous = turn_;
         turn_.next();
-        ptx::mbar_wait(ring_.keys_full(turn_.stage), turn_.phase);
+        if (j == 1) ptx::mbar_wait(ring_.keys_full(turn_.stage), turn_.phase);
         issue_scores<T, Shape>(score, q_box, ring_.key_tile(turn_.stage));
         values_arrive(previous, item, j - 1);
         issue_sums<T, Shape>(sum, weights, ring_.value_tile(previous.stage));
@@ -268,6 +268,13 @@ class Consumer {
         release(ring_.keys_empty(turn_.stage));
         hide(score, query0, j, item.keys);
         softmax_tile<Shape>(score, state, factor, a_.scale_log2);
+        // The next keys, already here: ptxas moves the wait below up, before the softmax, unless a branch stands
+        // between them. Then nothing would overlap.
+        if (j + 1 < tiles) {
+          Turn<Shape> next = turn_;
+          next.next();
+          ptx::mbar_wait(ring_.keys_full(next.stage), next.phase);
+        }
         ptx::wgmma_wait<0>();
         release(ring_.values_empty(previous.stage));
         to_weights<T, Shape>(weights, score);
