@@ -219,7 +219,7 @@ struct ShortHead {
 template <class T>
 PYSEQNET_DEVICE ShortHead short_head_of(const AttentionInputs<T>& a, unsigned head) {
   const unsigned b = head / unsigned(a.H), h = head - b * unsigned(a.H);
-  const int64_t length = a.key_lengths ? clamped_length(a.key_lengths[b], a.S) : a.S;
+  const int64_t length = a.with_key_lengths ? clamped_length(a.key_lengths[b], a.S) : a.S;
   return {int(b), int(h), int(h / unsigned(a.group)), int(length)};
 }
 // ---------------------------------------------------------------- what is refused
