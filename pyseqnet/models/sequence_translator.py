@@ -93,6 +93,13 @@ class SequenceTranslator(torch.nn.Module):
         scores: Tensor = self.head(written)
         return scores
 
+    def _next(self, symbol: Tensor, memory: Tensor, ignored: Tensor, state: nn.DecodingState) -> Tensor:
+        """Scores (B, target_symbols) behind the last symbol (B, 1); those before it are in the state."""
+        embedded = self.positions(self.target_embedding(symbol) * self.scale, offset=state.length)
+        written = self.transformer.decoder(embedded, memory, memory_key_padding_mask=ignored, state=state)
+        scores: Tensor = self.head(written[:, -1])
+        return scores
+
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
         return self.decode(target, *self.encode(source))
 
@@ -105,8 +112,9 @@ class SequenceTranslator(torch.nn.Module):
         memory, ignored = self.encode(source)
         written = source.new_full((source.shape[0], 1), self.begin)
         open_rows = torch.ones(source.shape[0], dtype=torch.bool, device=source.device)
+        state = self.transformer.decoder.new_state()
         for _ in range(max_len):
-            symbol = self.decode(written, memory, ignored)[:, -1].argmax(-1)
+            symbol = self._next(written[:, -1:], memory, ignored, state).argmax(-1)
             symbol = torch.where(open_rows, symbol, self.padding)
             written = torch.cat([written, symbol.unsqueeze(1)], 1)
             open_rows = open_rows & (symbol != self.end)

@@ -14,6 +14,7 @@ from pyseqnet.nn.conv import Conv1d, Conv1dReLU, Conv2d, Conv2dReLU, Conv2dReLUM
 from pyseqnet.nn.graph_attention import GraphAttention
 from pyseqnet.nn.image_attention import ImageSelfAttention, SelfAttention2d
 from pyseqnet.nn.linear_attention import LinearAttention, LinearMultiheadAttention
+from pyseqnet.nn.local_attention import LongformerSelfAttention, TruncatedSelfAttention
 from pyseqnet.nn.norm import LayerNorm
 from pyseqnet.nn.pool import MaxPool1d, MaxPool2d
 from pyseqnet.nn.position import LearnedPositions, SinusoidalPositions
@@ -53,6 +54,7 @@ __all__ = [
     "LinearMultiheadAttention",
     "LocationAwareAttention",
     "LocationState",
+    "LongformerSelfAttention",
     "MaxPool1d",
     "MaxPool2d",
     "MemoryCache",
@@ -69,4 +71,5 @@ __all__ = [
     "TransformerDecoderLayer",
     "TransformerEncoder",
     "TransformerEncoderLayer",
+    "TruncatedSelfAttention",
 ]

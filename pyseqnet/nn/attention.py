@@ -20,6 +20,7 @@ from torch.nn.functional import linear
 from torch.nn.functional import pad as _torch_pad
 
 from pyseqnet import functional as F
+from pyseqnet.masks import Pattern
 from pyseqnet.nn.cache import KeyValueCache, MemoryCache, PreallocatedCache
 
 
@@ -108,6 +109,16 @@ def _causal_rows(queries: int, keys: int, device: torch.device) -> Tensor | None
     return torch.ones(queries, keys, dtype=torch.bool, device=device).triu(keys - queries + 1)
 
 
+def _hidden_rows(pattern: Pattern, queries: int, positions: int) -> Tensor:
+    """True where the last `queries` of `positions` may not look: (queries, positions), or (heads, ..) of a pattern with
+    heads. On the CPU, and never the whole square."""
+    pattern._check(positions, positions)
+    i, j = torch.arange(positions - queries, positions).unsqueeze(1), torch.arange(positions).unsqueeze(0)
+    of_heads = [pattern] if pattern.heads is None else [pattern._of_head(h) for h in range(pattern.heads)]
+    rows = [~part._visible(i, j, positions, positions).expand(queries, positions) for part in of_heads]
+    return rows[0] if pattern.heads is None else torch.stack(rows)
+
+
 def _on_each(
     function: Callable[[Tensor], Tensor], query: Tensor, key: Tensor, value: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -145,6 +156,14 @@ class MultiheadAttention(_TorchMultiheadAttention):
     >>> ends = torch.arange(5) >= torch.tensor([[5], [2], [4]])  # True: padding
     >>> output, _ = attention(x, x, x, key_padding_mask=ends, need_weights=False)
 
+    ``pattern`` (by keyword, of the constructor): which keys each query sees, from `pyseqnet.masks`, in addition to the
+    masks of a call; what it hides costs no time. ``per_head([...])`` gives every head its own.
+
+    >>> from pyseqnet.masks import Global, Local
+    >>> longformer = MultiheadAttention(8, 2, batch_first=True, pattern=Local(2) | Global(1))
+    >>> longformer(x, x, x)[1][0, 4]
+    tensor([0.2500, 0.0000, 0.2500, 0.2500, 0.2500], grad_fn=<SelectBackward0>)
+
     Decoding token by token (``cache``, by keyword):
 
     * a `KeyValueCache` or `PreallocatedCache`, self-attention: the projections of ``key`` and ``value``, the new
@@ -160,6 +179,43 @@ class MultiheadAttention(_TorchMultiheadAttention):
     >>> cache.length
     5
     """
+
+    pattern: Pattern | None = None  # also of a converted layer, which never passed through our constructor
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        pattern: Pattern | None = None,
+    ) -> None:
+        super().__init__(
+            embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
+        )
+        if pattern is not None:
+            self.set_pattern(pattern)
+
+    def set_pattern(self, pattern: Pattern | None) -> None:
+        """Which keys each query sees from now on; None: all."""
+        if pattern is not None:
+            if not isinstance(pattern, Pattern):
+                raise TypeError(f"pattern must come from pyseqnet.masks, got {type(pattern).__name__}")
+            if pattern.heads not in (None, self.num_heads):
+                raise ValueError(f"pattern is of {pattern.heads} heads, the layer has {self.num_heads}")
+            if self.bias_k is not None or self.add_zero_attn:
+                raise ValueError(
+                    "pattern does not go with add_bias_kv and add_zero_attn: it says nothing of their keys"
+                )
+        self.pattern = pattern
 
     def new_cache(
         self, capacity: int | None = None, batch_size: int | None = None, memory: bool = False
@@ -216,7 +272,8 @@ class MultiheadAttention(_TorchMultiheadAttention):
         # As torch: beside a padding mask the extra keys are seen by all, else they are the last ones.
         causal = hinted and (key_padding_mask is None or not extra)
         mask = None if causal else mask
-        return self._attend(q, k, v, padding, mask, causal, need_weights, average_attn_weights, batched, batch_first)
+        call = (need_weights, average_attn_weights, batched, batch_first)
+        return self._attend(q, k, v, padding, mask, causal, self.pattern, *call)
 
     @staticmethod
     def _heads(projected: Tensor, batch_first: bool) -> Tensor:
@@ -231,6 +288,7 @@ class MultiheadAttention(_TorchMultiheadAttention):
         padding: Tensor | None,
         mask: Tensor | None,
         causal: bool,
+        pattern: Pattern | None,
         need_weights: bool,
         average_attn_weights: bool,
         batched: bool,
@@ -249,6 +307,7 @@ class MultiheadAttention(_TorchMultiheadAttention):
             _merged(padding, mask, self.num_heads, extra_keys),
             self.dropout if self.training else 0.0,
             causal,
+            pattern=pattern,
             key_lengths=lengths,
             return_weights=need_weights,
         )
@@ -286,6 +345,7 @@ class MultiheadAttention(_TorchMultiheadAttention):
         new = 0 if filled else key.shape[int(batch_first) if batched else 0]
         total = cache.length + new
         causal = _causal_rows(length, total, query.device) if is_causal and mask is None and grows else None
+        hidden = _hidden_rows(self.pattern, length, total).to(query.device) if self.pattern and grows else None
         if is_causal and mask is None and not grows:
             raise ValueError("is_causal means nothing for the memory of a decoder: give attn_mask")
         if filled:
@@ -316,10 +376,16 @@ class MultiheadAttention(_TorchMultiheadAttention):
         assert k is not None
         assert v is not None
         if causal is not None:
-            if padding is not None and padding.dtype != torch.bool:
-                causal = _additive(causal, query.dtype)
-            mask = causal
-        return self._attend(q, k, v, padding, mask, False, need_weights, average_attn_weights, batched, batch_first)
+            hidden = causal if hidden is None else hidden | causal
+        if hidden is not None:
+            if hidden.dim() == 3:  # heads have rows of their own
+                hidden = hidden.expand(query.shape[0 if batch_first else 1], *hidden.shape).flatten(0, 1)
+            additive = [given for given in (padding, mask) if given is not None and given.dtype != torch.bool]
+            if additive:
+                hidden = _additive(hidden, additive[0].dtype)
+            mask = hidden if mask is None else hidden | mask if hidden.dtype == torch.bool else hidden + mask
+        call = (need_weights, average_attn_weights, batched, batch_first)
+        return self._attend(q, k, v, padding, mask, False, None, *call)
 
     def _query_refusal(self, query: Tensor, cache: Any, batched: bool, batch_first: bool) -> str | None:
         """Why a query does not fit the memory that was projected before."""

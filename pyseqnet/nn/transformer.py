@@ -10,8 +10,8 @@ reach a gradient; and all of them compile with ``fullgraph=True``.
 
 Beyond torch's, all by keyword:
 
-* layers take ``attention`` (a name of `ATTENTION` or a factory called as `MultiheadAttention`) and ``norm`` (a name of
-  `NORMS`, or a factory called with ``d_model``);
+* layers take ``attention`` (a name of `ATTENTION` or a factory called as `MultiheadAttention`), ``pattern`` (of
+  `pyseqnet.masks`, for the self-attention) and ``norm`` (a name of `NORMS`, or a factory called with ``d_model``);
 * a stack takes a list of layers in place of one that is copied, so that each may differ;
 * ``state=`` decodes token by token: ``state = decoder.new_state()``, then ``decoder(new_tokens, memory, state=state)``
   gives what the whole sequence would have given at these positions; keys and values of the past, and those of the
@@ -39,6 +39,7 @@ from torch.nn import TransformerEncoder as _TorchTransformerEncoder
 from torch.nn import TransformerEncoderLayer as _TorchTransformerEncoderLayer
 from torch.nn.functional import relu
 
+from pyseqnet.masks import Pattern
 from pyseqnet.nn.attention import MultiheadAttention, agreed_masks, finite_padding
 from pyseqnet.nn.cache import DecodingState, LayerState
 from pyseqnet.nn.linear_attention import LinearMultiheadAttention
@@ -66,17 +67,26 @@ def _factory(choice: str | Factory, names: dict[str, Factory], argument: str) ->
 
 
 def _choose_parts(
-    layer: Any, attention: str | Factory, norm: str | Factory, bias: bool, factory: dict[str, Any]
+    layer: Any,
+    attention: str | Factory,
+    pattern: Pattern | None,
+    norm: str | Factory,
+    bias: bool,
+    factory: dict[str, Any],
 ) -> None:
     """Replaces what torch's constructor has built by what was asked for."""
     old = layer.self_attn
     if attention != "softmax":
+        if pattern is not None:
+            raise ValueError("pattern belongs to softmax attention; give it to the factory of another")
         layer.self_attn = _factory(attention, ATTENTION, "attention")(
             old.embed_dim, old.num_heads, dropout=old.dropout, bias=bias, batch_first=old.batch_first, **factory
         )
         # Stacks ask for it, and a module from elsewhere may not know it.
         if getattr(layer.self_attn, "batch_first", None) is None:
             layer.self_attn.batch_first = old.batch_first
+    elif pattern is not None:
+        layer.self_attn.set_pattern(pattern)
     if norm != "layer":
         make = _factory(norm, NORMS, "norm")
         for name in ("norm1", "norm2", "norm3"):
@@ -178,6 +188,7 @@ class TransformerEncoderLayer(_TorchTransformerEncoderLayer):
         dtype: Any = None,
         *,
         attention: str | Factory = "softmax",
+        pattern: Pattern | None = None,
         norm: str | Factory = "layer",
     ) -> None:
         super().__init__(
@@ -194,7 +205,7 @@ class TransformerEncoderLayer(_TorchTransformerEncoderLayer):
             dtype,
         )
         _take_over(self)
-        _choose_parts(self, attention, norm, bias, {"device": device, "dtype": dtype})
+        _choose_parts(self, attention, pattern, norm, bias, {"device": device, "dtype": dtype})
 
     def forward(
         self,
@@ -251,6 +262,7 @@ class TransformerDecoderLayer(_TorchTransformerDecoderLayer):
         dtype: Any = None,
         *,
         attention: str | Factory = "softmax",
+        pattern: Pattern | None = None,
         norm: str | Factory = "layer",
     ) -> None:
         super().__init__(
@@ -267,7 +279,7 @@ class TransformerDecoderLayer(_TorchTransformerDecoderLayer):
             dtype,
         )
         _take_over(self)
-        _choose_parts(self, attention, norm, bias, {"device": device, "dtype": dtype})
+        _choose_parts(self, attention, pattern, norm, bias, {"device": device, "dtype": dtype})
 
     def forward(
         self,
