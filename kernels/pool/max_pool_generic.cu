@@ -11,6 +11,8 @@
 //   forward_tiled    one channel, overlapping windows: a block stages the pixels of a 32 x 32 tile of outputs
 //                    in shared memory, where a pixel that several windows want is read from memory once.
 //                    Padding is staged as -infinity: it cannot win, because only a greater value does.
+//   forward_strips,  stride 2 on planes whose rows are whole vectors: max_pool_strips.cuh.
+//   backward_strips
 //   backward_gather  a thread owns a pixel of gx and adds up, row by row, the windows that it won: it meets
 //                    them in the order in which the oracle does. Nothing is scattered, so no atomics, and the
 //                    result is the same bits in every run.
@@ -20,16 +22,18 @@
 //   forward  a*e + e + 1    backward  e + 1 + a*e    indices  9
 // For 2x2/2 in float32 that is 21 bytes either way. At the copy bandwidth measured on an H100 (3.0 TB/s) an
 // output costs 7.0 ps, on an H200 (4.3 TB/s) 4.9 ps. Predicted before any measurement: 85 % of copy bandwidth
-// in float32 and wherever 16-byte accesses are taken; 60 % for 16-bit NCHW, where a thread has 8 bytes in
-// flight and the instructions of a tap cost as much as its bytes. Measured on an H200, 3x3/2 over 64 x 64
-// images of 112 x 112 in bfloat16 NCHW: forward 2.1 TB/s, 49 % of copy bandwidth.
+// in float32 and wherever 16-byte accesses are taken; 60 % for 16-bit NCHW one element a thread, where the
+// instructions of a tap cost as much as its bytes. Measured so on an H200, 3x3/2 over 64 x 64 images of 112 x
+// 112 in bfloat16 NCHW: forward 2.1 TB/s, 49 % of copy bandwidth. The strips are for that; they have not been
+// measured.
 #include <algorithm>
-#include <cmath>
+#include <type_traits>
 
-#include "common/cuda_numerics.cuh"
 #include "common/fast_divide.cuh"
 #include "common/launch.cuh"
 #include "pool/max_pool.h"
+#include "pool/max_pool_device.cuh"
+#include "pool/max_pool_strips.cuh"
 
 namespace pyseqnet {
 namespace {
@@ -96,32 +100,6 @@ bool fits_32_bits(const MaxPoolProblem& p) {
 }
 
 // ---------------------------------------------------------------- shared by the kernels
-template <class T, int n>
-struct alignas(sizeof(T) * n) Pack {
-  T value[n];
-};
-
-template <class T>
-PYSEQNET_DEVICE T lowest() {
-  return from_accumulator<T>(-INFINITY);
-}
-
-// The rule of the contract: the first of equal maxima stays, a NaN always wins.
-template <class T>
-PYSEQNET_DEVICE bool beats(T challenger, T champion) {
-  const auto a = to_accumulator(challenger), b = to_accumulator(champion);
-  return a > b || a != a;
-}
-
-// What a window reports if nothing beats -infinity: its first tap inside the image. Without one (the window
-// jumps over the image) it is the first tap that is not before the image.
-template <class Index>
-PYSEQNET_DEVICE Index first_tap(Index start, Index dilation, Index taps) {
-  Index t = 0;
-  while (t + 1 < taps && start + t * dilation < 0) t++;
-  return t;
-}
-
 template <class Index>
 PYSEQNET_DEVICE Index clamp_to(Index i, Index extent) {
   return i < 0 ? 0 : i >= extent ? extent - 1 : i;
@@ -423,10 +401,57 @@ int launch_forward_tiled(const MaxPoolProblem& p, unsigned shared_bytes, const T
   return launch(config, max_pool_forward_tiled<T, 0, 0>, v, tiles, x, y, arg);
 }
 
+// Whether strips of planes fit: windows of 2x2, or of 3x3 with the same padding on both axes, at stride 2, and
+// rows of whole vectors. Then Q <= W / 2, so that no strip's vector leaves its row.
+template <class T>
+bool takes_strips(const MaxPoolProblem& p, const void* image_side, const void* output_side, const void* arg) {
+  return p.layout == Layout::nchw && p.stride_h == 2 && p.stride_w == 2 && p.dilation_h == 1 &&
+         p.dilation_w == 1 && p.R == p.S && p.pad_h == p.pad_w &&
+         ((p.R == 2 && p.pad_h == 0) || (p.R == 3 && p.pad_h <= 1)) && p.W % strip_pixels == 0 &&
+         p.Q % strip_outputs == 0 && p.Q > 0 && aligned(image_side, vector_bytes) &&
+         aligned(output_side, vector_bytes) && aligned(arg, strip_outputs) &&
+         double(p.N) * double(p.C) * double(p.H) * double(p.W) / strip_pixels < double(1 << 30);
+}
+
+// Calls f(window, pad) with compile-time constants.
+template <class F>
+int with_window(const MaxPoolProblem& p, F&& f) {
+  if (p.R == 2) return f(std::integral_constant<int, 2>{}, std::integral_constant<int, 0>{});
+  if (p.pad_h == 0) return f(std::integral_constant<int, 3>{}, std::integral_constant<int, 0>{});
+  return f(std::integral_constant<int, 3>{}, std::integral_constant<int, 1>{});
+}
+
+// Strips that cover `columns` x `rows` outputs: those of y, or as many as gx has pairs of pixels.
+template <class T>
+Strips strips_of(const MaxPoolProblem& p, int64_t rows, int64_t columns) {
+  Strips v = {};
+  v.H = int32_t(p.H), v.W = int32_t(p.W), v.P = int32_t(p.P), v.Q = int32_t(p.Q);
+  v.groups = int32_t(ceil_divide(columns, strip_outputs));
+  v.strips = int32_t(ceil_divide(rows, strip_rows<T>));
+  v.threads = int32_t(p.N * p.C * v.strips * v.groups);
+  v.by_groups = FastDivider<int32_t>(v.groups), v.by_strips = FastDivider<int32_t>(v.strips);
+  return v;
+}
+
+template <class T, class Kernel, class... Pointers>
+int launch_strips(Kernel* kernel, const Strips& v, void* stream, Pointers... pointers) {
+  LaunchConfig config;
+  config.grid = grid_of(ceil_divide(v.threads, strip_threads));
+  config.block = dim3(strip_threads);
+  config.stream = stream;
+  return launch(config, kernel, v, pointers...);
+}
+
 template <class T>
 int launch_forward(const MaxPoolProblem& p, const T* x, T* y, void* arg, void* stream) {
   constexpr int n = vector_bytes / sizeof(T);
   if (!fits_32_bits(p)) return launch_forward_direct<T, 1, int64_t>(p, x, y, arg, stream);
+  if constexpr (sizeof(T) < 8)
+    if (takes_strips<T>(p, x, y, arg))
+      return with_window(p, [&](auto window, auto pad) {
+        return launch_strips<T>(max_pool_forward_strips<T, window(), pad()>, strips_of<T>(p, p.P, p.Q),
+                                stream, x, y, static_cast<uint8_t*>(arg));
+      });
   if (const unsigned bytes = tile_bytes<T>(p)) return launch_forward_tiled<T>(p, bytes, x, y, arg, stream);
   if (vectorizes<T>(p, x, y, arg)) return launch_forward_direct<T, n, int32_t>(p, x, y, arg, stream);
   return launch_forward_direct<T, 1, int32_t>(p, x, y, arg, stream);
@@ -466,6 +491,13 @@ int backward(const MaxPoolProblem& p, const MaxPoolTensors& t, void*, void* stre
     const T* gy = static_cast<const T*>(t.gy);
     T* gx = static_cast<T*>(t.gx);
     if (!fits_32_bits(p)) return launch_backward<T, 1, int64_t>(p, gy, t.arg, gx, stream);
+    if constexpr (sizeof(T) < 8)
+      if (takes_strips<T>(p, gx, gy, t.arg))
+        return with_window(p, [&](auto window, auto pad) {
+          return launch_strips<T>(max_pool_backward_strips<T, window(), pad()>,
+                                  strips_of<T>(p, ceil_divide(p.H, 2), p.W / 2), stream, gy,
+                                  static_cast<const uint8_t*>(t.arg), gx);
+        });
     if (vectorizes<T>(p, gx, gy, t.arg)) return launch_backward<T, n, int32_t>(p, gy, t.arg, gx, stream);
     return launch_backward<T, 1, int32_t>(p, gy, t.arg, gx, stream);
   });

@@ -362,6 +362,22 @@ def test_outputs_come_in_the_memory_format_of_the_input(device: str, dtype: torc
     assert last.grad.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_tf32_follows_torchs_settings() -> None:
+    from pyseqnet.functional.conv import _allows_tf32, _torch_allows_tf32
+
+    before = torch.backends.cudnn.conv.fp32_precision
+    try:
+        for precision, allowed in (("tf32", True), ("ieee", False)):
+            torch.backends.cudnn.conv.fp32_precision = precision
+            assert _torch_allows_tf32() is allowed
+            traced = torch.compile(lambda x: x + 1 if _torch_allows_tf32() else x - 1, fullgraph=True, backend="eager")
+            assert traced(torch.zeros(())).item() == (1 if allowed else -1)
+            torch._dynamo.reset()
+            assert not _allows_tf32(torch.zeros(1))  # a matter of CUDA
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
+
+
 def test_reference_functions_are_torchs() -> None:
     x, w, b = normal((2, 3, 8, 8), 0), normal((4, 3, 3, 3), 1), normal((4,), 2)
     assert torch.equal(F.conv2d_reference(x, w, b, 2, 1), torch.conv2d(x, w, b, 2, 1))

@@ -122,24 +122,28 @@ MaxPoolProblem problem(int64_t N, int64_t C, int64_t H, int64_t W, int64_t R, in
 
 void check_edges(Suite& suite) {
   const MaxPoolProblem edges[] = {
-      problem(1, 1, 1, 1, 1, 1, 1, 1, 0, 0),              // one element
-      problem(0, 3, 4, 4, 2, 2, 2, 2, 0, 0),              // no images
-      problem(2, 0, 4, 4, 2, 2, 2, 2, 0, 0),              // no channels
-      problem(1, 2, 2, 2, 3, 3, 1, 1, 0, 0),              // no outputs: backward still writes zeros
-      problem(2, 8, 8, 8, 2, 2, 2, 2, 0, 0),              // vectors of channels where they are last
-      problem(2, 3, 7, 9, 2, 2, 2, 2, 0, 0, 1, 1, true),  // ceil_mode's extra windows
-      problem(1, 16, 9, 7, 3, 3, 2, 2, 1, 1),             // overlapping, small: no tile
-      problem(1, 2, 66, 70, 3, 3, 2, 2, 1, 1),            // a tile and tails
-      problem(1, 1, 40, 33, 3, 3, 1, 1, 1, 1),            // stride 1, two tiles across
-      problem(1, 2, 20, 80, 2, 5, 1, 2, 1, 2),            // a window of its own shape, tiled
-      problem(2, 4, 12, 13, 3, 2, 2, 1, 1, 1, 2, 3),      // dilation
-      problem(1, 4, 3, 3, 2, 2, 1, 1, 1, 1, 4, 4),        // dilation jumps over the image
-      problem(1, 3, 1, 65, 1, 3, 1, 2, 0, 1),             // one dimension
-      problem(1, 1, 20, 40, 17, 17, 1, 2, 8, 8),          // more than 256 taps: int32 arg
-      problem(1, 300, 3, 3, 2, 2, 1, 1, 0, 0),            // more channels than a block
-      problem(70, 1, 2, 2, 2, 2, 2, 2, 0, 0),             // many tiny images: 70 a block's depth
-      problem(1, 2, 5, 5, 2, 2, 4, 4, 0, 0),              // stride beyond the window: pixels nobody reads
-      problem(1, 1, 34, 300, 3, 3, 4, 9, 1, 1, 12, 1),    // a tile too large for shared memory
+      problem(1, 1, 1, 1, 1, 1, 1, 1, 0, 0),                // one element
+      problem(0, 3, 4, 4, 2, 2, 2, 2, 0, 0),                // no images
+      problem(2, 0, 4, 4, 2, 2, 2, 2, 0, 0),                // no channels
+      problem(1, 2, 2, 2, 3, 3, 1, 1, 0, 0),                // no outputs: backward still writes zeros
+      problem(2, 8, 8, 8, 2, 2, 2, 2, 0, 0),                // vectors of channels where they are last
+      problem(2, 3, 7, 9, 2, 2, 2, 2, 0, 0, 1, 1, true),    // ceil_mode's extra windows
+      problem(1, 16, 9, 7, 3, 3, 2, 2, 1, 1),               // overlapping, small: no tile
+      problem(1, 2, 66, 70, 3, 3, 2, 2, 1, 1),              // a tile and tails
+      problem(1, 1, 40, 33, 3, 3, 1, 1, 1, 1),              // stride 1, two tiles across
+      problem(1, 2, 20, 80, 2, 5, 1, 2, 1, 2),              // a window of its own shape, tiled
+      problem(2, 4, 12, 13, 3, 2, 2, 1, 1, 1, 2, 3),        // dilation
+      problem(1, 4, 3, 3, 2, 2, 1, 1, 1, 1, 4, 4),          // dilation jumps over the image
+      problem(1, 3, 1, 65, 1, 3, 1, 2, 0, 1),               // one dimension
+      problem(1, 1, 20, 40, 17, 17, 1, 2, 8, 8),            // more than 256 taps: int32 arg
+      problem(1, 300, 3, 3, 2, 2, 1, 1, 0, 0),              // more channels than a block
+      problem(70, 1, 2, 2, 2, 2, 2, 2, 0, 0),               // many tiny images: 70 a block's depth
+      problem(1, 2, 5, 5, 2, 2, 4, 4, 0, 0),                // stride beyond the window: pixels nobody reads
+      problem(1, 1, 34, 300, 3, 3, 4, 9, 1, 1, 12, 1),      // a tile too large for shared memory
+      problem(3, 2, 11, 16, 3, 3, 2, 2, 1, 1),              // strips: odd rows, padding
+      problem(2, 2, 16, 24, 3, 3, 2, 2, 0, 0, 1, 1, true),  // strips: overhanging windows
+      problem(5, 1, 9, 64, 2, 2, 2, 2, 0, 0),               // strips: a row that no window reads
+      problem(1, 1, 20, 80, 3, 3, 2, 2, 0, 0),              // 39 columns: no strips
   };
   for (MaxPoolProblem p : edges)
     for (Layout layout : all_layouts)
