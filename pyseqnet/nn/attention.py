@@ -119,6 +119,14 @@ def _hidden_rows(pattern: Pattern, queries: int, positions: int) -> Tensor:
     return rows[0] if pattern.heads is None else torch.stack(rows)
 
 
+def _hidden_prefix(hidden: Tensor) -> int:
+    """How many of the first positions no row sees: with windows, all but a few."""
+    if torch.compiler.is_compiling():
+        return 0
+    seen = (~hidden).flatten(0, -2).any(0).nonzero()
+    return int(seen[0]) if len(seen) else 0
+
+
 def _on_each(
     function: Callable[[Tensor], Tensor], query: Tensor, key: Tensor, value: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -345,7 +353,11 @@ class MultiheadAttention(_TorchMultiheadAttention):
         new = 0 if filled else key.shape[int(batch_first) if batched else 0]
         total = cache.length + new
         causal = _causal_rows(length, total, query.device) if is_causal and mask is None and grows else None
-        hidden = _hidden_rows(self.pattern, length, total).to(query.device) if self.pattern and grows else None
+        hidden, first = None, 0
+        if self.pattern is not None and grows:
+            hidden = _hidden_rows(self.pattern, length, total)
+            first = _hidden_prefix(hidden)
+            hidden = hidden.to(query.device)
         if is_causal and mask is None and not grows:
             raise ValueError("is_causal means nothing for the memory of a decoder: give attn_mask")
         if filled:
@@ -385,6 +397,9 @@ class MultiheadAttention(_TorchMultiheadAttention):
                 hidden = _additive(hidden, additive[0].dtype)
             mask = hidden if mask is None else hidden | mask if hidden.dtype == torch.bool else hidden + mask
         call = (need_weights, average_attn_weights, batched, batch_first)
+        if first and mask is not None and not need_weights:  # nobody sees what lies before: do not read it
+            k, v, mask = k[:, :, first:], v[:, :, first:], mask[..., first:]
+            padding = padding[:, first:] if padding is not None else None
         return self._attend(q, k, v, padding, mask, False, None, *call)
 
     def _query_refusal(self, query: Tensor, cache: Any, batched: bool, batch_first: bool) -> str | None:

@@ -439,15 +439,19 @@ class TransformerDecoder(_TorchTransformerDecoder):
         if layers is not None:
             self.layers = torch.nn.ModuleList(layers)
             self.num_layers = len(layers)
+        self.set_memory_layers(memory_layers, num_memory_layers)
+
+    def set_memory_layers(self, memory_layers: str, num_memory_layers: int | None = None) -> None:
+        """Which of the encoder's layers each layer reads from now on; "adaptive" starts with the mean of all."""
         if memory_layers not in MEMORY_LAYERS:
             raise ValueError(f"memory_layers must be one of {', '.join(MEMORY_LAYERS)}; got {memory_layers!r}")
-        self.memory_layers = memory_layers
         if memory_layers == "adaptive":
             if num_memory_layers is None or num_memory_layers <= 0:
                 raise ValueError("memory_layers='adaptive' needs num_memory_layers, the number of encoder layers")
             like = next(self.layers.parameters())
             mix = torch.zeros(self.num_layers, num_memory_layers, device=like.device, dtype=like.dtype)
             self.memory_mix = torch.nn.Parameter(mix)
+        self.memory_layers = memory_layers
 
     def _memories(self, memory: Tensor | Sequence[Tensor]) -> list[Tensor]:
         """What each layer reads."""
@@ -518,7 +522,8 @@ class TransformerDecoder(_TorchTransformerDecoder):
 class Transformer(_TorchTransformer):
     """Drop-in for `torch.nn.Transformer`: encoder and decoder, each with a final normalisation.
 
-    A `custom_encoder` or `custom_decoder` is used as it is.
+    A `custom_encoder` or `custom_decoder` is used as it is. ``memory_layers`` (by keyword): which of the encoder's
+    layers each of the decoder's reads, as in `TransformerDecoder`; "last" is torch's.
 
     >>> sum(p.numel() for p in Transformer().parameters())
     44140544
@@ -541,6 +546,8 @@ class Transformer(_TorchTransformer):
         bias: bool = True,
         device: Any = None,
         dtype: Any = None,
+        *,
+        memory_layers: str = "last",
     ) -> None:
         super().__init__(
             d_model,
@@ -563,6 +570,53 @@ class Transformer(_TorchTransformer):
             _take_over(self.encoder)
         if custom_decoder is None:
             _take_over(self.decoder)
+        if memory_layers != "last":
+            if custom_encoder is not None or custom_decoder is not None:
+                raise ValueError("memory_layers belongs to a custom_decoder itself: give it there")
+            self.decoder.set_memory_layers(memory_layers, num_encoder_layers)
+
+    def forward(
+        self,
+        src: Tensor,
+        tgt: Tensor,
+        src_mask: Tensor | None = None,
+        tgt_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        src_is_causal: bool | None = None,
+        tgt_is_causal: bool | None = None,
+        memory_is_causal: bool = False,
+    ) -> Tensor:
+        if getattr(self.decoder, "memory_layers", "last") == "last":
+            return super().forward(
+                src,
+                tgt,
+                src_mask,
+                tgt_mask,
+                memory_mask,
+                src_key_padding_mask,
+                tgt_key_padding_mask,
+                memory_key_padding_mask,
+                src_is_causal,
+                tgt_is_causal,
+                memory_is_causal,
+            )
+        memory = self.encoder(
+            src, mask=src_mask, src_key_padding_mask=src_key_padding_mask, is_causal=src_is_causal, return_layers=True
+        )[1]
+        output: Tensor = self.decoder(
+            tgt,
+            memory,
+            tgt_mask=tgt_mask,
+            memory_mask=memory_mask,
+            tgt_key_padding_mask=tgt_key_padding_mask,
+            memory_key_padding_mask=memory_key_padding_mask,
+            tgt_is_causal=tgt_is_causal,
+            memory_is_causal=memory_is_causal,
+        )
+        return output
 
 
 _OURS: dict[type, type] = {

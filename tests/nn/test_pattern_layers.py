@@ -93,6 +93,14 @@ def test_decoding_with_a_pattern(name: str) -> None:
             output, weight = layer(new, new, new, is_causal=True, cache=cache)
             torch.testing.assert_close(output, whole[:, begin:end])
             torch.testing.assert_close(weight, weights[:, begin:end, :end])
+    cache.truncate(4)
+    padding = torch.arange(T) < torch.tensor([[0], [2]])
+    whole, _ = layer(x, x, x, attn_mask=causal, key_padding_mask=padding)
+    with torch.no_grad():  # without weights: keys that nobody sees are not read
+        for begin, end in ((4, 5), (5, 7), (7, 9)):
+            new, ignored = x[:, begin:end], padding[:, :end]
+            output, _ = layer(new, new, new, ignored, is_causal=True, need_weights=False, cache=cache)
+            torch.testing.assert_close(output, whole[:, begin:end])
 
 
 def test_transformer_layers_take_patterns_of_their_own() -> None:

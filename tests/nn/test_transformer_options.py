@@ -154,6 +154,24 @@ def test_adaptive_mixture_is_learned() -> None:
         decoder(target, [])
 
 
+@pytest.mark.parametrize("memory_layers", ["last", "same", "reverse", "adaptive"])
+def test_transformer_with_a_wiring(memory_layers: str) -> None:
+    options = {"num_encoder_layers": 2, "num_decoder_layers": 2, "dim_feedforward": 32, "dropout": 0.0}
+    model = nn.Transformer(E, H, batch_first=True, memory_layers=memory_layers, **options)
+    plain = torch.nn.Transformer(E, H, batch_first=True, **options)
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if k != "decoder.memory_mix"})
+    source, target = normal((B, S, E), 1, torch.float32), normal((B, T, E), 2, torch.float32)
+    output, expected = model(source, target), plain(source, target)
+    if memory_layers == "last":
+        torch.testing.assert_close(output, expected)
+    else:
+        assert not torch.allclose(output, expected, atol=1e-3)
+        outputs = model.encoder(source, return_layers=True)[1]
+        torch.testing.assert_close(output, model.decoder(target, outputs))
+    with pytest.raises(ValueError, match="belongs to a custom_decoder"):
+        nn.Transformer(E, H, custom_decoder=model.decoder, memory_layers="same")
+
+
 # --- PowerNorm -------------------------------------------------------------------------------------------------------
 
 
