@@ -108,4 +108,26 @@ STABLE_TORCH_LIBRARY(pyseqnet, m) {
   m.def(
       "linear_attention_step(Tensor query, Tensor key, Tensor value, Tensor? state, Tensor? normalizer, int "
       "feature_map, bool normalize, float scale, float eps) -> (Tensor, Tensor, Tensor)");
+  // CTC (kernels/chain/ctc.h). input (T, B, C): logits or log-probabilities; targets (size) int64, those of sequence b
+  // from target_offsets[b] on; longest bounds their lengths; lengths and offsets (B) int64 on the input's device.
+  // Results: loss (B) and, empty unless with_gradient, its gradient with respect to logits.
+  m.def(
+      "ctc(Tensor input, Tensor targets, Tensor target_offsets, Tensor input_lengths, Tensor target_lengths, "
+      "SymInt longest, int blank, bool from_logits, bool zero_infinity, bool with_gradient) -> (Tensor, "
+      "Tensor)");
+  // Linear-chain CRF (kernels/chain/crf.h). emissions (B, T, C), tags (B, T) int64 or None: minus log Z; lengths (B)
+  // int64; start, end (C), transitions (C, C) float32 (float64 for float64).
+  m.def(
+      "crf_log_likelihood(Tensor emissions, Tensor? tags, Tensor lengths, Tensor start, Tensor end, Tensor "
+      "transitions) -> Tensor");
+  // Gradients of emissions, start, end, transitions for the gradient (B) of each log-likelihood.
+  m.def(
+      "crf_gradient(Tensor grad, Tensor emissions, Tensor? tags, Tensor lengths, Tensor start, Tensor end, "
+      "Tensor "
+      "transitions) -> (Tensor, Tensor, Tensor, Tensor)");
+  // Paths (B, nbest, T) int64, -1 beyond their ends, and scores (B, nbest).
+  m.def(
+      "crf_viterbi(Tensor emissions, Tensor lengths, Tensor start, Tensor end, Tensor transitions, int "
+      "nbest) -> "
+      "(Tensor, Tensor)");
 }

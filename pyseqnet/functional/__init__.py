@@ -14,6 +14,17 @@ from pyseqnet.functional.conv_relu_pool import (
     conv2d_relu_max_pool2d_reference,
     conv2d_relu_reference,
 )
+from pyseqnet.functional.crf import (
+    crf_decode,
+    crf_decode_reference,
+    crf_log_likelihood,
+    crf_log_likelihood_reference,
+    crf_log_partition,
+    crf_log_partition_reference,
+    crf_marginals,
+    crf_marginals_reference,
+)
+from pyseqnet.functional.ctc import ctc_loss, ctc_loss_reference
 from pyseqnet.functional.linear_attention import (
     linear_attention,
     linear_attention_reference,
@@ -52,6 +63,16 @@ __all__ = [
     "conv2d_relu_max_pool2d",
     "conv2d_relu_max_pool2d_reference",
     "conv2d_relu_reference",
+    "crf_decode",
+    "crf_decode_reference",
+    "crf_log_likelihood",
+    "crf_log_likelihood_reference",
+    "crf_log_partition",
+    "crf_log_partition_reference",
+    "crf_marginals",
+    "crf_marginals_reference",
+    "ctc_loss",
+    "ctc_loss_reference",
     "gru",
     "gru_cell",
     "gru_cell_reference",

@@ -10,6 +10,7 @@ from pyseqnet.nn.cache import (
     PreallocatedCache,
     RecurrentCache,
 )
+from pyseqnet.nn.chain import CRF, CTCLoss
 from pyseqnet.nn.conv import Conv1d, Conv1dReLU, Conv2d, Conv2dReLU, Conv2dReLUMaxPool2d
 from pyseqnet.nn.graph_attention import GraphAttention
 from pyseqnet.nn.image_attention import ImageSelfAttention, SelfAttention2d
@@ -30,10 +31,12 @@ from pyseqnet.nn.transformer import (
 )
 
 __all__ = [
+    "CRF",
     "GRU",
     "LSTM",
     "RNN",
     "AdditiveAttention",
+    "CTCLoss",
     "Conv1d",
     "Conv1dReLU",
     "Conv2d",

@@ -1,0 +1,377 @@
+"""The linear-chain conditional random field: log-likelihood, partition function, marginals, best sequences.
+
+Lafferty, McCallum, Pereira: Conditional random fields: probabilistic models for segmenting and labeling sequence data,
+2001.
+Rabiner: A tutorial on hidden Markov models and selected applications in speech recognition, 1989.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from pyseqnet.functional._common import aliases, creates_graph, explain, same_device
+
+_log_likelihood = torch.ops.pyseqnet.crf_log_likelihood.default
+_gradient = torch.ops.pyseqnet.crf_gradient.default
+_viterbi = torch.ops.pyseqnet.crf_viterbi.default
+
+
+class _Crf(torch.autograd.Function):
+    """Keeps the inputs alone: backward runs the forward recursion again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        emissions: Tensor,
+        start: Tensor,
+        end: Tensor,
+        transitions: Tensor,
+        tags: Tensor | None,
+        lengths: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(emissions, start, end, transitions, tags, lengths)
+        return _log_likelihood(emissions, tags, lengths, start, end, transitions)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        emissions, start, end, transitions, tags, lengths = ctx.saved_tensors
+        if creates_graph():
+            inputs = aliases(emissions, start, end, transitions)
+            result = _reference(inputs[0], inputs[1], inputs[2], inputs[3], tags, lengths)
+            wanted = [t for t, need in zip(inputs, ctx.needs_input_grad, strict=False) if need]
+            found = list(torch.autograd.grad(result, wanted, grad, create_graph=True))
+            return (*(found.pop(0) if need else None for need in ctx.needs_input_grad[:4]), None, None)
+        found_all = _gradient(grad, emissions, tags, lengths, start, end, transitions)
+        return (
+            *(g if need else None for g, need in zip(found_all, ctx.needs_input_grad, strict=False)),
+            None,
+            None,
+        )
+
+
+def _reference(
+    emissions: Tensor, start: Tensor, end: Tensor, transitions: Tensor, tags: Tensor | None, lengths: Tensor
+) -> Tensor:
+    """(B) in plain torch: a loop over steps."""
+    dtype = torch.float64 if emissions.dtype == torch.float64 else torch.float32
+    steps = emissions.shape[1]
+    real = torch.arange(steps, device=emissions.device) < lengths[:, None]
+    e = emissions.to(dtype).masked_fill(~real[:, :, None], 0)
+    alpha = start + e[:, 0]
+    for step in range(1, steps):
+        arrived = (alpha[:, :, None] + transitions).logsumexp(1) + e[:, step]
+        alpha = torch.where(real[:, step, None], arrived, alpha)
+    result = -(alpha + end).logsumexp(1)
+    if tags is not None:
+        y = tags.masked_fill(~real, 0)
+        score = e.gather(2, y[:, :, None]).squeeze(2).masked_fill(~real, 0).sum(1)
+        score = score + transitions[y[:, :-1], y[:, 1:]].masked_fill(~real[:, 1:], 0).sum(1)
+        last = y.gather(1, lengths[:, None] - 1).squeeze(1)
+        result = result + score + start[y[:, 0]] + end[last]
+    return result
+
+
+# ---------------------------------------------------------------- reading arguments
+
+
+def _check_shapes(
+    emissions: Tensor, tags: Tensor | None, mask: Tensor | None, start: Tensor, end: Tensor, transitions: Tensor
+) -> None:
+    if emissions.dim() != 3:
+        raise ValueError(f"emissions must have dimension of 3, got {emissions.dim()}")
+    batch, steps, num_tags = emissions.shape
+    wanted = {"start": (num_tags,), "end": (num_tags,), "transitions": (num_tags, num_tags)}
+    for name, tensor in (("start", start), ("end", end), ("transitions", transitions)):
+        if tuple(tensor.shape) != wanted[name]:
+            raise ValueError(f"{name} must be {wanted[name]} for {num_tags} tags, got {tuple(tensor.shape)}")
+    for name, other in (("tags", tags), ("mask", mask)):
+        if other is not None and tuple(other.shape) != (batch, steps):
+            raise ValueError(
+                f"the first two dimensions of emissions and {name} must match, "
+                f"got {(batch, steps)} and {tuple(other.shape)}"
+            )
+    if steps == 0:
+        raise ValueError("emissions must have at least one step")
+
+
+def lengths_of_mask(mask: Tensor | None, emissions: Tensor) -> Tensor:
+    """(B) int64: steps that are on. mask (B, T) must be on from the first step and have no holes.
+
+    On CUDA it is not read back: a row that breaks the rule gets length 0, which has a NaN log-likelihood.
+    """
+    batch, steps, _ = emissions.shape
+    if mask is None:
+        return torch.full((batch,), steps, device=emissions.device, dtype=torch.int64)
+    if mask.dtype not in (torch.bool, torch.uint8):
+        raise TypeError(f"mask must be bool or uint8, got {mask.dtype}")
+    if mask.device != emissions.device:
+        raise ValueError(f"mask must be on the emissions' device, {emissions.device}, got {mask.device}")
+    on = mask if mask.dtype == torch.bool else mask != 0
+    lengths = on.sum(1)
+    unbroken = on.cumprod(1).sum(1) == lengths
+    if emissions.is_cuda or torch.compiler.is_compiling():
+        return torch.where(unbroken, lengths, 0)
+    if not bool(on[:, 0].all()):
+        raise ValueError("mask of the first timestep must all be on")
+    if not bool(unbroken.all()):
+        raise ValueError("mask must be on without holes: steps may be off only at the end of a sequence")
+    return lengths
+
+
+def _potentials(
+    emissions: Tensor, start: Tensor, end: Tensor, transitions: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The parameters in float32, or float64 beside float64 emissions."""
+    dtype = torch.float64 if emissions.dtype == torch.float64 else torch.float32
+    return emissions, start.to(dtype), end.to(dtype), transitions.to(dtype)
+
+
+def _sum_over_sequences(
+    emissions: Tensor,
+    tags: Tensor | None,
+    mask: Tensor | None,
+    start: Tensor,
+    end: Tensor,
+    transitions: Tensor,
+    reference: bool = False,
+) -> Tensor:
+    _check_shapes(emissions, tags, mask, start, end, transitions)
+    if tags is not None:
+        if tags.is_floating_point() or tags.is_complex() or tags.dtype == torch.bool:
+            raise TypeError(f"tags must be integers, got {tags.dtype}")
+        tags = tags.to(torch.int64)
+    lengths = lengths_of_mask(mask, emissions)
+    potentials = _potentials(emissions, start, end, transitions)
+    if reference:
+        return _reference(*potentials, tags, lengths)
+    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in potentials)
+    if recorded or forward_ad._current_level >= 0:
+        return _Crf.apply(*potentials, tags, lengths)
+    emissions, start, end, transitions = potentials
+    return _log_likelihood(emissions, tags, lengths, start, end, transitions)
+
+
+def _explained(name: str, tensors: tuple[Any, ...], run: Any) -> Any:
+    if torch.compiler.is_compiling():
+        return run()
+    try:
+        return run()
+    except (ValueError, TypeError, AttributeError, NotImplementedError, RuntimeError) as error:
+        for tensor in tensors:
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}") from None
+        explain(error, name, tensors, lambda: None)
+
+
+# ---------------------------------------------------------------- public functions
+
+
+def crf_log_likelihood(
+    emissions: Tensor, tags: Tensor, mask: Tensor | None, start: Tensor, end: Tensor, transitions: Tensor
+) -> Tensor:
+    """Log-probability of tag sequences under a linear-chain CRF.
+
+    Equivalent to, for each sequence b of n steps::
+
+        score(y) = start[y[0]] + emissions[b, range(n), y].sum() + transitions[y[:-1], y[1:]].sum() + end[y[-1]]
+        score(tags[b, :n]) - torch.stack([score(y) for y in all_tag_sequences]).logsumexp(0)
+
+    Args:
+        emissions: ``(B, T, C)`` scores of C tags at each step; float32, bfloat16, float16 or float64; CPU or CUDA.
+        tags: ``(B, T)`` integers, 0 to C - 1; those of steps that are off may be anything.
+        mask: ``(B, T)`` bool or uint8, on for steps that exist: from the first on, without holes. None: all.
+        start, end: ``(C,)`` scores of the first and the last tag. -inf forbids.
+        transitions: ``(C, C)`` score of tag i followed by tag j at ``[i, j]``. -inf forbids.
+
+    Returns:
+        ``(B)``, float32 (float64 for float64 emissions).
+
+    Raises:
+        ValueError for shapes that do not match, a mask that is off at the first step or has holes, tags out of range;
+        TypeError for dtypes. On CUDA values are not read back: a sequence with such a mask or tag has a NaN
+        log-likelihood and no gradient.
+
+    Backward computes exact marginals. Deterministic. Differentiable twice in eager mode.
+
+    Paper: Lafferty, McCallum, Pereira, Conditional random fields, 2001.
+    """
+    tensors = (emissions, start, end, transitions)
+    return _explained(
+        "crf_log_likelihood",
+        (emissions, tags, start, end, transitions),
+        lambda: _sum_over_sequences(emissions, tags, mask, *tensors[1:]),
+    )
+
+
+def crf_log_partition(
+    emissions: Tensor, mask: Tensor | None, start: Tensor, end: Tensor, transitions: Tensor
+) -> Tensor:
+    """Log of the sum, over all tag sequences, of exp(score): the normaliser of `crf_log_likelihood`.
+
+    Equivalent to::
+
+        torch.stack([score(y) for y in all_tag_sequences]).logsumexp(0)
+
+    Args and errors as `crf_log_likelihood`. Returns ``(B)``.
+    """
+    return _explained(
+        "crf_log_partition",
+        (emissions, start, end, transitions),
+        lambda: -_sum_over_sequences(emissions, None, mask, start, end, transitions),
+    )
+
+
+def crf_marginals(emissions: Tensor, mask: Tensor | None, start: Tensor, end: Tensor, transitions: Tensor) -> Tensor:
+    """Probability of each tag at each step, given the whole sequence.
+
+    Equivalent to::
+
+        torch.autograd.grad(crf_log_partition(emissions, mask, start, end, transitions).sum(), emissions)[0]
+
+    Args and errors as `crf_log_likelihood`. Returns ``(B, T, C)`` in the dtype of the emissions; 0 where the mask is
+    off. Differentiable in eager mode.
+
+    Paper: Rabiner, A tutorial on hidden Markov models, 1989 (the variable gamma).
+    """
+
+    def run() -> Tensor:
+        inputs = (emissions, start, end, transitions)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
+            views = aliases(*inputs)
+            view = views[0] if views[0].requires_grad else views[0].detach().requires_grad_()
+            total = -_sum_over_sequences(view, None, mask, views[1], views[2], views[3], reference=True)
+            return torch.autograd.grad(total.sum(), view, create_graph=True)[0]
+        _check_shapes(emissions, None, mask, start, end, transitions)
+        e, s, z, a = _potentials(*inputs)
+        lengths = lengths_of_mask(mask, emissions)
+        return _gradient(s.new_full((e.shape[0],), -1.0), e, None, lengths, s, z, a)[0]
+
+    return _explained("crf_marginals", (emissions, start, end, transitions), run)
+
+
+def crf_decode(
+    emissions: Tensor,
+    mask: Tensor | None,
+    start: Tensor,
+    end: Tensor,
+    transitions: Tensor,
+    nbest: int = 1,
+    *,
+    return_scores: bool = False,
+) -> Any:
+    """The tag sequences of the highest scores (Viterbi).
+
+    Equivalent to::
+
+        [max(all_tag_sequences, key=score) for each sequence]
+
+    Args:
+        nbest: how many sequences to find. The others, and errors, as `crf_log_likelihood`.
+        return_scores: also return the scores, as `crf_log_likelihood` defines them.
+
+    Returns:
+        A list with a list of tags for each sequence, as long as the sequence; with ``nbest > 1`` a list of up to
+        ``nbest`` such lists, best first. Fewer, where fewer sequences are allowed. With ``return_scores`` a pair of it
+        and ``(B)`` or ``(B, nbest)`` scores, -inf where there is no sequence.
+
+    Of equal scores the sequence comes first whose last differing tag is lower.
+
+    Paper: Viterbi, Error bounds for convolutional codes and an asymptotically optimum decoding algorithm, 1967.
+    """
+
+    def run() -> Any:
+        if isinstance(nbest, bool) or not isinstance(nbest, int) or nbest < 1:
+            raise ValueError(f"nbest must be a positive integer, got {nbest!r}")
+        _check_shapes(emissions, None, mask, start, end, transitions)
+        with torch.no_grad():
+            e, s, z, a = _potentials(emissions, start, end, transitions)
+            paths, scores = _viterbi(e, lengths_of_mask(mask, emissions), s, z, a, nbest)
+        # One copy to the host, then plain lists: -1 stands beyond a sequence's end and where there is none.
+        found = [[[tag for tag in path if tag >= 0] for path in row] for row in paths.tolist()]
+        best = [row[0] for row in found] if nbest == 1 else [[path for path in row if path] for row in found]
+        if not return_scores:
+            return best
+        return best, scores.squeeze(1) if nbest == 1 else scores
+
+    return _explained("crf_decode", (emissions, start, end, transitions), run)
+
+
+def crf_log_likelihood_reference(
+    emissions: Tensor, tags: Tensor, mask: Tensor | None, start: Tensor, end: Tensor, transitions: Tensor
+) -> Tensor:
+    """`crf_log_likelihood` in plain torch: a loop over steps, differentiable any number of times."""
+    return _sum_over_sequences(emissions, tags, mask, start, end, transitions, reference=True)
+
+
+def crf_log_partition_reference(
+    emissions: Tensor, mask: Tensor | None, start: Tensor, end: Tensor, transitions: Tensor
+) -> Tensor:
+    """`crf_log_partition` in plain torch."""
+    return -_sum_over_sequences(emissions, None, mask, start, end, transitions, reference=True)
+
+
+def crf_marginals_reference(
+    emissions: Tensor, mask: Tensor | None, start: Tensor, end: Tensor, transitions: Tensor
+) -> Tensor:
+    """`crf_marginals` in plain torch: the gradient of the log-partition."""
+    with torch.enable_grad():
+        view = emissions.detach().requires_grad_()
+        total = crf_log_partition_reference(view, mask, start.detach(), end.detach(), transitions.detach())
+        return torch.autograd.grad(total.sum(), view)[0]
+
+
+def crf_decode_reference(
+    emissions: Tensor, mask: Tensor | None, start: Tensor, end: Tensor, transitions: Tensor
+) -> list[list[int]]:
+    """`crf_decode` for one best sequence, in plain torch."""
+    _check_shapes(emissions, None, mask, start, end, transitions)
+    result = []
+    for e, n in zip(emissions, lengths_of_mask(mask, emissions).tolist(), strict=True):
+        score, history = start + e[0], []
+        for step in range(1, n):
+            best = (score[:, None] + transitions).max(0)
+            history.append(best.indices)
+            score = best.values + e[step]
+        path = [int((score + end).argmax())]
+        for origin in reversed(history):
+            path.append(int(origin[path[-1]]))
+        result.append(path[::-1])
+    return result
+
+
+# ---------------------------------------------------------------- shapes for compilers
+
+
+def _sum_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+@torch.library.register_fake("pyseqnet::crf_log_likelihood")
+def _crf_log_likelihood_fake(emissions: Tensor, tags: Tensor | None, *rest: Tensor) -> Tensor:
+    same_device("crf_log_likelihood", emissions, tags, *rest)
+    return emissions.new_empty(emissions.shape[0], dtype=_sum_dtype(emissions))
+
+
+@torch.library.register_fake("pyseqnet::crf_gradient")
+def _crf_gradient_fake(grad: Tensor, emissions: Tensor, tags: Tensor | None, *rest: Tensor) -> tuple[Tensor, ...]:
+    same_device("crf_gradient", grad, emissions, tags, *rest)
+    _, start, end, transitions = rest
+    return (
+        emissions.new_empty(emissions.shape),
+        start.new_empty(start.shape),
+        end.new_empty(end.shape),
+        transitions.new_empty(transitions.shape),
+    )
+
+
+@torch.library.register_fake("pyseqnet::crf_viterbi")
+def _crf_viterbi_fake(emissions: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    same_device("crf_viterbi", emissions, *rest[:4])
+    batch, steps, _ = emissions.shape
+    nbest = rest[4]
+    paths = emissions.new_empty((batch, nbest, steps), dtype=torch.int64)
+    return paths, emissions.new_empty((batch, nbest), dtype=_sum_dtype(emissions))
