@@ -50,7 +50,7 @@ void check_on_host(const CtcProblem& p, const CtcTensors& t) {
   for (int64_t b = 0; b < p.B; b++) {
     const int64_t n = t.input_lengths[b], m = t.target_lengths[b], first = t.target_offsets[b];
     require(n >= 0 && n <= p.T, "ctc_loss: input_lengths must lie between 0 and T");
-    require(m >= 0 && first >= 0 && first <= p.targets_size && m <= p.targets_size - first,
+    require(m >= 0 && m <= p.longest && first >= 0 && first <= p.targets_size && m <= p.targets_size - first,
             "ctc_loss: target_lengths do not fit targets");
     for (int64_t s = first; s < first + m; s++) {
       require(t.targets[s] >= 0 && t.targets[s] < p.C, "ctc_loss: targets must lie between 0 and C - 1");
@@ -69,7 +69,7 @@ Two ctc(const Tensor& input, const Tensor& targets, const Tensor& target_offsets
   require(p.C > 0, "ctc_loss: there must be at least one class");
   require(blank >= 0 && blank < p.C, "ctc_loss: blank must be in label range");
   require(longest >= 0, "ctc_loss: a target's length must not be negative");
-  p.S = longest < p.T ? longest : p.T;
+  p.longest = longest, p.S = longest < p.T ? longest : p.T;
   p.from_logits = from_logits, p.zero_infinity = zero_infinity, p.with_gradient = with_gradient;
   require(product_fits({p.T, p.B, p.C}) && product_fits({p.T, 2 * p.S + 64, 8}),
           "ctc_loss: the tensors are too large");
@@ -199,7 +199,7 @@ Two crf_viterbi(CrfCall call, int64_t nbest, RunCrf run) {
   const Tensor &lengths, const Tensor &start, const Tensor &end, const Tensor &transitions
 
 void run_ctc_on_cpu(const CtcProblem& p, const CtcTensors& t, const Tensor& like) {
-  run_on_cpu("chain", "ctc", ctc_cpu_table(), p, t, like);
+  run_on_cpu("chain", "ctc_loss", ctc_cpu_table(), p, t, like);
 }
 void run_crf_on_cpu(CrfPass pass, const CrfProblem& p, const CrfTensors& t, const Tensor& like) {
   run_on_cpu("chain", operation_of(pass), crf_cpu_table(pass), p, t, like);
@@ -218,7 +218,7 @@ Two crf_viterbi_cpu(const Tensor& emissions, CRF_POTENTIALS, int64_t nbest) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pyseqnet, CPU, m) {
-  m.impl("ctc", TORCH_BOX(&ctc_cpu));
+  m.impl("ctc_loss", TORCH_BOX(&ctc_cpu));
   m.impl("crf_log_likelihood", TORCH_BOX(&crf_log_likelihood_cpu));
   m.impl("crf_gradient", TORCH_BOX(&crf_gradient_cpu));
   m.impl("crf_viterbi", TORCH_BOX(&crf_viterbi_cpu));
@@ -226,7 +226,7 @@ STABLE_TORCH_LIBRARY_IMPL(pyseqnet, CPU, m) {
 
 #if defined(PYSEQNET_WITH_CUDA)
 void run_ctc_on_cuda(const CtcProblem& p, const CtcTensors& t, const Tensor& like) {
-  run_on_cuda("chain", "ctc", ctc_cuda_table(), p, t, like);
+  run_on_cuda("chain", "ctc_loss", ctc_cuda_table(), p, t, like);
 }
 void run_crf_on_cuda(CrfPass pass, const CrfProblem& p, const CrfTensors& t, const Tensor& like) {
   run_on_cuda("chain", operation_of(pass), crf_cuda_table(pass), p, t, like);
@@ -245,7 +245,7 @@ Two crf_viterbi_cuda(const Tensor& emissions, CRF_POTENTIALS, int64_t nbest) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pyseqnet, CUDA, m) {
-  m.impl("ctc", TORCH_BOX(&ctc_cuda));
+  m.impl("ctc_loss", TORCH_BOX(&ctc_cuda));
   m.impl("crf_log_likelihood", TORCH_BOX(&crf_log_likelihood_cuda));
   m.impl("crf_gradient", TORCH_BOX(&crf_gradient_cuda));
   m.impl("crf_viterbi", TORCH_BOX(&crf_viterbi_cuda));

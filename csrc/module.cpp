@@ -56,7 +56,7 @@ py::dict dispatch_tables() {
     add(operation_of(pass), recurrent_cpu_table(pass), recurrent_cuda_table(pass));
   for (LinearAttentionPass pass : {LinearAttentionPass::forward, LinearAttentionPass::backward})
     add(operation_of(pass), linear_attention_cpu_table(pass), linear_attention_cuda_table(pass));
-  add("ctc", ctc_cpu_table(), ctc_cuda_table());
+  add("ctc_loss", ctc_cpu_table(), ctc_cuda_table());
   for (CrfPass pass : all_crf_passes) add(operation_of(pass), crf_cpu_table(pass), crf_cuda_table(pass));
   return result;
 }

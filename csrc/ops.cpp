@@ -112,7 +112,8 @@ STABLE_TORCH_LIBRARY(pyseqnet, m) {
   // from target_offsets[b] on; longest bounds their lengths; lengths and offsets (B) int64 on the input's device.
   // Results: loss (B) and, empty unless with_gradient, its gradient with respect to logits.
   m.def(
-      "ctc(Tensor input, Tensor targets, Tensor target_offsets, Tensor input_lengths, Tensor target_lengths, "
+      "ctc_loss(Tensor input, Tensor targets, Tensor target_offsets, Tensor input_lengths, Tensor "
+      "target_lengths, "
       "SymInt longest, int blank, bool from_logits, bool zero_infinity, bool with_gradient) -> (Tensor, "
       "Tensor)");
   // Linear-chain CRF (kernels/chain/crf.h). emissions (B, T, C), tags (B, T) int64 or None: minus log Z; lengths (B)

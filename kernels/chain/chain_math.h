@@ -25,7 +25,8 @@ PYSEQNET_HOST_DEVICE bool ctc_skips(const int64_t* labels, int64_t state) {
 // Whether a sequence's lengths and labels are such as its tensors can hold.
 PYSEQNET_HOST_DEVICE bool ctc_is_valid(const CtcProblem& p, const CtcTensors& t, int64_t b) {
   const int64_t n = t.input_lengths[b], m = t.target_lengths[b], first = t.target_offsets[b];
-  if (n < 0 || n > p.T || m < 0 || first < 0 || first > p.targets_size || m > p.targets_size - first)
+  if (n < 0 || n > p.T || m < 0 || m > p.longest || first < 0 || first > p.targets_size ||
+      m > p.targets_size - first)
     return false;
   for (int64_t s = first; s < first + m; s++)
     if (t.targets[s] < 0 || t.targets[s] >= p.C || t.targets[s] == p.blank) return false;

@@ -1,7 +1,7 @@
 // Contract of connectionist temporal classification (Graves, Fernández, Gomez, Schmidhuber, 2006).
 //
 // Letters: T steps, B sequences, C classes of which `blank` is one. Sequence b has n = input length steps and the
-// labels l[0..m), m = target length; S = min(T, longest target) is the most that scratch must hold. A path gives every step a class; merging repeats and
+// labels l[0..m), m = target length, at most `longest`; S = min(T, longest) is the most that scratch must hold. A path gives every step a class; merging repeats and
 // then dropping blanks turns a path into labels. With y[t,c] the log-probability of class c at step t,
 //
 //   loss[b] = -log sum over all paths that give l of prod over t < n of exp(y[t, path[t]])
@@ -40,7 +40,7 @@ namespace pyseqnet {
 
 struct CtcProblem {
   DType dtype = DType::f32;
-  int64_t T = 0, B = 0, C = 0, S = 0, blank = 0, targets_size = 0;
+  int64_t T = 0, B = 0, C = 0, S = 0, blank = 0, targets_size = 0, longest = 0;
   int64_t x_t = 0, x_b = 0;
   bool from_logits = false, with_gradient = false, zero_infinity = false;
 };

@@ -160,7 +160,7 @@ def _explained(name: str, tensors: tuple[Any, ...], run: Any) -> Any:
         return run()
     try:
         return run()
-    except (ValueError, TypeError, AttributeError, NotImplementedError, RuntimeError) as error:
+    except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
         for tensor in tensors:
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}") from None
@@ -202,7 +202,7 @@ def crf_log_likelihood(
     tensors = (emissions, start, end, transitions)
     return _explained(
         "crf_log_likelihood",
-        (emissions, tags, start, end, transitions),
+        tensors,
         lambda: _sum_over_sequences(emissions, tags, mask, *tensors[1:]),
     )
 

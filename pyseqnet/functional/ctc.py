@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyseqnet.functional._common import creates_graph, explain, needs_autograd, same_device
 
-_ctc = torch.ops.pyseqnet.ctc.default
+_ctc = torch.ops.pyseqnet.ctc_loss.default
 _torch_ctc_loss: Any = torch.nn.functional.ctc_loss
 
 Lengths = Tensor | Sequence[int] | int
@@ -192,7 +192,7 @@ def ctc_loss(
         return run()
     try:
         return run()
-    except (ValueError, TypeError, AttributeError, NotImplementedError, RuntimeError) as error:
+    except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
         arguments = (targets, input_lengths, target_lengths, blank, reduction, zero_infinity)
 
         def torch_call() -> None:
@@ -262,7 +262,7 @@ def ctc_loss_reference(
     return _call(log_probs, targets, input_lengths, target_lengths, blank, reduction, zero_infinity, from_logits, True)
 
 
-@torch.library.register_fake("pyseqnet::ctc")
+@torch.library.register_fake("pyseqnet::ctc_loss")
 def _ctc_fake(input: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     same_device("ctc_loss", input, *rest[:4])
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
