@@ -18,7 +18,7 @@
 // Rules at the edges:
 //   - n = 0: loss 0 without labels, else infinite. Steps t >= n are never read; gx is 0 there.
 //   - No path gives l (n < m + repeats, or -infinity on every path): loss = +infinity, with zero_infinity 0; gx 0.
-//   - NaN or +infinity in a step t < n: loss NaN and the sequence's gx NaN.
+//   - NaN or +infinity in a step t < n: loss NaN and the sequence's gx NaN; not looked for where m > n.
 //   - n outside 0..T, labels outside `targets`, a label outside 0..C-1 or a blank among the labels: loss NaN, gx 0.
 //     The binding refuses them where it can read them without waiting for a device.
 //
