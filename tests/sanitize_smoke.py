@@ -61,6 +61,12 @@ ADDITIVE = [
     (2, 0, 3, 4, 4, None),
 ]
 # (B, H, L, S, D, E, options)
+CTC = (  # T B C S from_logits
+    (1, 1, 2, 1, True), (20, 3, 33, 7, True), (50, 2, 5, 17, False), (6, 2, 70, 0, True),
+)  # fmt: skip
+CRF = (  # B T C scale: the last go through the log domain
+    (1, 1, 1, 1), (9, 7, 5, 1), (3, 4, 33, 1), (2, 3, 70, 1), (3, 6, 17, 60),
+)  # fmt: skip
 LINEAR = [
     (2, 2, 70, 70, 9, 17, {"causal": True}),
     (1, 3, 5, 130, 33, 16, {"feature_map": "relu"}),
@@ -125,6 +131,24 @@ def linear_attention(case: tuple, dtype: torch.dtype) -> list[torch.Tensor]:
     return [y, state, *torch.autograd.grad([y, state], leaves, [torch.randn_like(y), torch.randn_like(state)])]
 
 
+def ctc(case: tuple, dtype: torch.dtype) -> list[torch.Tensor]:
+    T, B, C, S, from_logits = case
+    x = torch.randn(T, B, C).to(dtype).requires_grad_()
+    targets, counts = torch.randint(1, C, (B, S)), torch.randint(0, S + 1, (B,))
+    loss = F.ctc_loss(x, targets, [T] * B, counts, reduction="none", zero_infinity=True, from_logits=from_logits)
+    return [loss, *torch.autograd.grad(loss.sum(), x)]
+
+
+def crf(case: tuple, dtype: torch.dtype) -> list[torch.Tensor]:
+    B, T, C, scale = case
+    emissions = (scale * torch.randn(B, T, C)).to(dtype).requires_grad_()
+    scores = [torch.randn(shape).requires_grad_() for shape in ((C,), (C,), (C, C))]
+    mask = torch.arange(T) < torch.randint(1, T + 1, (B, 1))
+    llh = F.crf_log_likelihood(emissions, torch.randint(0, C, (B, T)), mask, *scores)
+    best = F.crf_decode(emissions, mask, *scores, return_scores=True)[1]
+    return [llh, best, *torch.autograd.grad(llh.sum(), (emissions, *scores))]
+
+
 def cases() -> Iterator[tuple[str, Callable[[], list[torch.Tensor]]]]:
     """Each with the beginning of its operations' names."""
     for dtype in DTYPES:
@@ -132,6 +156,8 @@ def cases() -> Iterator[tuple[str, Callable[[], list[torch.Tensor]]]]:
         yield from (("attention", functools.partial(attention, case, dtype)) for case in ATTENTION)
         yield from (("additive_attention", functools.partial(additive, case, dtype)) for case in ADDITIVE)
         yield from (("linear_attention", functools.partial(linear_attention, case, dtype)) for case in LINEAR)
+        yield from (("ctc", functools.partial(ctc, case, dtype)) for case in CTC)
+        yield from (("crf", functools.partial(crf, case, dtype)) for case in CRF)
     for dtype, layout in itertools.product(DTYPES, (torch.contiguous_format, torch.channels_last)):
 
         def tensor(shape: tuple[int, ...], dtype: torch.dtype = dtype, layout: torch.memory_format = layout):

@@ -327,6 +327,7 @@ def square(*shape: int) -> Tensor:
     return normal(shape, seed=7).requires_grad_()
 
 
+TARGETS, TAGS = torch.tensor([[1, 2]]), torch.tensor([[0, 2, 1]])
 SHARED = {  # each uses one tensor in two places, the second of which depends on the first
     "conv2d": (lambda F, w: F.conv2d(F.conv2d(w, w, padding=1), w, padding=1), (3, 3, 3, 3)),
     "conv2d_relu": (lambda F, w: F.conv2d_relu(F.conv2d_relu(w, w, padding=1), w, padding=1), (3, 3, 3, 3)),
@@ -337,6 +338,13 @@ SHARED = {  # each uses one tensor in two places, the second of which depends on
         lambda F, x: F.additive_attention(F.additive_attention(x, x, x, x[0, 0]), x, x, x[0, 0]), (1, 4, 3),
     ),
     "linear_attention": (lambda F, x: F.linear_attention(F.linear_attention(x, x, x), x, x), (1, 2, 4, 3)),
+    "ctc_loss": (
+        lambda F, x: F.ctc_loss(x * F.ctc_loss(x, TARGETS, [4], [2]), TARGETS, [4], [2], from_logits=True), (4, 1, 3),
+    ),
+    "crf_log_likelihood": (
+        lambda F, x: F.crf_log_likelihood(x[None], TAGS, None, x[0], x[1] * F.crf_log_likelihood(
+            x[None], TAGS, None, x[0], x[1], x), x), (3, 3),
+    ),
     "lstm": (
         lambda F, w: F.lstm(F.lstm(w[None], None, [w.repeat(2, 1), w.repeat(2, 1)])[0], None, [w.repeat(2, 1)] * 2)[0],
         (6, 3),

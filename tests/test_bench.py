@@ -49,6 +49,7 @@ def test_every_family_has_cases_with_their_own_names() -> None:
     assert families() == [
         "additive_attention",
         "attention",
+        "chain",
         "conv",
         "conv_relu_pool",
         "linear_attention",

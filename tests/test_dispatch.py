@@ -28,6 +28,7 @@ FAMILIES = {
         "additive_attention_forward", "additive_attention_weights", "additive_attention_backward",
     ),
     "linear_attention": ("linear_attention_forward", "linear_attention_backward"),
+    "chain": ("ctc_loss", "crf_log_likelihood", "crf_gradient", "crf_viterbi"),
 }  # fmt: skip
 OPERATIONS = [operation for operations in FAMILIES.values() for operation in operations]
 LINE = re.compile(r"pyseqnet: (\w+) (.+) -> ([a-z]\w*)( \((.+)\))?")
@@ -55,7 +56,14 @@ def step(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
     out, weights = F.additive_attention(*additive, return_weights=True)
     results += [out.detach(), weights.detach(), *torch.autograd.grad(out.sum(), (q, k, v))]
     out = F.linear_attention(q, k, v)
-    return (*results, out.detach(), *torch.autograd.grad(out.sum(), (q, k, v)))
+    results += [out.detach(), *torch.autograd.grad(out.sum(), (q, k, v))]
+    logits, tags = normal(4, 2, 3), torch.ones(2, 4, dtype=torch.int64)
+    loss = F.ctc_loss(logits, tags[:, :1], [4, 4], [1, 1], from_logits=True)
+    results += [loss.detach(), *torch.autograd.grad(loss, logits)]
+    chain = (logits.transpose(0, 1), None, normal(3), normal(3), normal(3, 3))
+    llh = F.crf_log_likelihood(chain[0], tags, *chain[1:])
+    results += [llh.detach(), *torch.autograd.grad(llh.sum(), (logits, *chain[2:]))]
+    return (*results, F.crf_decode(*chain, return_scores=True)[1])
 
 
 def test_tables_name_every_operation_and_end_with_the_reference() -> None:
