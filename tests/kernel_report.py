@@ -48,6 +48,7 @@ EXPECTED: dict[tuple[str, str], tuple[str, ...]] = {
     ("gathered_product", "any"): (r"\bHMMA\b", r"\bLDGSTS\b", r"\bLDSM\b"),
     ("weight_product", "any"): (r"\bHMMA\b", r"\bLDGSTS\b"),
     ("product_wgmma", "90a"): (r"\bHGMMA\b", r"\bUTMALDG\b"),
+    ("weight_wgmma", "90a"): (r"\bHGMMA\b", r"\bUTMALDG\b"),
     ("attention_forward_mma", "any"): (r"\bHMMA\b", r"\bLDGSTS\b", r"\bLDSM\b"),
     ("attention_forward_wgmma", "90a"): (r"\bHGMMA\b", r"\bUTMALDG\b", r"\bUTMASTG\b", r"\bUSETMAXREG\b"),
     ("attention_backward_mma", "any"): (r"\bHMMA\b", r"\bLDGSTS\b", r"\bLDSM\b"),

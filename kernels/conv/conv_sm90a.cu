@@ -22,71 +22,6 @@ namespace {
 // One block on each multiprocessor.
 constexpr unsigned device_blocks = 132;
 
-// What cuTensorMapEncodeIm2col allows for images.
-constexpr int least_corner = -128, most_corner = 127, most_offset = 255, most_step = 8;
-
-struct WgmmaPlan {
-  ConvProblem conv;
-  PackedConv packed;
-  GatheredProduct gathered;
-  bool forward, pack_filters;
-  PackPlan filters;
-  WgmmaProduct product = {};
-  Im2colBox box[most_residues];
-  int residues;
-  Refusal refusal = accepted;
-
-  WgmmaPlan(ConvPass pass, const ConvProblem& p)
-      : conv(simplified(p)), packed(packed_conv(conv, false)), forward(pass == ConvPass::forward) {
-    gathered = gathered_product_of(pass, conv, packed);
-    pack_filters = !forward || packed.pack_w;
-    filters = forward ? pyseqnet::pack_filters(conv, packed) : pack_filters_turned(conv, packed);
-    const int64_t channels = forward ? conv.group_channels() : conv.group_filters();
-    WgmmaProduct& g = product;
-    g.images = int(conv.N), g.columns = gathered.columns, g.groups = unsigned(conv.groups);
-    g.group_channels = int(channels), g.channel_steps = int(ceil_div(channels, wgmma_depth));
-    g.filter_taps_w = int(conv.S), g.out = gathered.out;
-    residues = 0;
-    const int64_t all = residues_of(gathered);
-    if (all > most_residues) {
-      refusal = "more than four residues of the stride";
-      return;
-    }
-    for (int i = 0; i < all; i++) add_residue(i);
-  }
-
-  void add_residue(int i) {
-    WgmmaResidue r = {};
-    r.h = forward ? gathered.h : residue_axis(gathered.residue_h, i / gathered.residue_w.count);
-    r.w = forward ? gathered.w : residue_axis(gathered.residue_w, i % gathered.residue_w.count);
-    r.turned = !forward;
-    if (r.h.taps == 0 || r.w.taps == 0) r.h.taps = r.w.taps = 0;
-    Im2colBox& b = box[residues];
-    place_axis(r.h, r.lower_h, r.tap_h, b.lower[1], b.upper[1]);
-    place_axis(r.w, r.lower_w, r.tap_w, b.lower[0], b.upper[0]);
-    b.channels = wgmma_depth, b.pixels = product_rows;
-    const int64_t pixels = conv.N * r.h.outputs * r.w.outputs;
-    r.row_tiles = unsigned(ceil_div(pixels, product_rows));
-    product.residue[residues++] = r;
-  }
-
-  // The corners leave exactly the outputs' positions: whatever padding follows the last one.
-  void place_axis(const TapAxis& axis, int& lower, int& tap, int& corner_low, int& corner_high) {
-    if (axis.taps == 0) {
-      lower = tap = corner_low = 0, corner_high = 0;
-      return;
-    }
-    tap = axis.tap_step < 0 ? -axis.tap_step : axis.tap_step;
-    lower = axis.origin + (axis.tap_step < 0 ? (axis.taps - 1) * axis.tap_step : 0);
-    const int64_t high = lower + int64_t(axis.outputs - 1) * axis.step + 1 - axis.limit;
-    corner_low = lower, corner_high = int(high);
-    if (lower < least_corner || high > most_corner || high < least_corner || lower > most_corner)
-      refusal = "padding beyond what TMA's im2col mode reaches";
-    if (int64_t(axis.taps - 1) * tap > most_offset) refusal = "taps beyond what TMA's im2col mode reaches";
-    if (axis.step > most_step) refusal = "a stride of more than 8";
-  }
-};
-
 template <ConvPass pass>
 Refusal refuses(const ConvProblem& p) {
   if (p.dtype != DType::bf16 && p.dtype != DType::f16) return "only 16-bit types have this kernel";
@@ -140,14 +75,8 @@ int launch_pass(const ConvProblem& p, const ConvTensors& tensors, void* workspac
     filters = workspace;
   }
   const auto extent = [](int64_t v) { return uint64_t(v); };
-  const uint64_t all_channels = extent(forward ? c.C : c.K), width = extent(forward ? c.W : c.Q);
-  const uint64_t height = extent(forward ? c.H : c.P);
-  TmaTensor image;
-  image.data = forward ? tensors.x : tensors.gy, image.type = p.dtype, image.rank = 4;
-  const uint64_t extents[4] = {all_channels, width, height, extent(c.N)};
-  uint64_t stride = 2;
-  for (int i = 0; i < 4; i++)
-    image.extent[i] = extents[i], image.stride_bytes[i] = stride, stride *= extents[i];
+  TmaTensor image = forward ? nhwc_tensor(tensors.x, p.dtype, c.C, c.W, c.H, c.N)
+                            : nhwc_tensor(tensors.gy, p.dtype, c.K, c.Q, c.P, c.N);
   WgmmaMaps maps = {};
   for (int i = 0; i < plan.residues; i++) {
     if (plan.product.residue[i].h.taps == 0) continue;

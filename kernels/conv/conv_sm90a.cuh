@@ -250,4 +250,83 @@ __global__ void __launch_bounds__(wgmma_threads, 1)
 #endif
 }
 
+// ---------------------------------------------------------------- host side
+
+// What cuTensorMapEncodeIm2col allows for images.
+constexpr int least_corner = -128, most_corner = 127, most_offset = 255, most_step = 8;
+
+struct WgmmaPlan {
+  ConvProblem conv;
+  PackedConv packed;
+  GatheredProduct gathered;
+  bool forward, pack_filters;
+  PackPlan filters;
+  WgmmaProduct product = {};
+  Im2colBox box[most_residues];
+  int residues;
+  Refusal refusal = accepted;
+
+  WgmmaPlan(ConvPass pass, const ConvProblem& p)
+      : conv(simplified(p)), packed(packed_conv(conv, false)), forward(pass == ConvPass::forward) {
+    gathered = gathered_product_of(pass, conv, packed);
+    pack_filters = !forward || packed.pack_w;
+    filters = forward ? pyseqnet::pack_filters(conv, packed) : pack_filters_turned(conv, packed);
+    const int64_t channels = forward ? conv.group_channels() : conv.group_filters();
+    WgmmaProduct& g = product;
+    g.images = int(conv.N), g.columns = gathered.columns, g.groups = unsigned(conv.groups);
+    g.group_channels = int(channels), g.channel_steps = int(ceil_div(channels, wgmma_depth));
+    g.filter_taps_w = int(conv.S), g.out = gathered.out;
+    residues = 0;
+    const int64_t all = residues_of(gathered);
+    if (all > most_residues) {
+      refusal = "more than four residues of the stride";
+      return;
+    }
+    for (int i = 0; i < all; i++) add_residue(i);
+  }
+
+  void add_residue(int i) {
+    WgmmaResidue r = {};
+    r.h = forward ? gathered.h : residue_axis(gathered.residue_h, i / gathered.residue_w.count);
+    r.w = forward ? gathered.w : residue_axis(gathered.residue_w, i % gathered.residue_w.count);
+    r.turned = !forward;
+    if (r.h.taps == 0 || r.w.taps == 0) r.h.taps = r.w.taps = 0;
+    Im2colBox& b = box[residues];
+    place_axis(r.h, r.lower_h, r.tap_h, b.lower[1], b.upper[1]);
+    place_axis(r.w, r.lower_w, r.tap_w, b.lower[0], b.upper[0]);
+    b.channels = wgmma_depth, b.pixels = product_rows;
+    const int64_t pixels = conv.N * r.h.outputs * r.w.outputs;
+    r.row_tiles = unsigned(ceil_div(pixels, product_rows));
+    product.residue[residues++] = r;
+  }
+
+  // The corners leave exactly the outputs' positions: whatever padding follows the last one.
+  void place_axis(const TapAxis& axis, int& lower, int& tap, int& corner_low, int& corner_high) {
+    if (axis.taps == 0) {
+      lower = tap = corner_low = 0, corner_high = 0;
+      return;
+    }
+    tap = axis.tap_step < 0 ? -axis.tap_step : axis.tap_step;
+    lower = axis.origin + (axis.tap_step < 0 ? (axis.taps - 1) * axis.tap_step : 0);
+    const int64_t high = lower + int64_t(axis.outputs - 1) * axis.step + 1 - axis.limit;
+    corner_low = lower, corner_high = int(high);
+    if (lower < least_corner || high > most_corner || high < least_corner || lower > most_corner)
+      refusal = "padding beyond what TMA's im2col mode reaches";
+    if (int64_t(axis.taps - 1) * tap > most_offset) refusal = "taps beyond what TMA's im2col mode reaches";
+    if (axis.step > most_step) refusal = "a stride of more than 8";
+  }
+};
+
+// A dense NHWC tensor of 16-bit elements.
+inline TmaTensor nhwc_tensor(const void* data, DType type, int64_t channels, int64_t width, int64_t height,
+                             int64_t images) {
+  TmaTensor t;
+  t.data = data, t.type = type, t.rank = 4;
+  const int64_t extents[4] = {channels, width, height, images};
+  uint64_t stride = 2;
+  for (int i = 0; i < 4; i++)
+    t.extent[i] = uint64_t(extents[i]), t.stride_bytes[i] = stride, stride *= uint64_t(extents[i]);
+  return t;
+}
+
 }  // namespace pyseqnet

@@ -77,7 +77,7 @@ extern const ConvCudaKernel conv_gemm_forward_cuda, conv_gemm_input_gradient_cud
     conv_gemm_weight_gradient_cuda, conv_bias_gradient_cuda, conv_depthwise_forward_cuda,
     conv_depthwise_input_gradient_cuda, conv_depthwise_weight_gradient_cuda, conv_sm80_forward_cuda,
     conv_sm80_input_gradient_cuda, conv_sm80_weight_gradient_cuda, conv_sm90a_forward_cuda,
-    conv_sm90a_input_gradient_cuda;
+    conv_sm90a_input_gradient_cuda, conv_sm90a_weight_gradient_cuda;
 
 namespace {
 constexpr const ConvCudaKernel* cuda_forward[] = {&conv_depthwise_forward_cuda, &conv_sm90a_forward_cuda,
@@ -86,7 +86,8 @@ constexpr const ConvCudaKernel* cuda_input_gradient[] = {
     &conv_depthwise_input_gradient_cuda, &conv_sm90a_input_gradient_cuda, &conv_sm80_input_gradient_cuda,
     &conv_gemm_input_gradient_cuda};
 constexpr const ConvCudaKernel* cuda_weight_gradient[] = {
-    &conv_depthwise_weight_gradient_cuda, &conv_sm80_weight_gradient_cuda, &conv_gemm_weight_gradient_cuda};
+    &conv_depthwise_weight_gradient_cuda, &conv_sm90a_weight_gradient_cuda, &conv_sm80_weight_gradient_cuda,
+    &conv_gemm_weight_gradient_cuda};
 constexpr const ConvCudaKernel* cuda_bias_gradient[] = {&conv_bias_gradient_cuda};
 }  // namespace
 
