@@ -31,9 +31,12 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 demo: $(BUILT)
 	OMP_WAIT_POLICY=passive $(PY) -m pyseqnet.demo --out demo_report
 
+# A file of tests at a time in each of MAX_JOBS processes; threads of a process sleep while they wait for each other.
+PYTEST := OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(MAX_JOBS) --dist loadfile
+
 # ctest has just run the C++ programs that tests/test_kernels_cpp.py would compile again.
 test: lint test-cpp
-	$(PY) -m pytest --ignore=tests/test_kernels_cpp.py
+	$(PYTEST) --ignore=tests/test_kernels_cpp.py
 
 lint: $(BUILT)
 	$(PY) -m ruff check .
@@ -45,7 +48,7 @@ test-cpp: $(BUILT)
 	$(call ctest,build/cmake,-DPYSEQNET_CUDA=OFF)
 
 test-python: $(BUILT)
-	$(PY) -m pytest
+	$(PYTEST)
 
 sanitize: $(BUILT)
 	$(call ctest,build/cmake-sanitize,-DPYSEQNET_SANITIZE=ON)
