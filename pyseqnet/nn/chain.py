@@ -19,6 +19,8 @@ class CTCLoss(_TorchCTCLoss):
         from_logits: the input are logits; the log-softmax is part of the kernel.
     """
 
+    from_logits = False  # of a layer that was torch's and was converted
+
     def __init__(
         self, blank: int = 0, reduction: str = "mean", zero_infinity: bool = False, *, from_logits: bool = False
     ) -> None:

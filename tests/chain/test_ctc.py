@@ -27,6 +27,7 @@ from support import (
 )
 from torch import Tensor
 
+import pyseqnet
 import pyseqnet.functional as F
 import pyseqnet.nn as nn
 
@@ -301,6 +302,10 @@ def test_unbatched_and_layer() -> None:
     assert torch.allclose(nn.CTCLoss(from_logits=True)(x, target, torch.tensor(6), torch.tensor(2)), expected)
     assert F.ctc_loss(x.log_softmax(1), target, (6,), (2,), reduction="none").shape == ()
     assert isinstance(nn.CTCLoss(blank=3), torch.nn.CTCLoss)
+    converted = torch.nn.CTCLoss()
+    pyseqnet.convert(converted)
+    assert type(converted) is nn.CTCLoss
+    assert torch.allclose(converted(x.log_softmax(1), target, torch.tensor(6), torch.tensor(2)), expected)
 
 
 def test_autocast_computes_in_float32() -> None:
