@@ -1,4 +1,5 @@
-"""Recurrent layers: packed, dense and padded sequences; LSTM, GRU and Elman; both directions; single steps."""
+"""Recurrent layers: packed, dense and padded sequences; LSTM, GRU and Elman; both directions; single steps; and what
+torch has no layer for, beside the loop that a user would write."""
 
 from __future__ import annotations
 
@@ -104,6 +105,135 @@ def recurrent(
     )
 
 
+def projected(name: str, steps: int, batch: int, features: int, hidden: int, projection: int) -> Case:
+    """An LSTM with a projection, which torch runs step by step."""
+    shapes = {
+        "w_ih": (4 * hidden, features), "w_hh": (4 * hidden, projection), "b_ih": (4 * hidden,), "b_hh": (4 * hidden,),
+        "w_hr": (projection, hidden),
+    }  # fmt: skip
+
+    def theirs(input: Tensor, **weights: Tensor) -> Tensor:
+        state = (input.new_zeros(1, batch, projection), input.new_zeros(1, batch, hidden))
+        output: Tensor = torch._VF.lstm(input, state, list(weights.values()), True, 1, 0.0, True, False, False)[0]  # type: ignore[attr-defined]
+        return output
+
+    products = 2.0 * steps * batch * (4 * hidden * (features + projection) + hidden * projection)
+    words = f"lstm with projection T{steps} B{batch} {features} -> {hidden} -> {projection}"
+    return _of_weights(name, words, steps, batch, features, projection, hidden, shapes, products, F.lstm, theirs)
+
+
+def _of_weights(
+    name: str,
+    words: str,
+    steps: int,
+    batch: int,
+    features: int,
+    width: int,
+    hidden: int,
+    shapes: dict[str, tuple[int, ...]],
+    products: float,
+    function: Any,
+    theirs: Any,
+    **options: Any,
+) -> Case:
+    """A dense layer with weights of these shapes, in this order."""
+    bound = 1 / math.sqrt(hidden)
+
+    def make(generator: torch.Generator) -> Inputs:
+        found = {"input": torch.randn(steps, batch, features, generator=generator)}
+        for key, shape in shapes.items():
+            found[key] = torch.empty(shape).uniform_(-bound, bound, generator=generator)
+            if key.startswith("gain"):
+                found[key] += 1
+        return found
+
+    def ours(input: Tensor, **weights: Tensor) -> Tensor:
+        output: Tensor = function(input, None, list(weights.values()), **options)[0]
+        return output
+
+    count = sum(math.prod(shape) for shape in shapes.values())
+    in_count, out_count = steps * batch * features, steps * batch * width
+    return Case(
+        family="recurrent",
+        name=name,
+        shapes=words,
+        make=make,
+        ours=ours,
+        torch=theirs,
+        forward=Cost(products, in_count + count + out_count),
+        backward=Cost(2 * products, 2 * in_count + 2 * out_count + 2 * count),
+        gradients=("input", *shapes),
+        tolerance=lambda dtype: Tolerance(),
+    )
+
+
+def beyond_torch(name: str, kind: str, steps: int, batch: int, features: int, hidden: int) -> Case:
+    """What torch has no layer for: an LSTM with peepholes or normalised, a Jordan network; beside a loop of torch."""
+    gates = 1 if kind == "jordan" else 4
+    width = hidden
+    shapes: dict[str, tuple[int, ...]] = {
+        "w_ih": (gates * hidden, features), "w_hh": (gates * hidden, width), "b_ih": (gates * hidden,),
+        "b_hh": (gates * hidden,),
+    }  # fmt: skip
+    options: dict[str, Any] = {}
+    if kind == "jordan":
+        shapes |= {"w_ho": (width, hidden), "b_ho": (width,)}
+    elif kind == "layer norm":
+        shapes |= {"gain_ih": (4 * hidden,), "gain_hh": (4 * hidden,), "gain_c": (hidden,), "bias_c": (hidden,)}
+        options = {"layer_norm": True}
+    else:
+        shapes["w_ch"] = (3 * hidden,) if kind == "diagonal" else (4 * hidden, hidden)
+        options = {"peephole": kind}
+    products = 2.0 * steps * batch * gates * hidden * (features + width)
+    products += 2.0 * steps * batch * hidden * width * {"jordan": 1, "full": 4}.get(kind, 0)
+
+    def theirs(input: Tensor, **weights: Tensor) -> Tensor:
+        return _jordan_loop(input, weights) if kind == "jordan" else _lstm_loop(kind, input, weights)
+
+    words = f"{'jordan' if kind == 'jordan' else 'lstm, ' + kind} T{steps} B{batch} {features} -> {hidden}"
+    function = F.jordan if kind == "jordan" else F.lstm
+    form = name, words, steps, batch, features, width, hidden, shapes, products
+    return _of_weights(*form, function, theirs, **options)
+
+
+def _lstm_loop(kind: str, input: Tensor, w: dict[str, Tensor]) -> Tensor:
+    """A careful loop: the input's part of all steps at once, then one product a step."""
+    linear, norm = torch.nn.functional.linear, torch.nn.functional.layer_norm
+    normal = kind == "layer norm"
+    hidden = w["w_ih"].shape[0] // 4
+    h = c = input.new_zeros(input.shape[1], hidden)
+    gates = linear(input, w["w_ih"], None if normal else w["b_ih"])
+    if normal:
+        gates = norm(gates, gates.shape[-1:], w["gain_ih"], w["b_ih"])
+    p_i, p_f, p_o = w["w_ch"].chunk(3) if kind == "diagonal" else (None, None, None)
+    outputs = []
+    for of_input in gates.unbind():
+        recurrent = linear(h, w["w_hh"], None if normal else w["b_hh"])
+        if normal:
+            recurrent = norm(recurrent, recurrent.shape[-1:], w["gain_hh"], w["b_hh"])
+        elif kind == "full":
+            recurrent = recurrent + linear(c, w["w_ch"])
+        i, f, g, o = (of_input + recurrent).chunk(4, 1)
+        if p_i is not None:
+            i, f = i + p_i * c, f + p_f * c
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        if p_o is not None:
+            o = o + p_o * c
+        h = o.sigmoid() * (norm(c, c.shape[-1:], w["gain_c"], w["bias_c"]) if normal else c).tanh()
+        outputs.append(h)
+    return torch.stack(outputs)
+
+
+def _jordan_loop(input: Tensor, w: dict[str, Tensor]) -> Tensor:
+    linear = torch.nn.functional.linear
+    y = input.new_zeros(input.shape[1], w["w_ho"].shape[0])
+    outputs = []
+    for of_input in linear(input, w["w_ih"], w["b_ih"]).unbind():
+        y = linear((of_input + linear(y, w["w_hh"], w["b_hh"])).tanh(), w["w_ho"], w["b_ho"])
+        outputs.append(y)
+    return torch.stack(outputs)
+
+
 def _pad_and_mask(cell: str, lengths: Tensor, steps: int, directions: int, hidden: int) -> Rival | None:
     """What many write for one direction: run over the padding, then zero what came of it."""
     if directions == 2:
@@ -162,6 +292,7 @@ CASES = [
     recurrent("bilstm_padded_128", "lstm", 100, 32, 128, 128, directions=2, sequences="padded"),
     recurrent("lstm_padded_128", "lstm", 100, 32, 128, 128, sequences="padded"),
     recurrent("bilstm_packed_256", "lstm", 50, 32, 256, 256, directions=2, sequences="packed"),
+    recurrent("bilstm_packed_long_256", "lstm", 200, 32, 256, 256, directions=2, sequences="packed"),
     recurrent("bigru_packed_128", "gru", 100, 32, 128, 128, directions=2, sequences="packed"),
     recurrent("bielman_packed_128", "rnn_tanh", 100, 32, 128, 128, directions=2, sequences="packed"),
     # all of one length: language models, frames
@@ -169,12 +300,22 @@ CASES = [
     recurrent("bilstm_dense_256", "lstm", 50, 16, 256, 256, directions=2),
     recurrent("gru_dense_128", "gru", 100, 32, 128, 128, dtypes=BOTH),
     recurrent("gru_dense_256", "gru", 50, 16, 256, 256),
+    recurrent("lstm_dense_128", "lstm", 50, 32, 128, 128, dtypes=BOTH),
     recurrent("elman_dense_128", "rnn_tanh", 100, 32, 128, 128, dtypes=BOTH),
+    recurrent("elman_dense_256", "rnn_tanh", 200, 32, 256, 256),
+    # beyond torch's fused layers
+    projected("lstm_projection_128", 100, 32, 128, 128, 64),
+    beyond_torch("lstm_peephole_128", "diagonal", 100, 32, 128, 128),
+    beyond_torch("lstm_full_peephole_128", "full", 100, 32, 128, 128),
+    beyond_torch("lstm_layer_norm_128", "layer norm", 100, 32, 128, 128),
+    beyond_torch("jordan_128", "jordan", 100, 32, 128, 128),
     # small and odd: hidden units that fill no vector, one sequence, one feature
     recurrent("lstm_odd_100", "lstm", 60, 20, 50, 100),
     recurrent("lstm_single_128", "lstm", 100, 1, 128, 128),
     recurrent("lstm_one_feature_64", "lstm", 200, 32, 1, 64),
     # single steps
     cell_step("lstm_cell_b32_256", 32, 256, 256, dtypes=BOTH),
+    cell_step("lstm_cell_b1_128", 1, 128, 128, dtypes=BOTH),
     cell_step("lstm_cell_b1_256", 1, 256, 256),
+    cell_step("lstm_cell_b1_512", 1, 512, 512, dtypes=BOTH),
 ]

@@ -8,8 +8,8 @@
 // copy: phase 2 makes gx, a block of rows an item; phase 3 makes the weights' gradients, a block of gate rows
 // an item, each summed over all rows in one fixed order.
 //
-// Rows of gradients lie in the order (step of processing, rank of length): no padding. A GRU's row is n r z
-// q: its first three parts meet x, its last three h.
+// Rows of gradients lie in the order (step of processing, rank of length): no padding. A row's blocks are in
+// the order of CellFacts: the first gates of them meet x, the last gates of them h.
 //
 // Bound: FMA throughput, 4 * rows * G * H * (I + R) in all. The rows of gradients are written once and read
 // three times from the third level; a product reads each of them for at least 64 columns.
@@ -24,11 +24,14 @@ namespace {
 constexpr int64_t panel = 4 * VL;
 
 struct Sizes {
-  int64_t rows;                  // of all sequences together
-  int64_t slots, width, stride;  // a row of gradients: slots * H elements, in whole words
-  int64_t x_panels, h_panels, m_panels;
+  CellFacts facts;
+  int64_t rows;           // of all sequences together
+  int64_t width, stride;  // a row of gradients: width elements, in whole words
+  int64_t kept;           // a row of what forward kept
+  int64_t x_panels, h_panels, m_panels, c_panels;
   bool x_in_place, h_in_place;  // few rows multiply a weight where it lies: packing would cost more
   int64_t batch, input_blocks;
+  bool splits;  // the gradient of m is not that of the state
   // A row of gradients in parts that are one piece of each weight's rows, the parts in blocks: one item each.
   int64_t parts, part, gate_blocks, gate_block;
   int64_t projection_blocks, projection_block;
@@ -44,11 +47,11 @@ struct Sizes {
     return count;
   }
 
-  explicit Sizes(const RecurrentProblem& p) {
+  explicit Sizes(const RecurrentProblem& p) : facts(p.facts()) {
     rows = p.packed() ? p.rows() : 0;
     for (int64_t b = 0; !p.packed() && b < p.B; b++) rows += p.length(b);
-    slots = p.saved() ? p.saved() : 1;
-    width = slots * p.H;
+    width = facts.sums() * p.H, kept = p.saved() * p.H;
+    splits = p.P > 0 || p.zoneout();
     stride = pairs ? 2 * words(width + p.gates() * p.H % 2) : width;  // a product may read one more element
     x_panels = (p.I + panel - 1) / panel, h_panels = (p.R() + panel - 1) / panel;
     const bool few = !pairs && p.dtype == DType::f32 && rows <= few_rows;
@@ -56,9 +59,10 @@ struct Sizes {
     if (x_in_place) x_panels = 0;
     if (h_in_place) h_panels = 0;
     m_panels = p.P ? (p.H + panel - 1) / panel : 0;
+    c_panels = facts.feeds_cell ? (p.H + panel - 1) / panel : 0;
     batch = Batch::batch_bound(p);
     input_blocks = (rows + input_block - 1) / input_block;
-    parts = p.cell == RecurrentCell::gru ? slots : 1;
+    parts = facts.apart() ? facts.sums() : 1;
     part = width / parts;
     gate_blocks = blocks(part, p.D * parts);
     gate_block = (part + gate_blocks - 1) / gate_blocks;
@@ -66,21 +70,19 @@ struct Sizes {
     projection_block = p.P ? (p.P + projection_blocks - 1) / projection_blocks : 0;
   }
   int64_t packing_items(const RecurrentProblem& p) const {
-    return 1 + p.D * (x_panels + h_panels + m_panels);
+    return 1 + p.D * (1 + x_panels + h_panels + m_panels + c_panels);
   }
   int64_t gate_items(const RecurrentProblem& p) const { return p.D * parts * gate_blocks; }
 };
 
-// A GRU's row of gradients begins with n. Which gate of the weights its part k of the input's side is.
-int64_t input_gate(const RecurrentProblem& p, int64_t k) {
-  return p.cell == RecurrentCell::gru ? (k + 2) % 3 : k;
-}
-// Where the recurrent side of a row of gradients begins.
-int64_t recurrent_part(const RecurrentProblem& p) { return p.cell == RecurrentCell::gru ? p.H : 0; }
-
 struct Shared {
   Schedule schedule;
-  float *w_ih[max_directions], *w_hh[max_directions], *w_hr[max_directions];
+  float *w_ih[max_directions], *w_hh[max_directions], *w_hr[max_directions], *w_ch[max_directions];
+  float* parameters[max_directions];
+  float* parameter_gradients[max_directions];  // of each sequence (B, parameters, H)
+  float*
+      initial[max_directions];  // the state before the first step in float, where others are cells (B, width)
+  const void** c_rows[max_directions];  // of each row of gradients: its c of the step before
   Factor* gradients[max_directions];    // rows x stride
   const void** x_rows[max_directions];  // of each row of gradients: its x
   const void** h_rows[max_directions];  // and its h of the step before, null for zeros
@@ -92,6 +94,11 @@ struct Shared {
       w_ih[d] = shared.take<float>(z.x_panels * panel * words(p.gates() * p.H));
       w_hh[d] = shared.take<float>(z.h_panels * panel * words(p.gates() * p.H));
       w_hr[d] = shared.take<float>(z.m_panels * panel * p.P);
+      w_ch[d] = shared.take<float>(z.c_panels * panel * z.facts.gates * p.H);
+      parameters[d] = shared.take<float>(z.facts.parameters * p.H);
+      parameter_gradients[d] = shared.take<float>(p.B * z.facts.parameters * p.H);
+      initial[d] = shared.take<float>(p.is_jordan() || z.facts.feeds_cell ? p.B * p.cell_width() : 0);
+      c_rows[d] = shared.take<const void*>(z.facts.feeds_cell ? z.rows : 0);
       gradients[d] = shared.take<Factor>(z.rows * z.stride);
       x_rows[d] = shared.take<const void*>(z.rows);
       h_rows[d] = shared.take<const void*>(z.rows);
@@ -118,36 +125,41 @@ void pack_panel(DType dtype, const void* matrix, int64_t K, int64_t N, int64_t w
 void pack_item(const RecurrentProblem& p, const RecurrentTensors& t, const Sizes& z, int64_t item,
                const Shared& shared) {
   if (item == 0) return shared.schedule.make(p);
-  const int64_t each = z.x_panels + z.h_panels + z.m_panels, d = (item - 1) / each, K = p.gates() * p.H;
+  const int64_t each = 1 + z.x_panels + z.h_panels + z.m_panels + z.c_panels, d = (item - 1) / each,
+                K = z.facts.gates * p.H;
   int64_t which = (item - 1) % each;
   const RecurrentWeights& w = t.weights[d];
+  if (which-- == 0) return gather_parameters(p, w, shared.parameters[d]);
   const auto as_stored = [](int64_t k) { return k; };
   if (which < z.x_panels)
     return pack_panel(
-        p.dtype, w.w_ih, K, p.I, which, [&](int64_t k) { return input_gate(p, k / p.H) * p.H + k % p.H; },
-        shared.w_ih[d]);
+        p.dtype, w.w_ih, K, p.I, which,
+        [&](int64_t k) { return z.facts.gate_of_input_block(int(k / p.H)) * p.H + k % p.H; }, shared.w_ih[d]);
   which -= z.x_panels;
   if (which < z.h_panels) return pack_panel(p.dtype, w.w_hh, K, p.R(), which, as_stored, shared.w_hh[d]);
-  pack_panel(p.dtype, w.w_hr, p.P, p.H, which - z.h_panels, as_stored, shared.w_hr[d]);
+  which -= z.h_panels;
+  if (which < z.c_panels) return pack_panel(p.dtype, w.w_ch, K, p.H, which, as_stored, shared.w_ch[d]);
+  pack_panel(p.dtype, w.w_hr, p.P, p.H, which - z.c_panels, as_stored, shared.w_hr[d]);
 }
 
 // ---- Phase 1: back through time. ----
 
 struct Scratch {
   Batch batch;
-  float *dh, *dm, *dc, *h, *h_before, *c_before;
-  const float** a_rows;
-  float** to_rows;
+  float *dh, *dm, *dc, *h, *h_before, *c_before, *gy;
+  const float **a_rows, **sum_rows;
+  float **to_rows, **m_rows, **c_rows;
 
   Scratch(Carver& scratch, const RecurrentProblem& p, const Sizes& z) : batch(Batch::carve(scratch, p)) {
     dh = scratch.take<float>(z.batch * p.R());
-    dm = scratch.take<float>(p.P ? z.batch * p.H : 0);
+    dm = scratch.take<float>(z.splits ? z.batch * p.H : 0);
     dc = scratch.take<float>(p.has_cell() ? z.batch * p.H : 0);
-    h = scratch.take<float>(p.R());
+    h = scratch.take<float>(p.R()), gy = scratch.take<float>(p.R());
     h_before = scratch.take<float>(p.R());
     c_before = scratch.take<float>(p.H);
-    a_rows = scratch.take<const float*>(z.batch);
-    to_rows = scratch.take<float*>(z.batch);
+    a_rows = scratch.take<const float*>(z.batch), sum_rows = scratch.take<const float*>(z.batch);
+    to_rows = scratch.take<float*>(z.batch), m_rows = scratch.take<float*>(z.batch);
+    c_rows = scratch.take<float*>(z.batch);
   }
 };
 
@@ -168,8 +180,16 @@ struct BackThroughTime {
   const Shared& shared;
   Scratch& at;
 
-  // h of the step before step s, as it lies in y or h0; null: zeros.
+  // The state before step s as it lies: h in y or h0, c in cells or c0, in a Jordan net s in cells or h0. Null:
+  // zeros. Cells are float, so what lies beside them is, too.
+  const float* cell_before(int64_t d, int64_t b, int64_t s) const {
+    const int64_t width = p.cell_width();
+    if (s > 0)
+      return static_cast<const float*>(t.cells) + (d * p.rows() + p.row(p.step(s - 1, b, d), b)) * width;
+    return shared.initial[d] + b * width;
+  }
   const void* h_before(int64_t d, int64_t b, int64_t s) const {
+    if (p.is_jordan()) return cell_before(d, b, s);
     if (s > 0) return element(p.dtype, t.y, p.y_at(p.step(s - 1, b, d), b) + d * p.R());
     return t.h0 ? element(p.dtype, t.h0, (d * p.B + b) * p.R()) : nullptr;
   }
@@ -179,63 +199,102 @@ struct BackThroughTime {
     return copy;
   }
 
+  // The rows of sequence k at step s: its gradients, and those of its sequence and step in the data.
+  int64_t gradient_row(const Batch& q, int64_t k, int64_t s) const {
+    return shared.schedule.start[s] + q.rank[k];
+  }
+  int64_t data_row(const Batch& q, int64_t k, int64_t s) const {
+    const int64_t b = q.sequence[k];
+    return q.d * p.rows() + p.row(p.step(s, b, q.d), b);
+  }
+
+  // From the gradient of the state (in dh) and of the output to that of m, or of what it is projected to; dh is
+  // left with what reaches the state before past all products.
+  void output(const Batch& q, int64_t k, int64_t s) const {
+    const int64_t d = q.d, b = q.sequence[k], R = p.R(), step = p.step(s, b, d);
+    float* dh = at.dh + k * R;
+    float* const whole = p.P ? shared.h_gradients[d] + gradient_row(q, k, s) * R : at.dm + k * R;
+    at.sum_rows[k] = whole, at.m_rows[k] = at.dm + k * p.H;
+    OutputBackward<float> row{};
+    row.state = dh, row.sums = whole, row.decay = float(p.decay), row.zone_rate = float(p.zone_h);
+    if (t.gy) row.gy = float_row(p.dtype, t.gy, p.gy_at(step, b) + d * R, R, at.gy);
+    row.unit = p.output, row.is_jordan = p.is_jordan();
+    if (row.is_jordan) row.y = float_row(p.dtype, t.y, p.y_at(step, b) + d * R, R, at.h);
+    row.zone = t.zone_h ? t.zone_h + data_row(q, k, s) * R : nullptr;
+    output_row_backward(LaneRow{}, R, row);
+  }
+
   void cell(const Batch& q, int64_t k, int64_t s) const {
-    const int64_t d = q.d, b = q.sequence[k], H = p.H, step = p.step(s, b, d), row = p.row(step, b);
-    const int64_t to = shared.schedule.start[s] + q.rank[k];
-    const float *gates = static_cast<const float*>(t.gates), *cells = static_cast<const float*>(t.cells);
+    const int64_t d = q.d, b = q.sequence[k], H = p.H, step = p.step(s, b, d), row = data_row(q, k, s);
+    const int64_t to = gradient_row(q, k, s);
     const void* h = h_before(d, b, s);
     shared.x_rows[d][to] = element(p.dtype, t.x, p.x_at(step, b));
     shared.h_rows[d][to] = h;
     float* dh = at.dh + k * p.R();
-    if (t.gy) add_row(p.dtype, t.gy, p.gy_at(step, b) + d * p.R(), p.R(), dh);
+    if (t.gy && !z.splits) add_row(p.dtype, t.gy, p.gy_at(step, b) + d * p.R(), p.R(), dh);
     RowBackward<float, Factor> rows{};
-    rows.h_gradient = p.P ? at.dm + k * H : dh;
+    rows.h_gradient = z.splits ? at.dm + k * H : dh;
     rows.sums = shared.gradients[d] + to * z.stride;
     if (z.stride > z.width) rows.sums[z.width] = {};  // the last word's other half
-    rows.kept = p.saved() ? gates + (d * p.rows() + row) * z.width
-                          : float_row(p.dtype, t.y, p.y_at(step, b) + d * H, H, at.h);
-    if (p.facts().reads_h) rows.h_before = widened(h, H, at.h_before);
-    if (p.has_cell()) {
+    rows.kept = z.kept ? static_cast<const float*>(t.gates) + row * z.kept
+                       : float_row(p.dtype, t.y, p.y_at(step, b) + d * H, H, at.h);
+    rows.parameters = shared.parameters[d];
+    rows.parameter_gradients = shared.parameter_gradients[d] + b * z.facts.parameters * H;
+    rows.options = {float(p.limit), float(p.zone_h), float(p.zone_c), p.limit != 0};
+    rows.zone = t.zone_c ? t.zone_c + row * H : nullptr;
+    if (z.facts.reads_h) rows.h_before = widened(h, H, at.h_before);
+    if (z.facts.has_cell) {
       rows.c_before =
-          s > 0 ? cells + (d * p.rows() + p.row(p.step(s - 1, b, d), b)) * H
-                : widened(t.c0 ? element(p.dtype, t.c0, (d * p.B + b) * H) : nullptr, H, at.c_before);
+          s > 0 || z.facts.feeds_cell
+              ? cell_before(d, b, s)
+              : widened(t.c0 ? element(p.dtype, t.c0, (d * p.B + b) * H) : nullptr, H, at.c_before);
       rows.c_gradient = at.dc + k * H;
+      if (z.facts.feeds_cell) shared.c_rows[d][to] = rows.c_before;
     }
-    if (p.P) {
-      float* whole = shared.h_gradients[d] + to * p.P;
-      memcpy(whole, dh, size_t(p.P) * sizeof(float));
-      float* const to_row = rows.h_gradient;
-      const float* const a_row = whole;
-      multiply_rows(1, H, p.P, &a_row, shared.w_hr[d], &to_row, false);
-      rows.unprojected = shared.m[d] + to * H;
-    }
+    if (p.P) rows.unprojected = shared.m[d] + to * H;
     with_cell<LaneMath>(p.cell, [&](auto cell) PYSEQNET_LAMBDA {
       if constexpr (fits<decltype(cell)>) cell_row<decltype(cell)>(H, rows);
     });
+    if (z.splits && z.facts.reads_h) add_row(DType::f32, rows.h_gradient, 0, H, dh);
   }
 
-  void run(const Batch& q) const {
-    const int64_t d = q.d, R = p.R(), K = words(p.gates() * p.H);
+  void begin(const Batch& q) const {
+    const int64_t d = q.d, R = p.R(), width = p.cell_width();
     for (int64_t k = 0; k < q.n; k++) {
       const int64_t b = q.sequence[k], state = d * p.B + b;
       load_row(p.dtype, t.gh_n, state * R, R, at.dh + k * R);
       if (p.has_cell()) load_row(p.dtype, t.gc_n, state * p.H, p.H, at.dc + k * p.H);
-      at.to_rows[k] = at.dh + k * R;
+      at.to_rows[k] = at.dh + k * R, at.c_rows[k] = at.dc + k * p.H;
+      if (p.is_jordan()) load_row(p.dtype, t.h0, state * width, width, shared.initial[d] + b * width);
+      if (z.facts.feeds_cell) load_row(p.dtype, t.c0, state * width, width, shared.initial[d] + b * width);
+      memset(shared.parameter_gradients[d] + b * z.facts.parameters * p.H, 0,
+             size_t(z.facts.parameters * p.H) * sizeof(float));
       for (int64_t step = q.length[k]; t.gx && d == 0 && !p.packed() && step < p.T; step++)
         zero_row(p.dtype, t.gx, p.gx_at(step, b), p.I);
     }
+  }
+
+  void run(const Batch& q) const {
+    const int64_t d = q.d, R = p.R(), K = words(z.facts.gates * p.H);
+    const bool adds = z.facts.reads_h || p.is_jordan() || p.zoneout();  // to what passed beside the product
+    begin(q);
     int64_t n = 0;
     for (int64_t s = q.steps() - 1; s >= 0; s--) {
       n = q.active(s, n);
+      if (z.splits)
+        for (int64_t k = 0; k < n; k++) output(q, k, s);
+      if (p.P) multiply_rows(n, p.H, p.P, at.sum_rows, shared.w_hr[d], at.m_rows, false);
       for (int64_t k = 0; k < n; k++) {
         cell(q, k, s);
-        at.a_rows[k] = as_words(shared.gradients[d] + (shared.schedule.start[s] + q.rank[k]) * z.stride +
-                                recurrent_part(p));
+        at.a_rows[k] = as_words(shared.gradients[d] + gradient_row(q, k, s) * z.stride +
+                                z.facts.first_recurrent_block() * p.H);
       }
       if (s > 0 || t.gh0)
-        multiply_rows(
-            n, R, K, at.a_rows, z.h_in_place ? static_cast<const float*>(t.weights[d].w_hh) : shared.w_hh[d],
-            at.to_rows, p.cell == RecurrentCell::gru, z.h_in_place ? Panels::in_place : Panels::packed);
+        multiply_rows(n, R, K, at.a_rows,
+                      z.h_in_place ? static_cast<const float*>(t.weights[d].w_hh) : shared.w_hh[d],
+                      at.to_rows, adds, z.h_in_place ? Panels::in_place : Panels::packed);
+      if (z.facts.feeds_cell && (s > 0 || t.gc0))
+        multiply_rows(n, p.H, K, at.a_rows, shared.w_ch[d], at.c_rows, true);
     }
     for (int64_t k = 0; k < q.n; k++) {
       const int64_t state = d * p.B + q.sequence[k];
@@ -274,12 +333,15 @@ void input_gradient(const RecurrentProblem& p, const RecurrentTensors& t, const 
       multiply_rows(n, p.I, K, a_rows[d], shared.w_ih[d], to_rows, d > 0);
       continue;
     }
-    // A GRU's row of gradients begins with its third gate.
+    // A row of gradients begins with the gates that keep parts apart, which are the weight's last.
     const float* w = static_cast<const float*>(t.weights[d].w_ih);
-    const int64_t third = p.cell == RecurrentCell::gru ? p.H : 0;
-    if (third) multiply_rows(n, p.I, third, a_rows[d], w + 2 * p.H * p.I, to_rows, d > 0, Panels::in_place);
-    for (int64_t k = 0; k < n; k++) a_rows[d][k] += third;
-    multiply_rows(n, p.I, K - third, a_rows[d], w, to_rows, third || d > 0, Panels::in_place);
+    const int64_t apart = z.facts.apart() * p.H;
+    if (apart)
+      multiply_rows(n, p.I, apart, a_rows[d], w + z.facts.apart_from * p.H * p.I, to_rows, d > 0,
+                    Panels::in_place);
+    if (apart == K) continue;
+    for (int64_t k = 0; k < n; k++) a_rows[d][k] += apart;
+    multiply_rows(n, p.I, K - apart, a_rows[d], w, to_rows, apart || d > 0, Panels::in_place);
   }
   if (p.dtype != DType::f32)
     for (int64_t k = 0; k < n; k++) store_row(p.dtype, to_rows[k], t.gx, at[k], p.I);
@@ -360,9 +422,9 @@ void multiply_transposed(int64_t M, int64_t rows, const Factor* a, int64_t strid
 }
 
 struct WeightScratch {
-  float *products[2], *sums, *copy, *packed;
+  float *products[3], *sums, *copy, *packed;
   WeightScratch(Carver& scratch, const RecurrentProblem& p, const Sizes& z) {
-    const int64_t most = p.I > p.R() ? p.I : p.R(), widest = p.P && p.H > most ? p.H : most;
+    const int64_t most = p.I > p.R() ? p.I : p.R(), widest = p.H > most ? p.H : most;
     const int64_t rows = z.gate_block > z.projection_block ? z.gate_block : z.projection_block;
     for (float*& product : products) product = scratch.take<float>(p.dtype == DType::f32 ? 0 : rows * widest);
     sums = scratch.take<float>(rows);
@@ -385,27 +447,46 @@ void gate_gradient(const RecurrentProblem& p, const RecurrentTensors& t, const S
   if (M <= 0) return;
   const RecurrentGradients& to = t.gradients[d];
   const Factor* a = shared.gradients[d] + part * z.part + first;
-  // The rows of the weights that this part of the gradients belongs to, if it does: part k of a GRU's row is
-  // gate k - 1 of w_hh.
-  const bool gru = p.cell == RecurrentCell::gru, of_x = !gru || part < 3, of_h = !gru || part > 0;
-  const int64_t x_row = (gru ? input_gate(p, part) * p.H : 0) + first;
-  const int64_t h_row = (gru ? (part - 1) * p.H : 0) + first;
-  Target targets[2];
+  // The rows of the weights that this part of the gradients belongs to, if it does.
+  const CellFacts& facts = z.facts;
+  const bool whole = z.parts == 1, of_x = whole || part < facts.gates, of_h = whole || part >= facts.apart();
+  const int64_t x_row = (whole || !of_x ? 0 : facts.gate_of_input_block(int(part)) * p.H) + first;
+  const int64_t h_row = (whole || !of_h ? 0 : (part - facts.apart()) * p.H) + first;
+  Target targets[3];
   int count = 0;
   if (of_x)
     targets[count++] = {p.dtype, shared.x_rows[d], p.I,
                         product_of(p, to.w_ih, x_row, p.I, scratch.products[0])};
   if (of_h)
-    targets[count++] = {p.dtype, shared.h_rows[d], p.R(),
+    targets[count++] = {p.is_jordan() ? DType::f32 : p.dtype, shared.h_rows[d], p.R(),
                         product_of(p, to.w_hh, h_row, p.R(), scratch.products[1])};
+  if (facts.feeds_cell)
+    targets[count++] = {DType::f32, shared.c_rows[d], p.H,
+                        product_of(p, to.w_ch, h_row, p.H, scratch.products[2])};
   multiply_transposed(M, z.rows, a, z.stride, targets, count, scratch.copy, scratch.packed, scratch.sums);
   if (p.dtype != DType::f32) {
     if (of_x) store_row(p.dtype, scratch.products[0], to.w_ih, x_row * p.I, M * p.I);
     if (of_h) store_row(p.dtype, scratch.products[1], to.w_hh, h_row * p.R(), M * p.R());
+    if (facts.feeds_cell) store_row(p.dtype, scratch.products[2], to.w_ch, h_row * p.H, M * p.H);
   }
-  if (!to.b_ih) return;
+  if (!to.b_ih || facts.over_units) return;
   if (of_x) store_row(p.dtype, scratch.sums, to.b_ih, x_row, M);
   if (of_h) store_row(p.dtype, scratch.sums, to.b_hh, h_row, M);
+}
+// The gradients of the cell's parameters: the sum over sequences, in one order.
+void parameter_gradient(const RecurrentProblem& p, const RecurrentTensors& t, const Sizes& z,
+                        const Shared& shared, int64_t d) {
+  const int64_t n = z.facts.parameters * p.H;
+  float* sum = shared.parameter_gradients[d];
+  for (int64_t b = 1; b < p.B; b++) add_row(DType::f32, sum, b * n, n, sum);
+  if (p.B == 0) sum = nullptr;
+  const auto blocks = parameter_blocks<void*>(p.cell, t.gradients[d]);
+  int64_t first = 0;
+  for (int k = 0; k < blocks.count; first += blocks.block[k++].rows * p.H)
+    for (void* to : {blocks.block[k].values, blocks.block[k].also}) {
+      if (to && sum) store_row(p.dtype, sum + first, to, 0, blocks.block[k].rows * p.H);
+      if (to && !sum) zero_row(p.dtype, to, 0, blocks.block[k].rows * p.H);
+    }
 }
 void projection_gradient(const RecurrentProblem& p, const RecurrentTensors& t, const Sizes& z,
                          const Shared& shared, int64_t item, const WeightScratch& scratch,
@@ -419,6 +500,7 @@ void projection_gradient(const RecurrentProblem& p, const RecurrentTensors& t, c
   const Factor* a = reinterpret_cast<const Factor*>(shared.h_gradients[d]) + j;  // float: pairs refuse it
   multiply_transposed(M, z.rows, a, p.P, &target, 1, scratch.copy, scratch.packed, scratch.sums);
   if (p.dtype != DType::f32) store_row(p.dtype, scratch.products[0], to, j * p.H, M * p.H);
+  if (t.gradients[d].b_hr) store_row(p.dtype, scratch.sums, t.gradients[d].b_hr, j, M);
 }
 
 WorkPlan plan_backward(const RecurrentProblem& p) {
@@ -429,7 +511,7 @@ WorkPlan plan_backward(const RecurrentProblem& p) {
   plan.add_phase(z.packing_items(p), 1 + elements_worth_a_thread / (panel * K));
   plan.add_phase(p.D * p.B, sequence_grain(p));
   plan.add_phase(z.input_blocks, 1 + products_worth_a_thread / (p.D * Sizes::input_block * K * (p.I + 1)));
-  plan.add_phase(z.gate_items(p) + p.D * z.projection_blocks,
+  plan.add_phase(z.gate_items(p) + p.D * (z.projection_blocks + 1),
                  1 + products_worth_a_thread / (z.gate_block * (p.I + p.R()) * (z.rows + 1)));
   Carver shared(nullptr), walking(nullptr), inputs(nullptr), weights(nullptr);
   Shared(shared, p, z);
@@ -445,7 +527,7 @@ WorkPlan plan_backward(const RecurrentProblem& p) {
 }
 
 void run_backward(const RecurrentProblem& p, const RecurrentTensors& t, const WorkSlice& slice) {
-  const FlushResults guard;
+  const FlushSmall guard(p.dtype);
   const Sizes z(p);
   Carver shared_memory(slice.shared), scratch_memory(slice.scratch);
   const Shared shared(shared_memory, p, z);
@@ -464,12 +546,14 @@ void run_backward(const RecurrentProblem& p, const RecurrentTensors& t, const Wo
   if (slice.phase == 3 && t.weights_wanted()) {
     const WeightScratch scratch(scratch_memory, p, z);
     const void** m_rows = scratch_memory.take<const void*>(p.P ? z.rows : 0);
-    const int64_t gates = z.gate_items(p);
+    const int64_t gates = z.gate_items(p), projections = gates + p.D * z.projection_blocks;
     for (int64_t item = slice.begin; item < slice.end; item++)
       if (item < gates)
         gate_gradient(p, t, z, shared, item, scratch);
-      else
+      else if (item < projections)
         projection_gradient(p, t, z, shared, item - gates, scratch, m_rows);
+      else
+        parameter_gradient(p, t, z, shared, item - projections);
   }
 }
 
@@ -477,8 +561,9 @@ void run_backward(const RecurrentProblem& p, const RecurrentTensors& t, const Wo
 }  // namespace recurrent
 
 extern const RecurrentCpuKernel recurrent_backward;
-const RecurrentCpuKernel recurrent_backward = {"fused_" PYSEQNET_ISA_NAME, this_isa, recurrent::refuses,
-                                               recurrent::plan_backward, recurrent::run_backward};
+const RecurrentCpuKernel recurrent_backward = {"fused_" PYSEQNET_ISA_NAME, this_isa,
+                                               recurrent::refuses_products, recurrent::plan_backward,
+                                               recurrent::run_backward};
 
 }  // namespace PYSEQNET_ISA
 }  // namespace pyseqnet

@@ -465,7 +465,7 @@ WorkPlan plan_forward(const RecurrentProblem& p) {
 }
 
 void run_forward(const RecurrentProblem& p, const RecurrentTensors& t, const WorkSlice& slice) {
-  const FlushResults guard;
+  const FlushSmall guard(p.dtype);
   const Sizes z(p);
   Carver shared_memory(slice.shared), scratch_memory(slice.scratch);
   const Shared shared(shared_memory, p, z);
@@ -480,11 +480,15 @@ void run_forward(const RecurrentProblem& p, const RecurrentTensors& t, const Wor
               [&](const Batch& q) { forward.run(q); });
 }
 
+Refusal refuses_fused(const RecurrentProblem& p) {
+  return is_plain(p) ? refuses_products(p) : "only the plain cells are fused";
+}
+
 }  // namespace
 }  // namespace recurrent
 
 extern const RecurrentCpuKernel recurrent_forward;
-const RecurrentCpuKernel recurrent_forward = {"fused_" PYSEQNET_ISA_NAME, this_isa, recurrent::refuses,
+const RecurrentCpuKernel recurrent_forward = {"fused_" PYSEQNET_ISA_NAME, this_isa, recurrent::refuses_fused,
                                               recurrent::plan_forward, recurrent::run_forward};
 
 }  // namespace PYSEQNET_ISA

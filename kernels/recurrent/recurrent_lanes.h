@@ -19,9 +19,15 @@ struct LaneMath {
     return x > limit ? vf{} : x < -limit ? vf{} : y;
   }
   PYSEQNET_INLINE static vf inverse_root(vf x) {
+#if defined(__AVX512F__)
+    return 1.0f / (vf)_mm512_sqrt_ps((__m512)x);
+#elif defined(__AVX2__)
+    return 1.0f / (vf)_mm256_sqrt_ps((__m256)x);
+#else
     vf y;
     for (int i = 0; i < VL; ++i) y[i] = 1.0f / __builtin_sqrtf(x[i]);
     return y;
+#endif
   }
 };
 
@@ -50,14 +56,16 @@ struct LaneRow {
   PYSEQNET_INLINE vf within(Units u, vf x) const { return iota() < u.lanes() ? x : vf{}; }
 };
 
-// Results too small for a normal float become zero: gradients that decay through time would cost about 100
-// cycles each. Operands are left alone (FlushDenormals of simd.h is not used), since without F16C a float16
-// is widened by way of one.
-struct FlushResults {
+// Numbers too small for a normal float are zero, as operands and as results, for the life of a kernel call:
+// gradients that decay through time would cost about 100 cycles each. float16 operands are left alone: without
+// F16C one is widened by way of such a number.
+struct FlushSmall {
 #if defined(__x86_64__)
   unsigned saved = _mm_getcsr();
-  FlushResults() { _mm_setcsr(saved | 0x8000); }
-  ~FlushResults() { _mm_setcsr(saved); }
+  explicit FlushSmall(DType dtype) { _mm_setcsr(saved | (dtype == DType::f16 ? 0x8000 : 0x8040)); }
+  ~FlushSmall() { _mm_setcsr(saved); }
+#else
+  explicit FlushSmall(DType) {}
 #endif
 };
 
@@ -111,6 +119,16 @@ inline void store_row(DType dtype, const float* from, void* to, int64_t at, int6
 }
 inline void zero_row(DType dtype, void* to, int64_t at, int64_t n) {
   memset(static_cast<char*>(to) + at * bytes_of(dtype), 0, size_t(n * bytes_of(dtype)));
+}
+// A cell's unit parameters in one piece (parameters, H).
+inline void gather_parameters(const RecurrentProblem& p, const RecurrentWeights& w, float* to) {
+  const auto blocks = parameter_blocks<const void*>(p.cell, w);
+  for (int k = 0; k < blocks.count; k++) {
+    const int64_t n = blocks.block[k].rows * p.H;
+    load_row(p.dtype, blocks.block[k].values, 0, n, to);
+    if (blocks.block[k].also) add_row(p.dtype, blocks.block[k].also, 0, n, to);
+    to += n;
+  }
 }
 inline const void* element(DType dtype, const void* p, int64_t at) {
   return static_cast<const char*>(p) + at * bytes_of(dtype);

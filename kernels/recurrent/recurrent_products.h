@@ -229,14 +229,19 @@ __attribute__((noinline)) inline void multiply_rows(int64_t M, int64_t N, int64_
   product_of_rows<4>(M, N, K, [&](int64_t i) { return a[i]; }, b, stride, step, StoreRows{rows, add});
 }
 
-inline Refusal refuses(const RecurrentProblem& p) {
+// A cell whose sums and states are all that a unit needs.
+inline bool is_plain(const RecurrentProblem& p) {
+  const CellFacts facts = p.facts();
+  return !p.zoneout() && p.limit == 0 && !facts.parameters && !facts.feeds_cell && !facts.feeds_output;
+}
+// What products of words cannot do.
+inline Refusal refuses_products(const RecurrentProblem& p) {
   if (p.dtype == DType::f64) return "float64 runs on the reference";
-  if (p.has_options() || p.facts().parameters || p.facts().feeds_cell || p.is_jordan())
-    return "only the plain cells are fused";
   if (pairs && p.dtype != DType::bf16) return "multiplies bfloat16 only";
   if (pairs && p.cell == RecurrentCell::rnn_relu)
     return "a rounded state could change which units relu passes";
   if (pairs && p.P) return "a projection is left to the kernels that sum in float";
+  if (pairs && !is_plain(p)) return "only the plain cells are multiplied in bfloat16";
   return accepted;
 }
 

@@ -50,7 +50,7 @@ void put(void* p, int64_t i, double v) {
 
 // What a walk over the steps of one sequence keeps; all rows of doubles.
 struct Walk {
-  double *state, *next, *m, *c, *slots, *recurrent, *recurrent_bias, *parameters;  // both passes
+  double *state, *next, *m, *c, *slots, *recurrent, *parameters;  // both passes
   double *dstate, *passed, *dc, *dm, *dsum, *sums, *parameter_gradients, *c_before, *h_before;
 
   Walk(const RecurrentProblem& p, Carver& carver) {
@@ -59,7 +59,6 @@ struct Walk {
     state = carver.take<double>(R), next = carver.take<double>(R);
     m = carver.take<double>(H), c = carver.take<double>(H);
     slots = carver.take<double>(facts.slots * H), recurrent = carver.take<double>(facts.gates * H);
-    recurrent_bias = carver.take<double>(facts.apart() * H);
     parameters = carver.take<double>(facts.parameters * H);
     dstate = carver.take<double>(R), passed = carver.take<double>(R), dc = carver.take<double>(H);
     dm = carver.take<double>(H), dsum = carver.take<double>(R);
@@ -106,8 +105,6 @@ struct Reference {
     for (int k = 0; k < blocks.count; k++)
       for (int64_t i = 0; i < blocks.block[k].rows * H; i++)
         *to++ = value<T>(blocks.block[k].values, i) + value<T>(blocks.block[k].also, i);
-    for (int64_t i = 0; i < facts.apart() * H; i++)
-      at.recurrent_bias[i] = facts.over_units ? 0 : value<T>(t.weights[d].b_hh, facts.apart_from * H + i);
   }
 
   // The sums of one step, from x and the states.
@@ -118,7 +115,7 @@ struct Reference {
       double from_x = 0, from_h = 0;
       if (!facts.over_units) {  // else biases are parameters
         from_x = value<T>(w.b_ih, k);
-        if (k < facts.apart_from * H) from_h = value<T>(w.b_hh, k);
+        from_h = value<T>(w.b_hh, k);
       }
       for (int64_t i = 0; i < p.I; i++) from_x += value<T>(w.w_ih, k * p.I + i) * to_double(x[i]);
       for (int64_t j = 0; j < R; j++) from_h += value<T>(w.w_hh, k * R + j) * at.state[j];
@@ -137,7 +134,7 @@ struct Reference {
       }
       if (p.is_jordan()) y = JordanOutput<Math>::forward(p.output, y);
       state = p.is_jordan() ? JordanOutput<Math>::state(at.state[j], y, p.decay) : y;
-      at.next[j] = state + zone_of_h(d, p.row(step, b), j) * (at.state[j] - state);
+      at.next[j] = zoned(zone_of_h(d, p.row(step, b), j), at.state[j], state);
       put<T>(t.y, p.y_at(step, b) + d * R + j, p.is_jordan() ? y : at.next[j]);
     }
     for (int64_t j = 0; j < R; j++) at.state[j] = at.next[j];
@@ -152,8 +149,8 @@ struct Reference {
       const int64_t step = p.step(s, b, d), row = p.row(step, b);
       sums(d, b, step, at);
       forward_row<Cell>(PlainRow{}, H,
-                        RowForward<double>{at.slots, at.recurrent, at.recurrent_bias, at.parameters, at.state,
-                                           at.c, at.m, at.c, zone_of_c(d, row), options, true});
+                        RowForward<double>{at.slots, at.recurrent, nullptr, at.parameters, at.state, at.c,
+                                           at.m, at.c, zone_of_c(d, row), options, true});
       output(d, b, step, at);
       if (!p.reserve) continue;
       for (int64_t k = 0; k < S * H; k++) as<A>(t.gates)[gates_at(d, row, 0, k)] = A(at.slots[k]);
@@ -224,7 +221,7 @@ struct Reference {
           PlainRow{}, H,
           RowBackward<double, double>{at.slots, at.parameters, at.h_before, at.c_before, at.dm, at.dc, sums,
                                       of_parameters, p.P ? kept.unprojected + row * H : nullptr,
-                                      zone_of_c(d, p.row(step, b)), options});
+                                      zone_of_c(d, p.row(step, b)), options, false});
       const double* of_h = sums + facts.first_recurrent_block() * H;
       for (int64_t j = 0; j < R; j++) {
         at.dstate[j] = at.passed[j] + (facts.reads_h ? at.dm[j] : 0);

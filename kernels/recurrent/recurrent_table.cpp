@@ -5,7 +5,8 @@
 
 namespace pyseqnet {
 
-#define DECLARE_CPU_KERNELS extern const RecurrentCpuKernel recurrent_forward, recurrent_backward
+#define DECLARE_CPU_KERNELS \
+  extern const RecurrentCpuKernel recurrent_forward, recurrent_rows_forward, recurrent_backward
 namespace portable {
 DECLARE_CPU_KERNELS;
 }
@@ -17,7 +18,7 @@ namespace avx512 {
 DECLARE_CPU_KERNELS;
 }
 namespace avx512bf16 {
-DECLARE_CPU_KERNELS;
+extern const RecurrentCpuKernel recurrent_forward, recurrent_backward;
 }
 #endif
 #undef DECLARE_CPU_KERNELS
@@ -27,12 +28,15 @@ extern const RecurrentCpuKernel recurrent_reference_forward, recurrent_reference
 namespace {
 
 #if defined(__x86_64__)
-#define EVERY_ISA(kernel) &avx512bf16::kernel, &avx512::kernel, &avx2::kernel, &portable::kernel
+#define FLOAT_ISA(kernel) &avx512::kernel, &avx2::kernel, &portable::kernel
+#define EVERY_ISA(kernel) &avx512bf16::kernel, FLOAT_ISA(kernel)
 #else
-#define EVERY_ISA(kernel) &portable::kernel
+#define FLOAT_ISA(kernel) &portable::kernel
+#define EVERY_ISA(kernel) FLOAT_ISA(kernel)
 #endif
 
-constexpr const RecurrentCpuKernel* forward[] = {EVERY_ISA(recurrent_forward), &recurrent_reference_forward};
+constexpr const RecurrentCpuKernel* forward[] = {
+    EVERY_ISA(recurrent_forward), FLOAT_ISA(recurrent_rows_forward), &recurrent_reference_forward};
 constexpr const RecurrentCpuKernel* backward[] = {EVERY_ISA(recurrent_backward),
                                                   &recurrent_reference_backward};
 

@@ -88,8 +88,8 @@ class _Recurrent(_TorchRNNBase):
                 all_names.append([names[name] + suffix for name in shapes])
         self._all_weights = all_names
         self._flat_weights_names = [name for own in all_names for name in own]
-        self._flat_weights = [getattr(self, name) for name in self._flat_weights_names]
         self._kernel_mode = mode
+        self._init_flat_weights()
         self.reset_parameters()
 
     def flatten_parameters(self) -> None:
@@ -324,7 +324,6 @@ class JordanRNN(_Recurrent):
         self._stated = _stated(
             zoneout=zoneout, recurrent_dropout=recurrent_dropout, variational_dropout=variational_dropout, clip=clip
         )
-        self._flat_weight_refs: list[Any] = []
         self._add_weights(self.mode, _JORDAN_NAMES, device=device, dtype=dtype)
 
     def reset_parameters(self) -> None:

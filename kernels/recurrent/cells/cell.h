@@ -21,6 +21,12 @@
 
 #include "common/numerics.h"
 
+#if defined(__CUDACC__)
+#define PYSEQNET_UNROLL _Pragma("unroll")
+#else
+#define PYSEQNET_UNROLL _Pragma("GCC unroll 8")
+#endif
+
 namespace pyseqnet {
 
 struct CellFacts {
@@ -36,19 +42,23 @@ struct CellFacts {
   bool over_units = false;    // statistics over all units of a row
   bool feeds_output = false;  // what is fed back is the output layer's (Jordan)
 
-  constexpr int apart() const { return gates - apart_from; }
-  constexpr int sums() const { return gates + apart(); }  // slots that hold sums; the first ones
+  PYSEQNET_HOST_DEVICE constexpr int apart() const { return gates - apart_from; }
+  PYSEQNET_HOST_DEVICE constexpr int sums() const {
+    return gates + apart();
+  }  // slots that hold sums; the first ones
   // The slot of a gate's recurrent part. Of its input's part: the gate's own number.
-  constexpr int recurrent_slot(int gate) const { return gate < apart_from ? gate : gate + apart(); }
+  PYSEQNET_HOST_DEVICE constexpr int recurrent_slot(int gate) const {
+    return gate < apart_from ? gate : gate + apart();
+  }
   // Gradients of the sums lie in blocks of H: input's parts of gates that keep parts apart, sums of both parts,
   // recurrent parts. So what meets x and what meets h' are `gates` blocks in a row each.
-  constexpr int gradient_block(int slot) const {
+  PYSEQNET_HOST_DEVICE constexpr int gradient_block(int slot) const {
     return slot < apart_from ? apart() + slot : slot < gates ? slot - apart_from : slot;
   }
-  constexpr int gate_of_input_block(int block) const {
+  PYSEQNET_HOST_DEVICE constexpr int gate_of_input_block(int block) const {
     return block < apart() ? apart_from + block : block - apart();
   }
-  constexpr int first_recurrent_block() const { return apart(); }
+  PYSEQNET_HOST_DEVICE constexpr int first_recurrent_block() const { return apart(); }
 };
 
 // sigmoid and tanh of a scalar. The logistic function by way of tanh would lose its small values: 1 / (1 +

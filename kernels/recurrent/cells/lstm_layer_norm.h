@@ -35,26 +35,28 @@ struct LayerNormLstmCell {
     Real mean, inverse;  // 1 / standard deviation
     PYSEQNET_HOST_DEVICE Real normal(Real x) const { return (x - mean) * inverse; }
   };
-  // Of `count` rows of H values. Two passes: a difference of squares would lose digits.
+  // Of `count` rows of H values, summed side by side. Two passes: a difference of squares would lose digits.
   static constexpr double epsilon = 1e-5;
-  template <class Row, class Acc>
-  PYSEQNET_HOST_DEVICE static Moments moments(const Row& row, int64_t H, const Acc* values, int count) {
+  template <int count, class Row, class Acc>
+  PYSEQNET_HOST_DEVICE static Moments moments(const Row& row, int64_t H, const Acc* values) {
     const Acc share = Acc(1) / (Acc(H) * Acc(count));
-    Real sum = {}, squares = {};
-    for (int k = 0; k < count; k++)
-      for (auto u = row.units(H); u.inside(); u.next()) sum += row.load(values + k * H, u);
-    const Real mean = row.total(sum) * share;
-    for (int k = 0; k < count; k++)
-      for (auto u = row.units(H); u.inside(); u.next()) {
-        const Real x = row.within(u, row.load(values + k * H, u) - mean);
-        squares += x * x;
-      }
-    return {mean, Math::inverse_root(row.total(squares) * share + Acc(epsilon))};
+    Real sum[count] = {}, squares[count] = {};
+    for (auto u = row.units(H); u.inside(); u.next()) PYSEQNET_UNROLL
+    for (int k = 0; k < count; k++) sum[k] += row.load(values + k * H, u);
+    for (int k = 1; k < count; k++) sum[0] += sum[k];
+    const Real mean = row.total(sum[0]) * share;
+    for (auto u = row.units(H); u.inside(); u.next()) PYSEQNET_UNROLL
+    for (int k = 0; k < count; k++) {
+      const Real x = row.within(u, row.load(values + k * H, u) - mean);
+      squares[k] += x * x;
+    }
+    for (int k = 1; k < count; k++) squares[0] += squares[k];
+    return {mean, Math::inverse_root(row.total(squares[0]) * share + Acc(epsilon))};
   }
 
   template <class Row, class Acc>
   PYSEQNET_HOST_DEVICE static void forward_row(const Row& row, int64_t H, const RowForward<Acc>& at) {
-    const Moments of_x = moments(row, H, at.slots, 4), of_h = moments(row, H, at.recurrent, 4);
+    const Moments of_x = moments<4>(row, H, at.slots), of_h = moments<4>(row, H, at.recurrent);
     for (auto u = row.units(H); u.inside(); u.next()) {
       const Unit unit = unit_of<LayerNormLstmCell>(row, H, u, at.parameters, at.options);
       Real gate[4];
@@ -68,10 +70,10 @@ struct LayerNormLstmCell {
       }
       const Real before = row.load(at.c_before, u);
       const Real c = LstmCell<Math>::clipped(gate[1] * before + gate[0] * gate[2], unit);
-      row.store(at.c, u, c + zone_of(row, u, at.zone, at.options.zone_c) * (before - c));
+      row.store(at.c, u, zoned(zone_of(row, u, at.zone, at.options.zone_c), before, c));
       row.store(at.h, u, c);  // until its statistics are known
     }
-    const Moments of_c = moments(row, H, at.h, 1);
+    const Moments of_c = moments<1>(row, H, at.h);
     for (auto u = row.units(H); u.inside(); u.next()) {
       const Real normal = of_c.normal(row.load(at.h, u));
       row.store(at.h, u,
@@ -116,7 +118,7 @@ struct LayerNormLstmCell {
     const Acc share = Acc(1) / Acc(H);
     for (auto u = row.units(H); u.inside(); u.next())
       row.store(at.sums, u, cell_of(row, H, u, at));  // c, until its statistics are known
-    const Moments of_c = moments(row, H, at.sums, 1);
+    const Moments of_c = moments<1>(row, H, at.sums);
     Real gradients = {}, with_normals = {};
     for (auto u = row.units(H); u.inside(); u.next()) {
       const Real o = row.load(gates + 3 * H, u), gain = row.load(at.parameters + gain_c * H, u);
@@ -133,7 +135,7 @@ struct LayerNormLstmCell {
     const Means of_cell = {row.total(gradients) * share, row.total(with_normals) * share};
 
     // c = f c' + i g: the gradients of the gates' sums to their blocks.
-    const Moments of_x = moments(row, H, at.kept, 4), of_h = moments(row, H, at.kept + 4 * H, 4);
+    const Moments of_x = moments<4>(row, H, at.kept), of_h = moments<4>(row, H, at.kept + 4 * H);
     Real x_gradients = {}, x_with_normals = {}, h_gradients = {}, h_with_normals = {};
     for (auto u = row.units(H); u.inside(); u.next()) {
       const Unit unit = unit_of<LayerNormLstmCell>(row, H, u, at.parameters, at.options);
