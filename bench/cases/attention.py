@@ -1,4 +1,4 @@
-"""Softmax attention: causal, dense, padded, masked, cross-attention, grouped heads and decoding."""
+"""Softmax attention: causal, dense, padded, masked, patterns, cross-attention, grouped heads and decoding."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 import pyseqnet.functional as F
 from bench.case import Case, Cost, Inputs, Rival, Tolerance
+from pyseqnet import masks
 
 
 def attention(
@@ -26,6 +27,7 @@ def attention(
     mask: str = "",
     lengths: bool = False,
     heads_inside: bool = False,
+    pattern: masks.Pattern | None = None,
     dtypes: tuple[str, ...] = ("f32",),
     devices: tuple[str, ...] = ("cpu", "cuda"),
 ) -> Case:
@@ -38,6 +40,7 @@ def attention(
     rows = torch.ones(queries, keys, dtype=torch.bool)
     rows = rows.tril() if causal else rows
     rows = rows & visible if visible is not None else rows
+    rows = pattern.to_dense(queries, keys) if pattern is not None else rows
     pairs = rows.sum().item() * batch * heads
     if length is not None:
         pairs = queries * int(length.sum().item()) * heads
@@ -57,6 +60,8 @@ def attention(
     def fixed(device: torch.device, as_mask: bool) -> dict[str, Tensor]:
         if visible is not None:
             return {"attn_mask": visible.to(device)}
+        if pattern is not None:
+            return {"attn_mask": rows.to(device)} if as_mask else {"pattern": pattern}
         if length is None:
             return {}
         padding = (torch.arange(keys) < length[:, None])[:, None, None, :]
@@ -74,7 +79,12 @@ def attention(
     mask_count = heads * queries * keys if mask in ("additive", "learned") else 0
     words = f"B{batch} H{heads}" + (f"/{kv_heads}" if kv_heads != heads else "") + f" L{queries} S{keys} D{width}"
     words += (" causal" if causal else "") + (f" {mask} mask" if mask else "") + (" key lengths" if lengths else "")
+    words += f" {pattern!r}" if pattern is not None else ""
     words += ", heads inside" if heads_inside else ""
+    user = None if mask or lengths or causal else Rival("matmul and softmax", _by_hand(options))
+    if pattern is not None:
+        blocked = isinstance(pattern, masks.Local) and pattern.left == pattern.right and keys % pattern.left == 0
+        user = Rival("blocks of three windows", functools.partial(_blocked, pattern.left)) if blocked else None
     return Case(
         family="attention",
         name=name,
@@ -87,7 +97,7 @@ def attention(
         backward=Cost(10.0 * width * pairs, 4 * q_count + 2 * kv_count + mask_count),
         gradients=("query", "key", "value") + (("attn_mask",) if mask == "learned" else ()),
         tolerance=lambda dtype: Tolerance(),
-        user=None if mask or lengths or causal else Rival("matmul and softmax", _by_hand(options)),
+        user=user,
         dtypes=dtypes,
         devices=devices,
     )
@@ -105,7 +115,34 @@ def _by_hand(options: dict[str, Any]) -> Any:
     return function
 
 
+def _blocked(window: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """A window to both sides in blocks as wide, as Longformer's chunks and local-attention have it: each block of
+    queries meets its own keys and those of its two neighbours."""
+    b, h, length, width = query.shape
+    blocks = length // window
+
+    def neighbours(t: Tensor) -> Tensor:
+        padded = torch_F.pad(t, (0, 0, window, window))
+        return padded.unfold(2, 3 * window, window).transpose(-1, -2).reshape(b, h * blocks, 3 * window, width)
+
+    distance = torch.arange(3 * window) - window - torch.arange(window).unsqueeze(1)
+    exists = torch.ones(blocks, 1, 3 * window, dtype=torch.bool)
+    exists[0, :, :window] = exists[-1, :, 2 * window :] = False
+    visible = ((distance.abs() <= window) & exists).repeat(h, 1, 1).to(query.device)
+    out = torch_F.scaled_dot_product_attention(
+        query.reshape(b, h * blocks, window, width), neighbours(key), neighbours(value), visible
+    )
+    return out.reshape(b, h, length, width)
+
+
 BOTH = ("f32", "bf16")
+
+
+def _random_layout(blocks: int) -> Tensor:
+    """A fifth of all blocks and the diagonal."""
+    generator = torch.Generator().manual_seed(1)
+    return (torch.rand(blocks, blocks, generator=generator) < 0.2) | torch.eye(blocks, dtype=torch.bool)
+
 
 CASES = [
     attention("causal_2048", 1, 8, 2048, 2048, 64, causal=True, dtypes=BOTH),
@@ -124,6 +161,21 @@ CASES = [
     attention("decode_4096", 1, 8, 1, 4096, 64, dtypes=BOTH),
     attention("decode_1024_batch", 16, 8, 1, 1024, 64),
     attention("decode_1024_grouped", 4, 16, 1, 1024, 64, key_heads=2),
+    attention("decode_4096", 1, 8, 1, 4096, 64, dtypes=BOTH),
+    attention("lengths_512", 16, 8, 512, 512, 64, lengths=True),
+    attention("local_1024", 1, 8, 1024, 1024, 64, pattern=masks.Local(64)),
+    attention("local_2048", 1, 8, 2048, 2048, 64, pattern=masks.Local(64)),
+    attention("local_8192", 1, 8, 8192, 8192, 64, pattern=masks.Local(64)),
+    attention(
+        "strided_local_global_4096",
+        1,
+        8,
+        4096,
+        4096,
+        64,
+        pattern=masks.Strided(8, 64) | masks.Local(64) | masks.Global(2),
+    ),
+    attention("blocks_2048", 1, 8, 2048, 2048, 64, pattern=masks.Blocks(_random_layout(32), 64)),
     # a GPU's sizes
     attention("gpu_causal_4096", 4, 16, 4096, 4096, 64, causal=True, dtypes=("bf16",), devices=("cuda",)),
 ]
