@@ -20,8 +20,8 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections import OrderedDict
 from collections.abc import Sequence
+from operator import index
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ _KEPT_A_PATTERN, _KEPT_IN_ALL = 8, 32  # compiled shapes
 class Pattern(ABC):
     """Which keys each query sees. Patterns are immutable, hashable and equal by what they say."""
 
+    _token: str  # tells patterns apart; an attribute, so that torch.compile can guard on it
     heads: int | None = None  # query heads that have patterns of their own; None: one for all
     depends_on_surplus = False  # whether something is aligned bottom-right
     _small = True  # made of a few numbers, so that equal patterns may share what was compiled
@@ -78,6 +79,12 @@ class Pattern(ABC):
 
     # --- what all have ---
 
+    def _seal(self) -> None:
+        """The last step of every constructor."""
+        words = (a._token if isinstance(a, Pattern) else repr(a) for a in self._arguments())
+        self._token = f"{type(self).__name__}({', '.join(words)})"
+        self._compiled: dict[str, tuple[Tensor, ...]] = {}
+
     def __and__(self, other: Pattern) -> Pattern:
         return _And(self, other) if isinstance(other, Pattern) else NotImplemented
 
@@ -85,16 +92,16 @@ class Pattern(ABC):
         return _Or(self, other) if isinstance(other, Pattern) else NotImplemented
 
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and self._arguments() == other._arguments()
+        return isinstance(other, Pattern) and self._token == other._token
 
     def __hash__(self) -> int:
-        return hash((type(self).__name__, self._arguments()))
+        return hash(self._token)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(map(repr, self._arguments()))})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_compiled"}
+        return {**self.__dict__, "_compiled": {}}
 
     def to_dense(self, L: int, S: int, device: torch.device | str | None = None) -> Tensor:
         """The bool mask ``(L, S)``, of a pattern with heads ``(H, L, S)``: True takes part."""
@@ -116,31 +123,39 @@ class Pattern(ABC):
     ) -> tuple[Tensor, ...]:
         """The tensors of kernels/attention/attention_blocks.h for ``L`` queries and ``S`` keys, on the device:
         row_begin, row_entries, column_begin, column_entries, row_order, column_order, bits. Kept for the next call."""
+        # index: under torch.compile lists are made for known extents only.
+        return self._compiled[self._prepare(index(L), index(S), index(heads), str(device or "cpu"))]
+
+    # Compilers take its result for a constant, and find the tensors in a dictionary that the pattern holds: so they
+    # guard on both, and on the token.
+    @torch.compiler.assume_constant_result
+    def _prepare(self, length: int, keys: int, heads: int, device: str) -> str:
+        """Sees to it that a shape is compiled; its name in `_compiled`."""
         if self.heads is not None and self.heads != heads:
             raise ValueError(f"pattern has {self.heads} heads, query {heads}")
-        where = (int(L), int(S), str(device))
-        kept: OrderedDict[Any, tuple[Tensor, ...]] = self.__dict__.setdefault("_compiled", OrderedDict())
-        found = kept.get(where)
+        name = f"{int(length)} {int(keys)} {device}"
+        equals = (self._token, name)
+        found = self._compiled.get(name)
         if found is None and self._small:
-            found = _compiled_of_equals.get((self, where))
+            found = _compiled_of_equals.get(equals)
         if found is None:
-            self._check(int(L), int(S))
+            self._check(int(length), int(keys))
             patterns = [self] if self.heads is None else [self._of_head(h) for h in range(self.heads)]
-            found = tuple(t.to(device) for t in compiled_tiles(patterns, int(L), int(S)))
-        _keep(kept, where, found, _KEPT_A_PATTERN)
+            found = tuple(t.to(device) for t in compiled_tiles(patterns, int(length), int(keys)))
+        _keep(self._compiled, name, found, _KEPT_A_PATTERN)
         if self._small:
-            _keep(_compiled_of_equals, (self, where), found, _KEPT_IN_ALL)
-        return found
+            _keep(_compiled_of_equals, equals, found, _KEPT_IN_ALL)
+        return name
 
 
-_compiled_of_equals: OrderedDict[Any, tuple[Tensor, ...]] = OrderedDict()
+_compiled_of_equals: dict[tuple[str, str], tuple[Tensor, ...]] = {}
 
 
-def _keep(cache: OrderedDict[Any, Any], name: Any, value: Any, most: int) -> None:
-    cache[name] = value
-    cache.move_to_end(name)
+def _keep(cache: dict[Any, Any], name: Any, value: Any, most: int) -> None:
+    cache.pop(name, None)
+    cache[name] = value  # the last now
     while len(cache) > most:
-        cache.popitem(last=False)
+        del cache[next(iter(cache))]
 
 
 # --- checks ---------------------------------------------------------------------------------------------------------
@@ -219,6 +234,7 @@ class Causal(_ByDistance):
 
     def __init__(self, align: str = "top_left") -> None:
         self.align = _alignment(align)
+        self._seal()
 
     def _arguments(self) -> tuple[Any, ...]:
         return (self.align,)
@@ -241,6 +257,7 @@ class Local(_ByDistance):
         self.left = _integer("left", left, 0)
         self.right = self.left if right is None else _integer("right", right, 0)
         self.align = _alignment(align)
+        self._seal()
 
     def _arguments(self) -> tuple[Any, ...]:
         return self.left, self.right, self.align
@@ -263,6 +280,7 @@ class Strided(_ByDistance):
         self.stride = _integer("stride", stride, 1)
         self.window = None if window is None else _integer("window", window, 0)
         self.align = _alignment(align)
+        self._seal()
 
     def _arguments(self) -> tuple[Any, ...]:
         return self.stride, self.window, self.align
@@ -294,6 +312,7 @@ class Global(Pattern):
         else:
             self.tokens = _integer("tokens", tokens, 0)
             self._positions = torch.arange(self.tokens)
+        self._seal()
 
     def _arguments(self) -> tuple[Any, ...]:
         return (self.tokens,)
@@ -338,6 +357,7 @@ class Blocks(Pattern):
         if self.heads is None:
             sums[1:, 1:] = self.layout.long().cumsum(0).cumsum(1)
         self._sums = sums
+        self._seal()
 
     def _arguments(self) -> tuple[Any, ...]:
         return _digest(self.layout), tuple(self.layout.shape), self.block
@@ -377,6 +397,7 @@ class Dense(Pattern):
     def __init__(self, mask: Tensor) -> None:
         self.mask = _bool_tensor("mask", mask, "(L, S) or (heads, L, S)")
         self.heads = self.mask.shape[0] if self.mask.dim() == 3 else None
+        self._seal()
 
     def _arguments(self) -> tuple[Any, ...]:
         return _digest(self.mask), tuple(self.mask.shape)
@@ -436,6 +457,7 @@ class Edges(Pattern):
         tile = query // BLOCK * columns + key // BLOCK
         self._edges = torch.unique((tile * BLOCK + query % BLOCK) * BLOCK + key % BLOCK)
         self._tiles = self._edges // BLOCK**2
+        self._seal()
 
     def _arguments(self) -> tuple[Any, ...]:
         return _digest(self._edges), self._edges.numel(), self.num_keys, self.num_queries
@@ -481,6 +503,7 @@ class _Pair(Pattern):
         self.left, self.right = left, right
         self.heads = left.heads if left.heads is not None else right.heads
         self._small = left._small and right._small
+        self._seal()
 
     @property
     def depends_on_surplus(self) -> bool:  # type: ignore[override]
@@ -538,6 +561,7 @@ class _PerHead(Pattern):
         self.patterns = patterns
         self.heads = len(patterns)
         self._small = all(p._small for p in patterns)
+        self._seal()
 
     @property
     def depends_on_surplus(self) -> bool:  # type: ignore[override]

@@ -216,6 +216,8 @@ def _read_pattern(
             "pattern aligned bottom_right with packed sequences needs the same tensor as cu_seqlens_q and "
             "cu_seqlens_k: elsewhere each sequence would have a pattern of its own"
         )
+    if torch.compiler.is_compiling() and not pattern._token:  # read, so that a compiler guards on it
+        raise AssertionError("every pattern has a token")
     return causal, pattern.compile(length, keys, heads=heads, device=device)
 
 

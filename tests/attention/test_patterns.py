@@ -3,6 +3,7 @@ mask does."""
 
 from __future__ import annotations
 
+import itertools
 import pickle
 import tracemalloc
 from typing import Any
@@ -103,7 +104,7 @@ def check_lists(pattern: M.Pattern, length: int, keys: int, heads: int = 1) -> N
 
     def listed(begin: Tensor, entries: Tensor) -> dict[tuple[int, int], int]:
         found = {}
-        for owner, (a, b) in enumerate(zip(begin, begin[1:], strict=False)):
+        for owner, (a, b) in enumerate(itertools.pairwise(begin.tolist())):
             tiles = entries[a:b, 0].tolist()
             assert tiles == sorted(set(tiles))
             found.update({(owner, t): k for t, k in entries[a:b].tolist()})
@@ -158,7 +159,7 @@ def test_what_was_compiled_is_kept() -> None:
     assert len(pattern._compiled) <= 8
     mask = M.Dense(torch.ones(5, 5, dtype=torch.bool))
     mask.compile(5, 5)
-    assert all(held is not mask for held, _ in M._compiled_of_equals)  # large ones live as long as their pattern
+    assert all(token != mask._token for token, _ in M._compiled_of_equals)  # large ones live as long as their pattern
 
 
 EVERY_KIND = [
@@ -345,20 +346,32 @@ def test_pattern_errors(heads: int) -> None:
         F.scaled_dot_product_attention(q, q, q, pattern="causal")
 
 
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-def test_compile_sees_one_node(device: str) -> None:
+def test_torch_compile(device: str, dynamic: bool) -> None:
+    """One graph, two layers of it, and never the lists of another pattern or shape."""
     torch._dynamo.reset()
-    pattern = M.Local(9) | M.Global(1)
-    inputs = inputs_of(device)
+    patterns = [M.Local(9) | M.Global(1), M.Dense(torch.ones(150, 150).tril(3).bool())]
 
     def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q * 2, k, v, pattern=pattern).square().sum()
+        once = F.scaled_dot_product_attention(q * 2, k, v, pattern=patterns[0])
+        return F.scaled_dot_product_attention(once, k, v, pattern=patterns[1]).square().sum()
 
-    expected = model(*inputs)
-    found = torch.compile(model, fullgraph=True, backend="aot_eager")(*inputs)
-    torch.testing.assert_close(found, expected)
-    for a, b in zip(torch.autograd.grad(found, inputs), torch.autograd.grad(expected, inputs), strict=True):
-        torch.testing.assert_close(a, b)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+
+    def check(inputs: list[Tensor]) -> None:
+        found, expected = compiled(*inputs), model(*inputs)
+        torch.testing.assert_close(found, expected)
+        for a, b in zip(torch.autograd.grad(found, inputs), torch.autograd.grad(expected, inputs), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+    check(inputs_of(device))
+    patterns[1] = M.Dense(torch.ones(150, 150).tril(-3).bool())
+    check(inputs_of(device))
+    patterns[:] = M.Local(4), M.Strided(5)
+    check(inputs_of(device, length=70, keys=90))
+    patterns[1] = M.Strided(6)
+    check(inputs_of(device, length=70, keys=90))
 
 
 def test_double_backward(device: str) -> None:
