@@ -313,6 +313,34 @@ CASES = [
     recurrent("lstm_odd_100", "lstm", 60, 20, 50, 100),
     recurrent("lstm_single_128", "lstm", 100, 1, 128, 128),
     recurrent("lstm_one_feature_64", "lstm", 200, 32, 1, 64),
+    # long sequences on a GPU: recurrent weights that stay in a block, a cluster, the whole device
+    *(
+        recurrent(f"{name}_b{batch}", cell, 512, batch, hidden, hidden, dtypes=("bf16",), devices=("cuda",))
+        for name, cell, hidden in (
+            ("lstm_long_128", "lstm", 128),
+            ("lstm_long_256", "lstm", 256),
+            ("lstm_long_512", "lstm", 512),
+            ("lstm_long_1024", "lstm", 1024),
+            ("gru_long_512", "gru", 512),
+            ("elman_long_512", "rnn_tanh", 512),
+        )
+        for batch in (16, 64, 128)
+    ),
+    *(
+        recurrent(
+            f"bilstm_long_{hidden}_packed",
+            "lstm",
+            512,
+            64,
+            hidden,
+            hidden,
+            directions=2,
+            sequences="packed",
+            dtypes=("bf16",),
+            devices=("cuda",),
+        )
+        for hidden in (256, 1024)
+    ),
     # single steps
     cell_step("lstm_cell_b32_256", 32, 256, 256, dtypes=BOTH),
     cell_step("lstm_cell_b1_128", 1, 128, 128, dtypes=BOTH),

@@ -52,7 +52,8 @@
 //
 // Rounding: inputs are widened to A, all sums and states are kept in A within a call; what is stored in T is
 // rounded once. (Elman and dW_hh in 16 bits: backward sees the rounded h, as torch does.) Kernels that
-// multiply bfloat16 may also round, to bfloat16, what a product reads: h and the gradients of gates' sums.
+// multiply 16-bit numbers may also round, to the problem's dtype, what a product reads: h and the gradients of
+// gates' sums.
 #pragma once
 #include <string>
 

@@ -50,6 +50,8 @@ struct RowStrides {
   int64_t D, R;
 };
 
+namespace {  // each source compiles its own
+
 // One warp a step: it counts the rows before the step, then numbers the step's own.
 constexpr int list_threads = 32;
 
@@ -90,6 +92,8 @@ inline int launch_list_rows(const Sequences& q, const RowLists& to, const RowStr
   return launch({.grid = grid_of(q.T), .block = dim3(list_threads), .stream = stream}, list_rows, q, to,
                 strides);
 }
+
+}  // namespace
 
 // Writes 0 to the padded positions of a tensor (T, B, width), a warp a position.
 constexpr int zero_threads = 256;
