@@ -26,7 +26,8 @@ namespace {
 constexpr int threads = 128, warps = threads / 32;
 constexpr int own_rows = 16, other_rows = 32, pairs = own_rows * other_rows / threads;
 constexpr int chunk = 32;  // channels that are staged at a time
-constexpr int resident = 4;  // blocks a multiprocessor that registers must allow
+// Blocks that a multiprocessor's registers must hold: unasked, ptxas aims at more and spills for it.
+constexpr int resident = 2;
 
 // One side of the pairs: rows of one batch entry.
 template <class T>
@@ -259,7 +260,7 @@ PYSEQNET_DEVICE void add_score_gradients(const Call<T>& c, const Memory<Acc>& m,
 }
 
 template <bool of_queries, class T>
-__global__ void __launch_bounds__(threads) additive_backward(const Call<T> c) {
+__global__ void __launch_bounds__(threads, resident) additive_backward(const Call<T> c) {
   using Acc = accumulator_t<T>;
   PYSEQNET_SHARED(Memory<Acc>, m, );
   const AdditiveProblem& p = c.p;

@@ -237,8 +237,10 @@ class MultiheadAttention(_TorchMultiheadAttention):
         if batch_size is None:
             raise ValueError("a cache of fixed capacity needs batch_size")
         like = self.out_proj.weight
+        kind = like.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype
         heads, width = self.num_heads, self.head_dim
-        return PreallocatedCache(batch_size, heads, capacity, width, device=like.device, dtype=like.dtype)
+        return PreallocatedCache(batch_size, heads, capacity, width, device=like.device, dtype=dtype)
 
     def forward(
         self,

@@ -251,6 +251,20 @@ def test_decoder_with_beams(norm_first: bool, batch_first: bool) -> None:
         torch.testing.assert_close(output, expected[:, 5:])
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_sixteen_bits(autocast: bool) -> None:
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(E, H, 32, batch_first=True), 2).eval()
+    x = normal((B, T, E), 10, torch.float32)
+    if not autocast:
+        model, x = model.bfloat16(), x.bfloat16()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        whole = model(x, mask=causal_mask(T), is_causal=True)
+        for state in (model.new_state(), model.new_state(T, B)):
+            steps = torch.cat([model(token, state=state) for token in x.split(1, 1)], 1)
+            assert state[0].self_attention.key.dtype == torch.bfloat16
+            torch.testing.assert_close(steps, whole, atol=0.05, rtol=0.02)
+
+
 def test_later_tokens_change_no_bit_of_earlier_outputs() -> None:
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(E, H, 32, 0.0, batch_first=True), 2)
     x = normal((B, T, E), 9, torch.float32)
