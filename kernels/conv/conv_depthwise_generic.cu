@@ -5,9 +5,12 @@
 // correlate_3x3: forward of the common filter, stride 1 or 2 down the lines. A thread computes four lines of
 // one column and loads the three pixels of an input line once for all of them.
 //
+// correlate_columns (conv_depthwise.cuh): forward of four or more neighbouring taps a row, stride 1: 5x5, 7x7,
+// and the long filters of speech. Four columns slide over the taps.
+//
 // correlate: forward of every other filter. Four lines of one column (one where there are fewer) share index
 // arithmetic, weights and the test of a tap's column. What several outputs read comes from the L1 cache.
-// The input gradient of stride 1 is the same two, with the filter turned around.
+// The input gradient of stride 1 is the same three, with the filter turned around.
 //
 // gather_strided: input gradient of a stride above 1. Every pixel sums the taps that meet an output. Whether
 // tap r does is kept as a quotient and a remainder by the stride, which change by constants from tap to tap.
@@ -25,56 +28,16 @@
 //
 // Predicted before any measurement, for an H200 (4.3 TB/s), N32 C64 56x56 3x3 pad 1 (51 MB in float32, 12
 // us): forward and input gradient 15 us in float32, 19 us in bfloat16; weight gradient 17 us and 20 us.
-#include "conv/conv_generic.cuh"
+// Measured on an H200 with `correlate` for 7x7 (2x96x56x56): 55 us in float32, 60 in bfloat16, by 147 blocks of
+// threads that walked four items each: instructions (15 a product, 15 us) and latency with one block a
+// multiprocessor. correlate_columns has about 4 a product, and blocks enough: 6 us predicted.
+#include "conv/conv_depthwise.cuh"
 
 namespace pyseqnet {
 namespace {
 
-constexpr int threads = 256;
-constexpr int64_t walk_length = 4;  // outputs or groups of lines a thread computes, one after the other
-constexpr int lines_together = 4;
-
-// One spatial axis of correlate: output i reads the input at i * stride - pad + tap * dilation.
-// Of gather_strided: pixel i reads gy at (i + pad - tap * dilation) / stride where that is whole.
-struct SpatialAxis {
-  int in, out, taps, stride, pad, dilation;
-  int back, rest;  // the dilation divided by the stride: quotient and remainder
-};
-
-// The outputs, numbered in the order of memory: (n, c, line group, column) or (n, line group, column, c).
-struct Depthwise {
-  Radix<4> radix;
-  int64_t items;
-  bool channels_last;
-  SpatialAxis h, w;
-  Strides in, out;
-  // Where the weight of tap 0, 0 of channel 0 lies, and the way to the next channel, row and column.
-  int weight_origin, weight_c, weight_h, weight_w;
-};
-
-struct Position {
-  int n, c, line, column;
-  PYSEQNET_DEVICE Position(const Depthwise& d, const Digits<4>& i)
-      : n(i.digit[0]),
-        c(d.channels_last ? i.digit[3] : i.digit[1]),
-        line(d.channels_last ? i.digit[1] : i.digit[2]),
-        column(d.channels_last ? i.digit[2] : i.digit[3]) {}
-};
-
-// Calls f(Position) for the thread's share of the outputs.
-template <class F>
-PYSEQNET_DEVICE void walk_outputs(const Depthwise& d, F&& f) {
-  const int64_t first = int64_t(blockIdx.x) * (threads * walk_length) + threadIdx.x;
-  if (first >= d.items) return;
-  Digits<4> digits = digits_of(first, d.radix.extent);
-  for (int64_t item = first; item < d.items && item < first + threads * walk_length; item += threads) {
-    f(Position(d, digits));
-    advance(digits, d.radix);
-  }
-}
-
 template <class T, int lines>
-__global__ void __launch_bounds__(threads, lines == 1 ? 5 : 3)
+__global__ void __launch_bounds__(depthwise_threads, lines == 1 ? 5 : 3)
     correlate(const T* __restrict__ in, const T* __restrict__ weights, const T* __restrict__ bias,
               T* __restrict__ out, Depthwise d) {
   using Acc = accumulator_t<T>;
@@ -142,7 +105,7 @@ struct InputLines {
 };
 
 template <class T, int stride>
-__global__ void __launch_bounds__(threads, 3)
+__global__ void __launch_bounds__(depthwise_threads, 3)
     correlate_3x3(const T* __restrict__ in, const T* __restrict__ weights, const T* __restrict__ bias,
                   T* __restrict__ out, Depthwise d) {
   using Acc = accumulator_t<T>;
@@ -196,7 +159,7 @@ struct OutputOfTap {
 };
 
 template <class T>
-__global__ void __launch_bounds__(threads, 5)
+__global__ void __launch_bounds__(depthwise_threads, 5)
     gather_strided(const T* __restrict__ gy, const T* __restrict__ weights, T* __restrict__ gx, Depthwise d) {
   using Acc = accumulator_t<T>;
   walk_outputs(d, [&](Position at) {
@@ -335,6 +298,9 @@ __global__ void __launch_bounds__(channel_threads, 2)
 
 // ------------------------------------------------------------------------------------------------ host side
 
+constexpr int short_walk = 2, long_walk = 4;
+constexpr int64_t enough_blocks = 528;  // four a multiprocessor
+
 SpatialAxis spatial(int64_t in, int64_t out, int64_t taps, int64_t stride, int64_t pad, int64_t dilation) {
   return {int(in),
           int(out),
@@ -352,15 +318,17 @@ void number_outputs(Depthwise& d, const ConvProblem& p, int64_t lines, int64_t c
   d.channels_last = p.layout == Layout::nhwc;
   d.items = p.N * p.C * groups * columns;
   if (d.items == 0) return;
+  // A walk saves divisions; where there are few outputs a long one leaves multiprocessors without work.
+  d.walk = d.items < depthwise_threads * long_walk * enough_blocks ? short_walk : long_walk;
   if (d.channels_last)
-    d.radix = radix_of<4>({p.N, groups, columns, p.C}, threads);
+    d.radix = radix_of<4>({p.N, groups, columns, p.C}, depthwise_threads);
   else
-    d.radix = radix_of<4>({p.N, p.C, groups, columns}, threads);
+    d.radix = radix_of<4>({p.N, p.C, groups, columns}, depthwise_threads);
 }
 
 LaunchConfig config_of(const Depthwise& d, void* stream) {
-  return {.grid = dim3(unsigned(ceil_div(d.items, threads * walk_length))),
-          .block = dim3(threads),
+  return {.grid = dim3(unsigned(ceil_div(d.items, depthwise_threads * d.walk))),
+          .block = dim3(depthwise_threads),
           .stream = stream};
 }
 
@@ -373,7 +341,7 @@ Refusal refuses(const ConvProblem& p) {
   if (const Refusal why = refuse_beyond_coordinates(simplified(p))) return why;
   if (double(p.C) * double(tap_blocks(p)) > double(grid_limit)) return "more taps than a grid has blocks";
   const double outputs = double(p.N) * double(p.C) * (double(p.P) * double(p.Q) + double(p.H) * double(p.W));
-  return outputs > double(grid_limit) * threads ? "more outputs than a grid has threads" : accepted;
+  return outputs > double(grid_limit) * depthwise_threads ? "more outputs than a grid has threads" : accepted;
 }
 
 int64_t no_workspace(const ConvProblem&) { return 0; }
@@ -386,6 +354,12 @@ bool common_filter(const SpatialAxis& h, const SpatialAxis& w) {
 template <class T>
 int launch_correlate(Depthwise& d, const ConvProblem& p, const void* in, const void* w, const void* bias,
                      void* out, void* stream) {
+  if (d.w.taps >= columns_together && d.w.stride == 1 && d.w.dilation == 1 && d.w.out >= columns_together) {
+    number_outputs(d, p, d.h.out, ceil_div(d.w.out, columns_together), 1);
+    if (d.items == 0) return launch_ok;
+    return launch(config_of(d, stream), correlate_columns<T>, static_cast<const T*>(in),
+                  static_cast<const T*>(w), static_cast<const T*>(bias), static_cast<T*>(out), d);
+  }
   const bool together = d.h.out >= lines_together;
   number_outputs(d, p, d.h.out, d.w.out, together ? lines_together : 1);
   if (d.items == 0) return launch_ok;

@@ -109,6 +109,9 @@ void check_edges(Suite& suite) {
       problem(1, 3, {9, 6}, 3, {3, 3}, {1, 2}, {1, 1}, {1, 1}, 3),        // depthwise, four lines and a tail
       problem(2, 2, {17, 5}, 2, {3, 3}, {2, 1}, {1, 0}, {1, 1}, 2),       // the same, every other line
       problem(1, 2, {9, 6}, 2, {5, 2}, {1, 1}, {2, 1}, {1, 1}, 2),        // the same, any filter
+      problem(1, 5, {9, 10}, 5, {7, 7}, {1, 1}, {3, 3}, {1, 1}, 5),       // rows of taps, a tail of columns
+      problem(2, 3, {1, 45}, 3, {1, 31}, {1, 1}, {0, 15}, {1, 1}, 3),     // a long filter
+      problem(1, 2, {8, 9}, 2, {5, 4}, {2, 1}, {2, 3}, {2, 1}, 2),        // lines at a distance
       problem(1, 2, {5, 4}, 3, {3, 2}, {huge, huge}, {1, 0}),             // one output: the stride is idle
       problem(1, 2, {5, 4}, 2, {1, 1}, {1, 2}, {0, 0}, {huge, huge}, 2),  // one tap: the dilation is idle
   };
