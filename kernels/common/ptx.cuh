@@ -277,7 +277,7 @@ PYSEQNET_DEVICE unsigned ld_acquire(const unsigned* p) {
 #endif
 }
 PYSEQNET_DEVICE void red_release_add(unsigned* p, unsigned v) {
-  PYSEQNET_PTX(cusim::atomic_add(p, v),
+  PYSEQNET_PTX(cusim::red_release_add(p, v),
                asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory"));
 }
 PYSEQNET_DEVICE void st_release(unsigned* p, unsigned v) {
@@ -720,6 +720,18 @@ PYSEQNET_DEVICE void setmaxnreg_dec() {
 }
 PYSEQNET_DEVICE void wgmma_fence() {
   PYSEQNET_PTX90A(cusim::wgmma_fence(), asm volatile("wgmma.fence.sync.aligned;" :: : "memory"));
+}
+// The same, and the compiler computes what these accumulators hold before it, not behind it (where ptxas would
+// have to put a fence of its own).
+template <int v>
+PYSEQNET_DEVICE void wgmma_fence(float (&d)[v]) {
+#ifdef __CUDACC__
+#pragma unroll
+  for (int i = 0; i < v; i++) asm volatile("" : "+f"(d[i])::"memory");
+#else
+  (void)d;
+#endif
+  wgmma_fence();
 }
 PYSEQNET_DEVICE void wgmma_commit() {
   PYSEQNET_PTX90A(cusim::wgmma_commit(), asm volatile("wgmma.commit_group.sync.aligned;" :: : "memory"));

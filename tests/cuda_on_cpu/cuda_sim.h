@@ -129,6 +129,9 @@ unsigned atomic_xor(unsigned*, unsigned);
 __half2 atomic_add(__half2*, __half2);
 __nv_bfloat162 atomic_add(__nv_bfloat162*, __nv_bfloat162);
 
+void red_release_add(unsigned*, unsigned);  // unlike atomic_add, it needs no fence before it
+void fence();
+
 // ---------------------------------------------------------------- warp data exchange
 enum Op { kShfl = 1, kVote, kMatch, kMma, kLdsm, kWgmma, kWgCommit, kWgWait, kRedux, kElect };
 struct alignas(16) ShflArg {  // a host compiler may write both numbers as one vector
@@ -214,9 +217,9 @@ inline void __syncwarp(unsigned mask = 0xffffffffu) { ::cusim::sync_warp(mask); 
 inline int __syncthreads_count(int p) { return ::cusim::sync_block_count(p != 0); }
 inline int __syncthreads_or(int p) { return ::cusim::sync_block_count(p != 0) != 0; }
 inline int __syncthreads_and(int p) { return ::cusim::sync_block_count(p == 0) == 0; }
-inline void __threadfence() {}
-inline void __threadfence_block() {}
-inline void __threadfence_system() {}
+inline void __threadfence() { ::cusim::fence(); }
+inline void __threadfence_block() { ::cusim::fence(); }
+inline void __threadfence_system() { ::cusim::fence(); }
 inline void __nanosleep(unsigned) { ::cusim::yield(); }
 [[noreturn]] inline void __trap() { ::cusim::fail("__trap()"); }
 inline long long clock64() {

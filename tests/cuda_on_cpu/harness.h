@@ -235,6 +235,10 @@ class Suite {
         launched_ = value();
       else if (option == "--large")
         large = true;
+      else if (option == "--list")
+        list_ = true;
+      else if (option == "--stop")
+        stop_ = true;
       else {
         std::fprintf(stderr, "unknown option %s\n", argv[i]);
         std::exit(2);
@@ -251,7 +255,8 @@ class Suite {
   bool begin(const std::string& label) {
     end_problem();
     label_ = label;
-    return only_.empty() || label.find(only_) != std::string::npos;
+    if (list_) std::printf("%s\n", label.c_str());
+    return !list_ && (only_.empty() || label.find(only_) != std::string::npos);
   }
 
   // Runs `launch` (returns the kernel's error code) once per schedule, outputs poisoned before each, and asks
@@ -283,6 +288,7 @@ class Suite {
     constexpr int shown = 20;
     if (failures_++ < shown)
       std::printf("FAILED %s: %s: %s\n", label_.c_str(), what.c_str(), trouble.c_str());
+    if (stop_) std::exit(1);
   }
 
   int finish() {
@@ -291,7 +297,7 @@ class Suite {
     if (!launched_.empty()) cusim::append_launched_kernels(launched_.c_str());
 #endif
     std::printf("%d checks, %d failed\n", checks_, failures_);
-    return failures_ || !checks_;
+    return failures_ || (!checks_ && !list_);
   }
 
  private:
@@ -302,6 +308,7 @@ class Suite {
 
   int seeds_ = 3, checks_ = 0, failures_ = 0;
   uint64_t first_seed_ = 1;
+  bool list_ = false, stop_ = false;
   std::string only_, launched_, label_;
 };
 

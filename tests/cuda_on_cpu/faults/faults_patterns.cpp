@@ -16,8 +16,8 @@ __global__ void last_block_sum(const float* x, float* part, unsigned* counter, f
   __syncthreads();
   if (threadIdx.x == 0) {
     part[blockIdx.x] = red[0] + red[1] + red[2] + red[3];
-    __threadfence();
-    last = fault ? blockIdx.x == gridDim.x - 1 : atomicAdd(counter, 1u) == gridDim.x - 1;
+    if (fault != 2) __threadfence();
+    last = fault == 1 ? blockIdx.x == gridDim.x - 1 : atomicAdd(counter, 1u) == gridDim.x - 1;
   }
   __syncthreads();
   if (last && threadIdx.x == 0) {
@@ -110,7 +110,8 @@ using namespace pyseqnet;
 using namespace pyseqnet::faults;
 
 static int last_block(Random& random) {
-  Program program("last_block_sum", {{1, "the last block does not wait for the others", "RACE"}});
+  Program program("last_block_sum", {{1, "the last block does not wait for the others", "RACE"},
+                                     {2, "no fence before the counter", "RACE"}});
   const int n = 5000, blocks = 9;
   const auto x = normals<float>(n, random);
   std::vector<double> want(1);

@@ -1,5 +1,6 @@
-// Atomics. Integer ones order the threads that meet at an address (modelled as acquire + release: a missing
-// fence is invisible here); floating-point ones do not, so that using a sum before a barrier is still a race.
+// Atomics. Integer ones order the threads that meet at an address: whoever sees the number knows what the other
+// had written before its last fence (its own, or one that it met at a barrier since). That the reader needs a
+// fence, too, is not modelled. Floating-point ones order nothing: using a sum before a barrier is a race.
 // Acquire and relaxed loads yield: a spin loop made of them lets others run.
 #include "internal.h"
 
@@ -7,7 +8,7 @@ namespace cusim {
 template <class T>
 static T rmw(T* p, T (*f)(T, T), T v, bool sync, void* pc) {
   access(p, sizeof(T), true, kAtomic, pc);
-  if (sync) sync_point(p, true, true);
+  if (sync) sync_point(p, true, Release::fenced);
   running.idle = 0;
   T o;
   memcpy(&o, p, sizeof o);
@@ -30,7 +31,7 @@ static T rmw(T* p, T (*f)(T, T), T v, bool sync, void* pc) {
   }                                                                           \
   T atomic_cas(T* p, T c, T v) {                                              \
     access(p, sizeof(T), true, kAtomic, CUSIM_PC);                            \
-    if (S) sync_point(p, true, true);                                         \
+    if (S) sync_point(p, true, Release::fenced);                              \
     running.idle = 0;                                                         \
     T o = *p;                                                                 \
     if (!memcmp(&o, &c, sizeof o)) *p = v;                                    \
@@ -38,7 +39,7 @@ static T rmw(T* p, T (*f)(T, T), T v, bool sync, void* pc) {
   }                                                                           \
   T load_acquire(const T* p) {                                                \
     access(p, sizeof(T), false, kAtomic, CUSIM_PC);                           \
-    sync_point(p, true, false);                                               \
+    sync_point(p, true, Release::nothing);                                    \
     T o = *p;                                                                 \
     yield(CUSIM_PC);                                                          \
     return o;                                                                 \
@@ -51,7 +52,7 @@ static T rmw(T* p, T (*f)(T, T), T v, bool sync, void* pc) {
   }                                                                           \
   void store_release(T* p, T v) {                                             \
     access(p, sizeof(T), true, kAtomic, CUSIM_PC);                            \
-    sync_point(p, false, true);                                               \
+    sync_point(p, false, Release::all);                                       \
     running.idle = 0;                                                         \
     *p = v;                                                                   \
   }                                                                           \
@@ -66,6 +67,17 @@ CUSIM_DEF(unsigned long long, true)
 CUSIM_DEF(float, false)
 CUSIM_DEF(double, false)
 // clang-format on
+void red_release_add(unsigned* p, unsigned v) {
+  access(p, sizeof *p, true, kAtomic, CUSIM_PC);
+  sync_point(p, false, Release::all);
+  running.idle = 0;
+  *p += v;
+}
+void fence() {
+  if (!checks_on) return;
+  cur->p->fenced = nullptr;
+  clock_release(cur, cur->p->fenced);
+}
 int atomic_and(int* p, int v) {
   return rmw<int>(p, [](int a, int b) { return a & b; }, v, true, CUSIM_PC);
 }

@@ -32,13 +32,27 @@ using GlobalCell = Cell<2>;
 
 // Blocks that are not resident together are unordered, except through atomics on a common variable ("the last
 // block reduces").
+using RunClocks = std::unordered_map<uint32_t, ClockRef>;  // what is known of blocks that are over, by run
 struct SyncVariable {
   ClockRef clock;
   uint32_t set = 0;
-  std::set<uint32_t> runs;
+  RunClocks runs;
 };
 static std::unordered_map<uintptr_t, SyncVariable> sync_variables;
-static std::set<uint32_t> known_runs;
+static RunClocks known_runs;
+static void add_runs(RunClocks& to, const RunClocks& from) {
+  for (const auto& [run, clock] : from) {
+    ClockRef& known = to[run];
+    if (known == clock) continue;
+    if (known) {
+      auto both = std::make_shared<Clock>(*known);
+      clock_max(*both, *clock);
+      known = both;
+    } else {
+      known = clock;
+    }
+  }
+}
 static SharedCell* shared_shadow;
 static GlobalCell* global_shadow;
 static uintptr_t code_base;
@@ -87,8 +101,12 @@ static void race(const char* kind, const char* memory, uint64_t off, const Acces
          (earlier.flags & kWrite) ? "write" : "read", who_did(earlier).c_str(), where(earlier_pc).c_str());
 }
 static inline bool ordered(const Access& a) {
-  if (!resident(a)) [[unlikely]]
-    return !known_runs.empty() && known_runs.count(a.run);
+  if (!resident(a)) [[unlikely]] {
+    if (known_runs.empty()) return false;
+    const auto known = known_runs.find(a.run);
+    return known != known_runs.end() && a.agent < known->second->size() &&
+           (*known->second)[a.agent] >= a.clock;
+  }
   if (a.agent < (uint32_t)running.threads && (int)a.agent != cur->gid) {  // almost always
     const Clock* known = cur->p->base.get();
     return known && (*known)[a.agent] >= a.clock;
@@ -230,7 +248,7 @@ void check_access(const void* p, size_t n, bool write, int flags, void* pc, int 
     check_global(a, n, me, pc, async_proxy);
 }
 
-void sync_point(const void* p, bool acquire, bool release) {
+void sync_point(const void* p, bool acquire, Release release) {
   if (!checks_on) return;
   auto& v = sync_variables[(uintptr_t)p];
   if (v.set != running.set_id) {
@@ -239,12 +257,15 @@ void sync_point(const void* p, bool acquire, bool release) {
   }
   if (acquire) {
     clock_acquire(cur, v.clock);
-    known_runs.insert(v.runs.begin(), v.runs.end());
+    add_runs(known_runs, v.runs);
   }
-  if (release) {
+  if (release == Release::nothing || (release == Release::fenced && !cur->p->fenced)) return;
+  if (release == Release::all)
     clock_release(cur, v.clock);
-    v.runs.insert(cur->blk->run_id);
-  }
+  else
+    clock_release_fenced(cur, v.clock);
+  add_runs(v.runs, known_runs);
+  v.runs[cur->blk->run_id] = v.clock;
 }
 
 }  // namespace cusim

@@ -28,8 +28,29 @@ static void add_own(const Thread* t, Clock& v) {
     x = std::max(x, t->p->async_seen[running.agent_at[slot]]);
   }
 }
+// Behind a barrier each thread's fences count for all.
+static void share_fences(const std::vector<Thread*>& threads, const std::vector<Thread*>* more) {
+  ClockRef all, last;
+  bool own = false;  // `all` is a copy
+  const auto add = [&](const ClockRef& fenced) {
+    if (!fenced || fenced == last || fenced == all) return;
+    last = fenced;
+    if (!all) {
+      all = fenced;
+      return;
+    }
+    if (!own) all = copy_clock(all), own = true;
+    clock_max(*all, *fenced);
+  };
+  for (Thread* t : threads) add(t->p->fenced);
+  if (more)
+    for (Thread* t : *more) add(t->p->fenced);
+  if (all)
+    for (Thread* t : threads) t->p->fenced = all;
+}
 void clock_barrier(const std::vector<Thread*>& a, const std::vector<Thread*>* release_only) {
   if (!checks_on) return;
+  share_fences(a, release_only);
   auto v = new_clock();
   const Clock* last = nullptr;  // threads of a block mostly share one
   const auto add = [&](Thread* t) {
@@ -57,6 +78,11 @@ void clock_release(Thread* t, ClockRef& v) {
   if (t->p->base) clock_max(*v, *t->p->base);
   add_own(t, *v);
   t->p->clock++;
+}
+void clock_release_fenced(Thread* t, ClockRef& v) {
+  if (!checks_on || !t->p->fenced) return;
+  v = copy_clock(v);
+  clock_max(*v, *t->p->fenced);
 }
 void clock_add_agent(ClockRef& v, uint32_t index, uint32_t clock) {
   if (!checks_on) return;

@@ -76,7 +76,8 @@ struct ThreadState {
   std::deque<std::vector<Copy>> copy_groups;
   std::vector<std::function<void()>> bulk_open;
   std::deque<std::vector<std::function<void()>>> bulk_groups;
-  ClockRef base;  // what this thread knows of the others; its own time is `clock`
+  ClockRef base;    // what this thread knows of the others; its own time is `clock`
+  ClockRef fenced;  // what of that, and of itself, lies before a fence: an atomic passes it on
   uint32_t clock = 1, fence_clock = 0, global_fence_clock = 0;  // fences: of fence.proxy.async
   // By kind of agent: its time, and until when this thread has waited for it.
   uint32_t async_clock[agents], async_seen[agents] = {};
@@ -200,6 +201,7 @@ ClockRef new_clock();
 ClockRef copy_clock(const ClockRef&);  // with room for all agents
 void clock_barrier(const std::vector<Thread*>& a, const std::vector<Thread*>* release_only = nullptr);
 void clock_release(Thread*, ClockRef&);
+void clock_release_fenced(Thread*, ClockRef&);
 void clock_acquire(Thread*, const ClockRef&);
 void clock_add_agent(ClockRef&, uint32_t index, uint32_t clock);
 // The place of an agent in a clock.
@@ -258,8 +260,10 @@ inline void access(const void* p, size_t n, bool write, int flags, void* pc) {
 inline void access_async(const void* p, size_t n, bool write, int agent, void* pc, bool async_proxy) {
   if (cur && checks_on) check_access(p, n, write, kAsync, pc, agent, cur->p->async_clock[agent], async_proxy);
 }
-// An atomic or acquire/release access to p orders threads, and blocks that are not resident together.
-void sync_point(const void* p, bool acquire, bool release);
+// An atomic or acquire/release access to p orders threads, and blocks that are not resident together. A plain
+// atomic releases what lies before a fence.
+enum class Release { nothing, fenced, all };
+void sync_point(const void* p, bool acquire, Release);
 
 // ---------------------------------------------------------------- async_engine.cpp
 MBarrier& mbar_at(uint32_t address, const char* operation);  // fails where there is none
