@@ -4,6 +4,7 @@
 # make sanitize  C++ tests and a Python smoke run with the address and undefined-behaviour sanitizers
 # make kernels   every CUDA kernel for every architecture: registers, spills, instructions (build/kernels.md)
 # make gpu       on a machine with an NVIDIA GPU: build, conformance, tests, compute-sanitizer, benchmarks
+#                (STEPS="conformance bench" for some of them)
 # make bench     a quick benchmark; BENCH="--family pool --json" for another
 # make build     the environment and the extension alone
 # make clean     removes what was built, not the environment
@@ -57,13 +58,17 @@ sanitize: $(BUILT)
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	  PYTHONPATH=build/sanitize $(PY) tests/sanitize_smoke.py
 
+# Where there is no CUDA toolkit its compiler comes from PyPI.
+KERNEL_TOOLS := 'nvidia-cuda-nvcc~=13.0' 'nvidia-cuda-nvdisasm~=13.0'
 kernels: $(BUILT)
+	@$(PY) tests/kernel_report.py --tools || $(PY) -m pip install --quiet $(KERNEL_TOOLS)
 	$(PY) tests/kernel_report.py
 
 # With the python3 of PATH and its torch for CUDA; downloads nothing.
 GPU_LOGS ?= build/gpu
+STEPS ?=
 gpu:
-	bash tests/on_device.sh $(GPU_LOGS)
+	bash tests/on_device.sh $(GPU_LOGS) $(STEPS)
 
 bench: $(BUILT)
 	$(PY) -m bench run $(BENCH)

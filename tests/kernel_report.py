@@ -2,16 +2,19 @@
 
     python tests/kernel_report.py [--archs "80;90a"] [--out build/kernels.md] [kernels/pool/max_pool_generic.cu ...]
 
-A line a kernel and architecture: registers, spilled bytes, static shared memory, resident warps a multiprocessor, and
-how many of the instructions that matter its machine code holds. Exit status 1 if a kernel spills more than
-`ALLOWED_SPILLS` explains, if ptxas serialised a wgmma, or if an instruction of `EXPECTED` is missing.
+A line a kernel and architecture: registers, spilled bytes, static shared memory, occupancy (resident warps of those
+that a multiprocessor takes), and how many of the instructions that matter its machine code holds. Exit status 1 if a
+kernel spills more than `ALLOWED_SPILLS` explains, if ptxas serialised a wgmma, or if an instruction of `EXPECTED` or
+`EXPECTED_OF_FILES` is missing. What an architecture does not have (a kernel whose body is empty there) is not judged.
 
-Needs nvcc; the instructions are counted with nvdisasm, which a CUDA toolkit or Triton's wheel carries.
+Needs nvcc and nvdisasm: a CUDA toolkit's, or `pip install nvidia-cuda-nvcc nvidia-cuda-nvdisasm` (Triton's wheel has an
+nvdisasm, too). Without nvdisasm the instructions are not counted.
 """
 
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import importlib.util
 import os
 import re
@@ -58,6 +61,13 @@ EXPECTED: dict[tuple[str, str], tuple[str, ...]] = {
     ("recurrent_persistent", "100"): (r"\bHMMA\b", r"\bLDS\.128"),
     ("recurrent_persistent", "120"): (r"\bHMMA\b", r"\bLDS\.128"),
 }
+
+# A file's name promises an architecture and its tensor cores: some kernel of it must keep that on each architecture.
+EXPECTED_OF_FILES: list[tuple[str, str, tuple[str, ...]]] = [
+    ("*_sm80.cu", "any", (r"\bHMMA\b", r"\bLDGSTS\b")),
+    ("*_sm90a.cu", "90a", (r"\bHGMMA\b", r"\bUTMALDG\b")),
+    ("max_pool_generic.cu", "any", (r"\bLDG\.[A-Z.]*128",)),  # four floats, or eight halves, a thread
+]
 
 # Counted in every kernel: what tells a memory-bound from a compute-bound one, and a tensor-core kernel from others.
 COUNTED = {
@@ -111,6 +121,9 @@ class Kernel:
         """The name as the source has it: the last identifier before template arguments."""
         return base_name(self.name)
 
+    def occupancy(self) -> float:
+        return 32 * self.warps() / limits_of(self.arch).threads
+
     def warps(self) -> int:
         """Resident warps a multiprocessor, as registers, static shared memory and threads allow."""
         limit = limits_of(self.arch)
@@ -134,12 +147,13 @@ def base_name(mangled: str) -> str:
 
 
 def instruments() -> dict[str, str | None]:
-    """Paths of cuobjdump and nvdisasm: of the toolkit, of PATH, or of Triton's package."""
+    """Paths of cuobjdump and nvdisasm: of the toolkit, of Triton's package, of PyPI's nvidia-cuda-nvdisasm, of PATH."""
     folders = [str(Path(home) / "bin") for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
     if triton := importlib.util.find_spec("triton"):
         folders += [
             str(Path(place) / "backends" / "nvidia" / "bin") for place in triton.submodule_search_locations or []
         ]
+    folders += [str(tool.parent) for tool in simulator_build.packaged("bin/nvdisasm")]
     path = os.pathsep.join([*folders, os.environ.get("PATH", "")])
     return {tool: shutil.which(tool, path=path) for tool in ("cuobjdump", "nvdisasm")}
 
@@ -249,6 +263,21 @@ def judge(kernel: Kernel, counted: bool) -> None:
                 kernel.faults.append(f"holds no {pattern}")
 
 
+def missing_of_files(kernels: list[Kernel]) -> list[str]:
+    """What EXPECTED_OF_FILES promises and no kernel of the file holds."""
+    faults = []
+    for file, arch in sorted({(kernel.file, kernel.arch) for kernel in kernels}):
+        mine = [kernel for kernel in kernels if (kernel.file, kernel.arch) == (file, arch)]
+        for pattern, of_arch, instructions in EXPECTED_OF_FILES:
+            if fnmatch.fnmatch(Path(file).name, pattern) and of_arch in ("any", arch):
+                faults += [
+                    f"{file}, sm_{arch}: no kernel holds {instruction}"
+                    for instruction in instructions
+                    if not any(matching(kernel.counts, instruction) for kernel in mine)
+                ]
+    return faults
+
+
 def demangle(names: list[str]) -> dict[str, str]:
     tool = shutil.which("c++filt")
     if not tool or not names:
@@ -266,14 +295,16 @@ def report(kernels: list[Kernel], counted: bool) -> str:
     plain = demangle(sorted({kernel.name for kernel in kernels}))
     shown = [name for name in COUNTED if counted]
     lines = [
-        "| kernel | sm | registers | spilled | shared | threads | warps | " + " | ".join(shown) + " |",
-        "|---|---|--:|--:|--:|--:|--:|" + "--:|" * len(shown),
+        "| kernel | sm | registers | spilled | shared | threads | warps | occupancy | " + " | ".join(shown) + " |",
+        "|---|---|--:|--:|--:|--:|--:|--:|" + "--:|" * len(shown),
     ]
     for kernel in sorted(kernels, key=lambda k: (k.file, plain[k.name], k.arch)):
         cells = [str(matching(kernel.counts, COUNTED[name]) or "") for name in shown]
         lines.append(
             f"| `{plain[kernel.name]}` | {kernel.arch} | {kernel.registers} | {kernel.spilled or ''} | {kernel.shared} "
-            f"| {kernel.threads or ''} | {kernel.warps() or ''} | " + " | ".join(cells) + " |"
+            f"| {kernel.threads or ''} | {kernel.warps() or ''} | {kernel.occupancy():.0%} | "
+            + " | ".join(cells)
+            + " |"
         )
     return "\n".join(lines) + "\n"
 
@@ -282,14 +313,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sources", nargs="*", type=Path, help="default: every .cu of kernels/")
     parser.add_argument("--archs", default=os.environ.get("PYSEQNET_CUDA_ARCHS", ARCHS))
+    parser.add_argument("--tools", action="store_true", help="say which tools there are; fail if one is missing")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "kernels.md")
     arguments = parser.parse_args()
-    if not simulator_build.nvcc():
-        print("make kernels: there is no nvcc in CUDA_HOME or PATH; nothing was compiled", file=sys.stderr)
-        return 1
     nvdisasm = instruments()["nvdisasm"]
+    if arguments.tools:
+        print(f"nvcc: {simulator_build.nvcc()}, nvdisasm: {nvdisasm}")
+        return 0 if simulator_build.nvcc() and nvdisasm else 1
+    if not simulator_build.nvcc():
+        print(
+            "make kernels: there is no nvcc in CUDA_HOME, PATH or nvidia-cuda-nvcc; nothing compiled", file=sys.stderr
+        )
+        return 1
     if not nvdisasm:
-        print("nvdisasm is not to be found (CUDA toolkit or the package triton): instructions are not counted")
+        print("nvdisasm is not to be found (CUDA toolkit, nvidia-cuda-nvdisasm, triton): instructions are not counted")
     sources = [path.resolve() for path in arguments.sources] or sorted((ROOT / "kernels").glob("*/*.cu"))
     archs = [arch for arch in re.split(r"[;, ]+", arguments.archs) if arch]
     workers = int(os.environ.get("MAX_JOBS", 0)) or len(os.sched_getaffinity(0))
@@ -299,6 +336,8 @@ def main() -> int:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(report(kernels, bool(nvdisasm)))
     faults = [f"{k.file}, {k.base}, sm_{k.arch}: {fault}" for k in kernels for fault in k.faults]
+    if nvdisasm:
+        faults += missing_of_files(kernels)
     print(f"{len(kernels)} kernels of {len(sources)} files for {', '.join(archs)}: {arguments.out}")
     for fault in faults:
         print(f"FAULT {fault}")
