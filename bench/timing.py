@@ -15,6 +15,8 @@ Step = Callable[[int], object]  # called with a running number, by which a GPU s
 SAMPLE_SECONDS = 2e-4  # a sample repeats a fast step this long: far above the clock's own cost
 WARM_UP_SECONDS = 0.05
 MOST_ROUNDS = 60
+FLUSHED_CACHES = 2  # bytes written between repetitions on a GPU, in second-level caches
+PAUSE = 0.25  # of the time that a round took on a GPU
 LEAST_CHANGE = 0.03  # what a quiet machine repeats; below it nothing is claimed
 
 
@@ -50,21 +52,35 @@ class CpuClock:
             step(first + i)
         return (time.perf_counter() - start) / repeats
 
+    def rest(self, seconds: float) -> None:
+        """Processors hold their frequency under load."""
+
 
 class CudaClock:
+    """Device time of a step whose inputs come from memory: before each repetition the second-level cache is flushed."""
+
+    def __init__(self, device: torch.device) -> None:
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
+        self._flush = torch.empty(FLUSHED_CACHES * cache, dtype=torch.int8, device=device)
+
     def time(self, step: Step, first: int, repeats: int) -> float:
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for i in range(repeats):
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+        for i, (start, stop) in enumerate(events):
+            self._flush.zero_()  # not timed, and long enough for the step to be queued behind it
+            start.record()
             step(first + i)
-        stop.record()
-        stop.synchronize()
-        return start.elapsed_time(stop) * 1e-3 / repeats
+            stop.record()
+        events[-1][1].synchronize()
+        return sum(start.elapsed_time(stop) for start, stop in events) * 1e-3 / repeats
+
+    def rest(self, seconds: float) -> None:
+        """A pause after so much work: a device that never idles gets hot, and slower from row to row."""
+        time.sleep(PAUSE * seconds)
 
 
 def interleaved(steps: dict[str, Step], device: torch.device, budget: float, fewest_rounds: int) -> dict[str, Timing]:
     """Times every step in turn for about `budget` seconds in all."""
-    clock = CudaClock() if device.type == "cuda" else CpuClock()
+    clock = CudaClock(device) if device.type == "cuda" else CpuClock()
     repeats, round_seconds = {}, 0.0
     for label, step in steps.items():
         one, spent = clock.time(step, 0, 1), 0.0
@@ -80,4 +96,5 @@ def interleaved(steps: dict[str, Step], device: torch.device, budget: float, few
         for label in order:
             samples[label].append(clock.time(steps[label], number * repeats[label], repeats[label]))
         order.reverse()
+        clock.rest(round_seconds)
     return {label: _summary(values) for label, values in samples.items()}

@@ -8,12 +8,13 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
 from support import ROOT
 
-from bench import compare, run
+from bench import compare, run, timing
 from bench.accuracy import judge
 from bench.case import DTYPES
 from bench.cases import all_cases, families
@@ -97,6 +98,40 @@ def test_a_wrong_row_fails_the_run(tmp_path, capsys) -> None:
     assert {"torch", "cuda", "device", "cpu", "isa", "threads", "commit", "date"} <= results["meta"].keys()
     assert compare.compare(str(path), str(path)) == 0
     assert "2 SAME" in capsys.readouterr().out
+
+
+def test_a_gpu_flushes_its_cache_before_each_repetition_and_pauses(monkeypatch) -> None:
+    happened: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            happened.append("event")
+
+        def synchronize(self) -> None:
+            happened.append("wait")
+
+        def elapsed_time(self, stop: Event) -> float:
+            return 4.0  # milliseconds
+
+    class Cache:
+        def zero_(self) -> None:
+            happened.append("flush")
+
+    sizes: list[int] = []
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=1000))
+    monkeypatch.setattr(timing.torch, "empty", lambda size, dtype, device: sizes.append(size) or Cache())
+    monkeypatch.setattr(timing.time, "sleep", lambda seconds: happened.append(f"sleep {seconds:g}"))
+    clock = timing.CudaClock(torch.device("cuda"))
+    assert sizes == [2000]
+    assert clock.time(lambda i: happened.append(f"step {i}"), 5, 2) == pytest.approx(4e-3)
+    assert happened == ["flush", "event", "step 5", "event", "flush", "event", "step 6", "event", "wait"]
+    happened.clear()
+    clock.rest(2.0)
+    assert happened == ["sleep 0.5"]
 
 
 def test_a_change_must_exceed_the_noise() -> None:
