@@ -88,18 +88,6 @@ PYSEQNET_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const u
   else
     mma_m16n8k16_bf16(d, a, b, c);
 }
-// What tf32 products read of a float: rounded to nearest; mma itself would cut the lower 13 bits off.
-PYSEQNET_DEVICE uint32_t round_tf32(float x) {
-  uint32_t r;
-#ifdef __CUDACC__
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(x));
-#else
-  std::memcpy(&r, &x, 4);
-  if ((r & 0x7F800000u) != 0x7F800000u) r += 0x1000u;
-  r &= 0xFFFFE000u;
-#endif
-  return r;
-}
 // The bits of a float rounded to TF32, to nearest with ties away from zero. mma.sync alone would truncate.
 PYSEQNET_DEVICE uint32_t round_to_tf32(uint32_t bits) {
 #ifdef __CUDACC__

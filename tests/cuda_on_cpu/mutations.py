@@ -80,13 +80,6 @@ gemm.drop("lists are read before they are written", "walk.list_next(memory, g, 1
 gemm.drop("no barrier after the first tiles", "next.stash(memory, 0, t);", file=header)
 gemm.drop("no barrier between steps", "next.stash(memory, 1 - now, t);", file=header)
 gemm.swap("reads a bias too many", "bias && part == 0", "row < rows_left", "row <= rows_left", file=header)
-gemm.swap(
-    "writes a column too many",
-    "if (columns_are_neighbours) {",
-    "columns_left - column",
-    "columns_left - column + 1",
-    file=header,
-)
 
 depthwise = Copy("conv/conv_depthwise_generic.cu", "f16 nchw filters nchw N3 C3 H41")
 header = "conv_generic.cuh"

@@ -29,8 +29,9 @@ __global__ void mma_tf32(float* y) {
   const int lane = int(threadIdx.x), g = lane / 4, t = lane % 4;
   uint32_t a[4], b[2];
   for (int i = 0; i < 4; i++)
-    a[i] = ptx::round_tf32(float(input(unsigned((g + i % 2 * 8) * 16 + t + i / 2 * 4))));
-  for (int i = 0; i < 2; i++) b[i] = ptx::round_tf32(float(input(unsigned(1000 + (t + i * 4) * 8 + g))));
+    a[i] = ptx::round_to_tf32(__float_as_uint(float(input(unsigned((g + i % 2 * 8) * 16 + t + i / 2 * 4)))));
+  for (int i = 0; i < 2; i++)
+    b[i] = ptx::round_to_tf32(__float_as_uint(float(input(unsigned(1000 + (t + i * 4) * 8 + g)))));
   float d[4], c[4];
   for (int i = 0; i < 4; i++) c[i] = float(input(unsigned(2000 + lane * 4 + i)));
   ptx::mma_m16n8k8_tf32(d, a, b, c);
@@ -92,7 +93,8 @@ __global__ void scalars(float* y) {
 __global__ void conversions(float* y) {
   const float x[4] = {1.00390625f, -3.1415927f, 65504.0f, 1e-3f};  // the first lies between two bfloat16
   for (int i = 0; i < 4; i++) {
-    const uint32_t b = ptx::pack_bf16(x[i], -x[i]), h = ptx::pack_f16(x[i], -x[i]), t = ptx::round_tf32(x[i]);
+    const uint32_t b = ptx::pack_bf16(x[i], -x[i]), h = ptx::pack_f16(x[i], -x[i]),
+                   t = ptx::round_to_tf32(__float_as_uint(x[i]));
     y[i * 5] = float(b & 0xFFFF);
     y[i * 5 + 1] = float(b >> 16);
     y[i * 5 + 2] = float(h & 0xFFFF);
@@ -199,7 +201,7 @@ int main(int argc, char** argv) {
   for (float x : {0.25f, -1.5f, 3.0f, -0.125f}) approximate.push_back(std::exp2(x));
   for (float x : {0.25f, -1.5f, 3.0f, -0.125f}) approximate.push_back(std::tanh(x));
   golden.check("ex2,tanh_approx", 8, one_block(1, scalars), approximate, 1e-3f);
-  golden.check("pack_bf16,pack_f16,round_tf32", 20, one_block(1, conversions));
+  golden.check("pack_bf16,pack_f16,round_to_tf32", 20, one_block(1, conversions));
   golden.check("cp_async", 128, [](float* y) {
     std::vector<float> x(128);
     for (size_t i = 0; i < x.size(); i++) x[i] = float(i + 1);

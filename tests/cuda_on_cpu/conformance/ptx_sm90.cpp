@@ -228,7 +228,7 @@ __global__ void __launch_bounds__(128) one_wgmma(float* y) {
   for (int i = 0; i < 4; i++) {
     const int at = (row + i % 2 * 8) * k_step;
     if constexpr (size == 4) {
-      r[i] = ptx::round_tf32(float(input(unsigned(at + lane % 4 + i / 2 * 4))));
+      r[i] = ptx::round_to_tf32(__float_as_uint(float(input(unsigned(at + lane % 4 + i / 2 * 4)))));
     } else {
       const int k = lane % 4 * 2 + i / 2 * 8;
       r[i] = ptx::pack<T>(float(input(unsigned(at + k))), float(input(unsigned(at + k + 1))));
