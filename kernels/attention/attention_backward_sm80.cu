@@ -237,6 +237,7 @@ int64_t row_tile_of(const AttentionProblem& p) { return std::max(p.D, p.E) > 64 
 
 Refusal refuses(const AttentionProblem& p) {
   if (const Refusal why = refuses_tensor_cores(p)) return why;
+  if (p.with_blocks) return "a pattern";
   if (p.with_gweights) return "a gradient of the weights";
   return fits_grid({p.B, p.H, ceil_divide(p.L, row_tile_of(p))}) &&
                  fits_grid({p.B, p.Hk, ceil_divide(p.S, row_tile_of(p)), 2})

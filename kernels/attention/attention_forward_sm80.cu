@@ -11,6 +11,10 @@
 // not computed; else a row's visible keys are 64 bits, made of its limit by causality and length. Keys that no
 // query of the block can see are filled with zeros: what they hold never meets a weight of zero.
 //
+// With a pattern a block has the 64 queries of a row of its tiles and walks along the row's list; a warp then has
+// 16 queries. What is in no list costs nothing, full tiles no mask arithmetic, and of the others the bits of a
+// row are put into the same 64.
+//
 // Counted for B 1, H 16, L = S = 16384, D = E = 128, bfloat16, not causal:
 //   4 * B * H * L * S * D = 2.2 TFLOP         2.8 ms at 790 TFLOP/s; mma.sync gets to about 62 % of that: 4.5 ms
 //   B * H * L * S exponentials = 4.3 G        16 a clock and multiprocessor: 1.1 ms
@@ -25,9 +29,9 @@
 namespace pyseqnet {
 namespace {
 
-template <int channels>
+template <int channels, bool with_pattern>
 struct ForwardShape {
-  static constexpr int row_tiles = channels > 128 ? 1 : 2;
+  static constexpr int row_tiles = with_pattern || channels > 128 ? 1 : 2;
   static constexpr int queries = mma_warps * 16 * row_tiles;
   // Tiles in flight and in use. 48, 80 and 96 KiB a block: two of them fit an A100 but for the last.
   static constexpr int slots = channels == 64 ? 4 : channels == 128 ? 3 : 2;
@@ -80,29 +84,41 @@ PYSEQNET_DEVICE void softmax_tile(SumRegisters<row_tiles, key_tile>& score,
       for (int e = 0; e < 4; e++) sum[r][c][e] *= factor[r][e / 2];
 }
 
-template <class T, int channels>
+template <class T, int channels, bool with_pattern>
 __global__ void __launch_bounds__(mma_threads, 2)
     attention_forward_mma(const AttentionInputs<T> a, const TensorCoreGrid g, const Operand<T> out,
                           float* __restrict__ lse) {
-  using Shape = ForwardShape<channels>;
+  using Shape = ForwardShape<channels, with_pattern>;
   constexpr int row_tiles = Shape::row_tiles, slots = Shape::slots;
   PYSEQNET_DYNAMIC_SHARED(unsigned char, shared);
   const uint32_t q_tile = ptx::smem_u32(shared), ring = q_tile + Shape::query_bytes;
   const int lane = int(threadIdx.x) % 32, warp_row = int(threadIdx.x) / 32 * 16 * row_tiles;
-  const unsigned block_head = blockIdx.x / unsigned(g.tiles);
-  const ShortHead head = short_head_of(a, block_head);
   // With causality the last queries see the most keys: they begin.
-  const int query0 = (g.tiles - 1 - int(blockIdx.x - block_head * unsigned(g.tiles))) * Shape::queries;
+  PatternRow row;
+  if (with_pattern) {
+    row = pattern_row_of(a, g.tiles);
+  } else {
+    row.head = blockIdx.x / unsigned(g.tiles);
+    row.tile = g.tiles - 1 - int(blockIdx.x - row.head * unsigned(g.tiles));
+  }
+  const unsigned block_head = row.head;
+  const ShortHead head = short_head_of(a, block_head);
+  const int query0 = row.tile * Shape::queries;
   const int past = min(query0 + Shape::queries, int(a.L));
-  const int keys = g.reach.keys_of(past - 1, head.keys), tiles = (keys + key_tile - 1) / key_tile;
+  const int keys = g.reach.keys_of(past - 1, head.keys), tiles = with_pattern ? row.count : (keys + key_tile - 1) / key_tile;
+  const AttentionBlockEntry* entries = a.blocks.row_entries + (with_pattern ? row.begin : 0);
+  const auto entry_of = [&](int tile) { return with_pattern ? entries[tile] : AttentionBlockEntry{tile, block_full}; };
 
   const T* k = a.k.at(head.b, head.kv, 0);
   const T* v = a.v.at(head.b, head.kv, 0);
   // Keys and values take turns in the ring: item 2 j are the keys of tile j, item 2 j + 1 its values.
   const auto fetch = [&](int item) {
-    const int key0 = item / 2 * key_tile;
     if (item < 2 * tiles) {
-      const auto exists = [&](int row) { return row < keys - key0; };
+      const AttentionBlockEntry entry = entry_of(item / 2);
+      const int key0 = entry.tile * key_tile;
+      uint64_t seen = ~uint64_t(0);
+      if (with_pattern && item % 2) seen = keys_seen(a.blocks, entry, g.reach, query0, head.keys);
+      const auto exists = [&](int key) { return key < keys - key0 && (!with_pattern || seen >> key & 1); };
       const uint32_t to = ring + item % slots * Shape::tile_bytes;
       if (item % 2 == 0)
         stage_rows<channels, key_tile>(to, k + key0 * a.k.strides.n, int(a.k.strides.n), int(a.D), exists);
@@ -134,10 +150,11 @@ __global__ void __launch_bounds__(mma_threads, 2)
 
 #pragma unroll 1
   for (int j = 0; j < tiles; j++) {
-    const int key0 = j * key_tile;
+    const AttentionBlockEntry entry = entry_of(j);
+    const int key0 = entry.tile * key_tile;
     // None of the warp's queries sees a key of the tile; all see all.
     const bool idle = key0 >= g.reach.keys_of(query0 + warp_row + 16 * row_tiles - 1, keys);
-    const bool full = key0 + key_tile <= g.reach.keys_of(query0 + warp_row, head.keys);
+    const bool full = entry.bits == block_full && key0 + key_tile <= g.reach.keys_of(query0 + warp_row, head.keys);
     const uint32_t k_tile = arrive(2 * j);
     LeftRegisters<row_tiles, key_tile> weights;
     if (!idle) {
@@ -149,7 +166,9 @@ __global__ void __launch_bounds__(mma_threads, 2)
 #pragma unroll
           for (int half = 0; half < 2; half++) {
             const int query = query0 + warp_row + 16 * r + 8 * half + lane / 4;
-            const SeenColumns seen(bits_below(g.reach.keys_of(query, head.keys) - key0));
+            uint64_t bits = bits_below(g.reach.keys_of(query, head.keys) - key0);
+            if (with_pattern) bits &= block_row_bits(a.blocks, entry, query - query0);
+            const SeenColumns seen(bits);
 #pragma unroll
             for (int n = 0; n < key_tile / 8; n++)
 #pragma unroll
@@ -184,7 +203,7 @@ __global__ void __launch_bounds__(mma_threads, 2)
 
 // ---------------------------------------------------------------- launching
 int64_t query_tiles(const AttentionProblem& p) {
-  return ceil_divide(p.L, std::max(p.D, p.E) > 128 ? 64 : 128);
+  return ceil_divide(p.L, p.with_blocks || std::max(p.D, p.E) > 128 ? 64 : 128);
 }
 
 Refusal refuses(const AttentionProblem& p) {
@@ -201,11 +220,15 @@ int forward(const AttentionProblem& p, const AttentionTensors& t, void*, void* s
     using T = typename decltype(tag)::type;
     return dispatch_channels(p, [&](auto width) {
       constexpr int channels = decltype(width)::value;
-      LaunchConfig config;
-      config.grid = dim3(unsigned(blocks)), config.block = dim3(mma_threads), config.stream = stream;
-      config.dynamic_shared_bytes = ForwardShape<channels>::shared_bytes;
-      return launch(config, attention_forward_mma<T, channels>, inputs_of<T>(p, t), g,
-                    operand_of<T>(t.out, p.out_strides, p.E), static_cast<float*>(t.lse));
+      const auto launch_kernel = [&](auto pattern) {
+        constexpr bool with_pattern = decltype(pattern)::value;
+        LaunchConfig config;
+        config.grid = dim3(unsigned(blocks)), config.block = dim3(mma_threads), config.stream = stream;
+        config.dynamic_shared_bytes = ForwardShape<channels, with_pattern>::shared_bytes;
+        return launch(config, attention_forward_mma<T, channels, with_pattern>, inputs_of<T>(p, t), g,
+                      operand_of<T>(t.out, p.out_strides, p.E), static_cast<float*>(t.lse));
+      };
+      return p.with_blocks ? launch_kernel(std::true_type{}) : launch_kernel(std::false_type{});
     });
   });
 }

@@ -433,6 +433,7 @@ Refusal refuses(const AttentionProblem& p) {
       has_no_stride(p.v_strides, p.B, p.Hk, p.S) || has_no_stride(p.out_strides, p.B, p.H, p.L))
     return "an expanded dimension, of stride 0";
   if (p.S == 0) return "no keys";
+  if (p.with_blocks) return "a pattern";
   return fits_grid({p.B, p.H, ceil_divide(p.L, queries_of_block(p)) + 1}) ? accepted : too_many_tiles;
 }
 int64_t no_workspace(const AttentionProblem&) { return 0; }

@@ -222,6 +222,38 @@ PYSEQNET_DEVICE ShortHead short_head_of(const AttentionInputs<T>& a, unsigned he
   const int64_t length = a.with_key_lengths ? clamped_length(a.key_lengths[b], a.S) : a.S;
   return {int(b), int(h), int(h / unsigned(a.group)), int(length)};
 }
+
+// ---------------------------------------------------------------- patterns
+// A tile of the pattern (attention_blocks.h) has as many queries as a block has then: 64.
+
+// The head and the tile that a block works on: rows with the most tiles first.
+struct PatternRow {
+  unsigned head;  // of all batches
+  int tile, begin, count;  // entries of its row
+};
+template <class T>
+PYSEQNET_DEVICE PatternRow pattern_row_of(const AttentionInputs<T>& a, int tiles) {
+  const unsigned rows = unsigned(a.block_heads) * unsigned(tiles), lead = blockIdx.x / rows;
+  const unsigned row = unsigned(a.blocks.row_order[blockIdx.x - lead * rows]), h = row / unsigned(tiles);
+  const int begin = a.blocks.row_begin[row];
+  return {lead * unsigned(a.block_heads) + h, int(row - h * unsigned(tiles)), begin,
+          a.blocks.row_begin[row + 1] - begin};
+}
+
+// The keys of a tile that some query of the block sees, by pattern and reach: what others hold may be NaN. All
+// lanes of a warp ask together.
+PYSEQNET_DEVICE uint64_t keys_seen(const AttentionBlocks& blocks, AttentionBlockEntry entry, const Reach& reach,
+                                   int query0, int keys) {
+  if (entry.bits == block_full) return ~uint64_t(0);
+  const int lane = int(threadIdx.x) % 32, key0 = entry.tile * int(block_tile);
+  uint64_t seen = 0;
+#pragma unroll
+  for (int query = lane; query < block_tile; query += 32)
+    seen |= block_row_bits(blocks, entry, query) & bits_below(reach.keys_of(query0 + query, keys) - key0);
+  return __reduce_or_sync(whole_warp, unsigned(seen)) |
+         uint64_t(__reduce_or_sync(whole_warp, unsigned(seen >> 32))) << 32;
+}
+
 // ---------------------------------------------------------------- what is refused
 // Elements between neighbouring lines: places within a tile are 32-bit numbers.
 constexpr int64_t widest_stride = int64_t{1} << 23;
@@ -235,7 +267,6 @@ inline Refusal refuses_tensor_cores(const AttentionProblem& p) {
   if (p.with_bias) return "a bias";
   if (p.with_slopes) return "ALiBi";
   if (p.softcap > 0) return "soft-capping";
-  if (p.with_blocks) return "a pattern";
   if (p.packed) return "packed sequences";
   if (!(p.scale > 0)) return "a scale that is not positive";
   for (const AttentionStrides* s : {&p.q_strides, &p.k_strides, &p.v_strides, &p.out_strides, &p.gout_strides,

@@ -6,6 +6,7 @@
 #include <memory>
 
 #include "attention/attention_math.h"
+#include "attention_pattern.h"
 #include "harness.h"
 
 namespace pyseqnet {
@@ -29,16 +30,17 @@ struct Options {
   AttentionProblem p;
   Form form = Form::heads_outside;
   double logits = 1;  // factor of the queries
+  int window = 0, stride = 0;
 };
 
 std::string label(const Options& o) {
   const AttentionProblem& p = o.p;
   char words[300];
   std::snprintf(
-      words, sizeof words, "%s B%lld H%lld/%lld L%lld S%lld D%lld E%lld form %d logits %g%s%s offset %lld%s",
+      words, sizeof words, "%s B%lld H%lld/%lld L%lld S%lld D%lld E%lld form %d logits %g%s%s offset %lld%s%s",
       name_of(p.dtype), (long long)p.B, (long long)p.H, (long long)p.Hk, (long long)p.L, (long long)p.S,
       (long long)p.D, (long long)p.E, int(o.form), o.logits, p.with_key_lengths ? " lengths" : "",
-      p.causal ? " causal" : "", (long long)p.causal_offset, p.need_q && p.need_kv ? "" : " partial");
+      p.causal ? " causal" : "", (long long)p.causal_offset, p.need_q && p.need_kv ? "" : " partial", p.with_blocks ? " pattern" : "");
   return words;
 }
 
@@ -92,6 +94,7 @@ class Case {
     for (int64_t b = 0; b < p.B; b++) lengths->set(b, double(b == 0 ? p.S * 2 / 3 : random_.in(-2, p.S + 2)));
     lengths->upload();
 
+    if (p.with_blocks) make_pattern(o);
     const bool expanded = o.form == Form::expanded;
     const auto blind = [&](int64_t b, int64_t h, int64_t i) { return !expanded && !query_sees_any(b, h, i); };
     const auto unseen = [&](int64_t b, int64_t h, int64_t j) { return !expanded && !key_is_seen(b, h, j); };
@@ -113,6 +116,10 @@ class Case {
     device.gq = gq->tensor.device(), device.gk = gk->tensor.device(), device.gv = gv->tensor.device();
     device.delta = delta->device();
     device.key_lengths = static_cast<int64_t*>(lengths->device());
+    if (p.with_blocks) {
+      host.blocks = blocks_of([](Tensor& t) { return t.host(); });
+      device.blocks = blocks_of([](Tensor& t) { return t.device(); });
+    }
     p.lines_aligned = lines_are_aligned(p, device);
 
     run_cpu(attention_reference_forward, p, host);
@@ -134,6 +141,7 @@ class Case {
     std::memcpy(lse->host(), want_lse->host(), want_lse->bytes().size());
     lse->upload(), delta->upload();
     for (const AttentionCudaKernel* kernel : backward_kernels) {
+      if (p.with_blocks) continue;
       if (const Refusal why = kernel->refuses(p)) {
         suite_.fail(kernel->name, why);
         continue;
@@ -156,7 +164,7 @@ class Case {
  private:
   // TMA knows no stride of 0.
   bool expects_refusal(const AttentionCudaKernel& kernel) const {
-    return kernel.min_capability == 90 && (p.S == 0 || (k->strides.h == 0 && p.Hk > 1));
+    return kernel.min_capability == 90 && (p.S == 0 || p.with_blocks || (k->strides.h == 0 && p.Hk > 1));
   }
   // Weights and gradients of logits are rounded to 16 bits: errors as large as a unit in the last place of the
   // largest terms, which are of the order of the largest results.
@@ -170,7 +178,47 @@ class Case {
   }
   bool sees(int64_t b, int64_t h, int64_t i, int64_t j) const {
     const int64_t length = p.with_key_lengths ? clamped_length(int64_t(lengths->at(b)), p.S) : p.S;
-    return j < visible_keys(p.causal, p.causal_offset, length, i);
+    if (j >= visible_keys(p.causal, p.causal_offset, length, i)) return false;
+    return !p.with_blocks || pattern_[size_t((p.block_heads == 1 ? 0 : h) * p.L + i)][size_t(j)];
+  }
+  // A window and a stride; heads with odd numbers see every fifth key, and their first queries nothing. The
+  // first 64 queries of a window of 100 and more see everything: full tiles.
+  void make_pattern(const Options& o) {
+    const int64_t from = random_.in(0, 60);
+    const auto pair = [&](int64_t h, int64_t i, int64_t j) {
+      if (h % 2) return j % 5 == 0 && i > from;
+      return std::abs(i - j) <= o.window || (o.stride > 0 && (i - j) % o.stride == 0) ||
+             (o.window >= 100 && i < 64);
+    };
+    pattern_.assign(size_t(p.block_heads * p.L), std::vector<bool>(size_t(p.S)));
+    for (int64_t h = 0; h < p.block_heads; h++)
+      for (int64_t i = 0; i < p.L; i++)
+        for (int64_t j = 0; j < p.S; j++) pattern_[size_t(h * p.L + i)][size_t(j)] = pair(h, i, j);
+    const PatternLists lists(p.block_heads, p.L, p.S, pair);
+    p.block_entries = int64_t(lists.row_entries.size());
+    lists_ = {copy_of(lists.row_begin, Kind::i32),      copy_of(lists.column_begin, Kind::i32),
+              copy_of(lists.row_order, Kind::i32),      copy_of(lists.column_order, Kind::i32),
+              copy_of(lists.row_entries, Kind::i32),    copy_of(lists.column_entries, Kind::i32),
+              copy_of(lists.bits, Kind::i64)};
+  }
+  template <class V>
+  static std::shared_ptr<Tensor> copy_of(const std::vector<V>& values, Kind kind) {
+    const size_t bytes = values.size() * sizeof(V);
+    auto tensor = std::make_shared<Tensor>(kind, int64_t(bytes) / testing::bytes_of(kind), "pattern");
+    if (bytes) std::memcpy(tensor->host(), values.data(), bytes);
+    tensor->upload();
+    return tensor;
+  }
+  template <class F>
+  AttentionBlocks blocks_of(F place) const {
+    const auto int32s = [&](int n) { return static_cast<const int32_t*>(place(*lists_[size_t(n)])); };
+    const auto entries = [&](int n) { return reinterpret_cast<const AttentionBlockEntry*>(int32s(n)); };
+    AttentionBlocks blocks;
+    blocks.row_begin = int32s(0), blocks.column_begin = int32s(1);
+    blocks.row_order = int32s(2), blocks.column_order = int32s(3);
+    blocks.row_entries = entries(4), blocks.column_entries = entries(5);
+    blocks.bits = static_cast<const uint64_t*>(place(*lists_[6]));
+    return blocks;
   }
   bool query_sees_any(int64_t b, int64_t h, int64_t i) const {
     for (int64_t j = 0; j < p.S; j++)
@@ -188,6 +236,8 @@ class Case {
   Random& random_;
   AttentionProblem p;
   double logits_;
+  std::vector<std::vector<bool>> pattern_;      // row head * L + query
+  std::vector<std::shared_ptr<Tensor>> lists_;  // in the order of AttentionBlocks
   std::unique_ptr<Strided> q, k, v, gout, out, want_out, gq, want_gq, gk, want_gk, gv, want_gv;
   std::unique_ptr<Tensor> lse, want_lse, delta, lengths;
 };
@@ -221,6 +271,11 @@ Options partial(Options o, bool need_q, bool need_kv) {
   return o;
 }
 
+Options pattern(Options o, int64_t heads, int window, int stride) {
+  o.p.with_blocks = true, o.p.block_heads = heads, o.window = window, o.stride = stride;
+  return o;
+}
+
 void check_problem(Suite& suite, Options o, DType dtype) {
   o.p.dtype = dtype;
   if (!suite.begin(label(o))) return;
@@ -249,6 +304,11 @@ int main(int argc, char** argv) {
       problem(1, 1, 1, 70, 700, 64, 64),  // more tiles of keys than stages of the ring
       causal(problem(1, 1, 1, 300, 400, 80, 96), 100),
       lengths(problem(20, 7, 1, 5, 140, 16, 8)),  // more work than blocks run at once
+      pattern(problem(1, 1, 1, 200, 200, 64, 64), 1, 30, 0),
+      pattern(causal(problem(1, 1, 2, 150, 330, 128, 72), 0), 2, 100, 7),
+      pattern(lengths(problem(2, 2, 1, 70, 300, 40, 40)), 1, 100, 0),
+      pattern(problem(2, 1, 2, 130, 100, 256, 136), 2, 5, 40),
+      pattern(problem(1, 1, 1, 5, 0, 8, 8), 1, 3, 0),
       partial(problem(1, 1, 2, 6, 7, 8, 8), true, false),
       partial(problem(1, 1, 2, 6, 7, 8, 8), false, true),
   };
@@ -264,6 +324,8 @@ int main(int argc, char** argv) {
                         random.in(1, 200), 8 * random.in(1, random.any(widest)), 8 * random.in(1, 8));
     if (random.chance(0.5)) o = causal(o, random.in(-60, 60));
     if (random.chance(0.5)) o = lengths(o);
+    if (random.chance(0.4))
+      o = pattern(o, random.chance(0.5) ? 1 : o.p.H, int(random.in(0, 120)), int(random.in(0, 50)));
     constexpr Form forms[] = {Form::heads_outside, Form::heads_inside, Form::padded, Form::expanded};
     o.form = random.any(forms);
     check_problem(suite, o, random.chance(0.5) ? DType::bf16 : DType::f16);
