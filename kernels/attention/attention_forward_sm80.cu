@@ -105,9 +105,12 @@ __global__ void __launch_bounds__(mma_threads, 2)
   const ShortHead head = short_head_of(a, block_head);
   const int query0 = row.tile * Shape::queries;
   const int past = min(query0 + Shape::queries, int(a.L));
-  const int keys = g.reach.keys_of(past - 1, head.keys), tiles = with_pattern ? row.count : (keys + key_tile - 1) / key_tile;
+  const int keys = g.reach.keys_of(past - 1, head.keys),
+            tiles = with_pattern ? row.count : (keys + key_tile - 1) / key_tile;
   const AttentionBlockEntry* entries = a.blocks.row_entries + (with_pattern ? row.begin : 0);
-  const auto entry_of = [&](int tile) { return with_pattern ? entries[tile] : AttentionBlockEntry{tile, block_full}; };
+  const auto entry_of = [&](int tile) {
+    return with_pattern ? entries[tile] : AttentionBlockEntry{tile, block_full};
+  };
 
   const T* k = a.k.at(head.b, head.kv, 0);
   const T* v = a.v.at(head.b, head.kv, 0);
@@ -154,7 +157,8 @@ __global__ void __launch_bounds__(mma_threads, 2)
     const int key0 = entry.tile * key_tile;
     // None of the warp's queries sees a key of the tile; all see all.
     const bool idle = key0 >= g.reach.keys_of(query0 + warp_row + 16 * row_tiles - 1, keys);
-    const bool full = entry.bits == block_full && key0 + key_tile <= g.reach.keys_of(query0 + warp_row, head.keys);
+    const bool full =
+        entry.bits == block_full && key0 + key_tile <= g.reach.keys_of(query0 + warp_row, head.keys);
     const uint32_t k_tile = arrive(2 * j);
     LeftRegisters<row_tiles, key_tile> weights;
     if (!idle) {

@@ -228,7 +228,7 @@ PYSEQNET_DEVICE ShortHead short_head_of(const AttentionInputs<T>& a, unsigned he
 
 // The head and the tile that a block works on: rows with the most tiles first.
 struct PatternRow {
-  unsigned head;  // of all batches
+  unsigned head;           // of all batches
   int tile, begin, count;  // entries of its row
 };
 template <class T>
@@ -242,8 +242,8 @@ PYSEQNET_DEVICE PatternRow pattern_row_of(const AttentionInputs<T>& a, int tiles
 
 // The keys of a tile that some query of the block sees, by pattern and reach: what others hold may be NaN. All
 // lanes of a warp ask together.
-PYSEQNET_DEVICE uint64_t keys_seen(const AttentionBlocks& blocks, AttentionBlockEntry entry, const Reach& reach,
-                                   int query0, int keys) {
+PYSEQNET_DEVICE uint64_t keys_seen(const AttentionBlocks& blocks, AttentionBlockEntry entry,
+                                   const Reach& reach, int query0, int keys) {
   if (entry.bits == block_full) return ~uint64_t(0);
   const int lane = int(threadIdx.x) % 32, key0 = entry.tile * int(block_tile);
   uint64_t seen = 0;

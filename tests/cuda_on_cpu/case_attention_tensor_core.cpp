@@ -36,11 +36,12 @@ struct Options {
 std::string label(const Options& o) {
   const AttentionProblem& p = o.p;
   char words[300];
-  std::snprintf(
-      words, sizeof words, "%s B%lld H%lld/%lld L%lld S%lld D%lld E%lld form %d logits %g%s%s offset %lld%s%s",
-      name_of(p.dtype), (long long)p.B, (long long)p.H, (long long)p.Hk, (long long)p.L, (long long)p.S,
-      (long long)p.D, (long long)p.E, int(o.form), o.logits, p.with_key_lengths ? " lengths" : "",
-      p.causal ? " causal" : "", (long long)p.causal_offset, p.need_q && p.need_kv ? "" : " partial", p.with_blocks ? " pattern" : "");
+  std::snprintf(words, sizeof words,
+                "%s B%lld H%lld/%lld L%lld S%lld D%lld E%lld form %d logits %g%s%s offset %lld%s%s",
+                name_of(p.dtype), (long long)p.B, (long long)p.H, (long long)p.Hk, (long long)p.L,
+                (long long)p.S, (long long)p.D, (long long)p.E, int(o.form), o.logits,
+                p.with_key_lengths ? " lengths" : "", p.causal ? " causal" : "", (long long)p.causal_offset,
+                p.need_q && p.need_kv ? "" : " partial", p.with_blocks ? " pattern" : "");
   return words;
 }
 
@@ -141,7 +142,6 @@ class Case {
     std::memcpy(lse->host(), want_lse->host(), want_lse->bytes().size());
     lse->upload(), delta->upload();
     for (const AttentionCudaKernel* kernel : backward_kernels) {
-      if (p.with_blocks) continue;
       if (const Refusal why = kernel->refuses(p)) {
         suite_.fail(kernel->name, why);
         continue;
@@ -196,9 +196,9 @@ class Case {
         for (int64_t j = 0; j < p.S; j++) pattern_[size_t(h * p.L + i)][size_t(j)] = pair(h, i, j);
     const PatternLists lists(p.block_heads, p.L, p.S, pair);
     p.block_entries = int64_t(lists.row_entries.size());
-    lists_ = {copy_of(lists.row_begin, Kind::i32),      copy_of(lists.column_begin, Kind::i32),
-              copy_of(lists.row_order, Kind::i32),      copy_of(lists.column_order, Kind::i32),
-              copy_of(lists.row_entries, Kind::i32),    copy_of(lists.column_entries, Kind::i32),
+    lists_ = {copy_of(lists.row_begin, Kind::i32),   copy_of(lists.column_begin, Kind::i32),
+              copy_of(lists.row_order, Kind::i32),   copy_of(lists.column_order, Kind::i32),
+              copy_of(lists.row_entries, Kind::i32), copy_of(lists.column_entries, Kind::i32),
               copy_of(lists.bits, Kind::i64)};
   }
   template <class V>
