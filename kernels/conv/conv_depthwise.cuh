@@ -38,11 +38,10 @@ struct Position {
 // Calls f(Position) for the thread's share of the outputs.
 template <class F>
 PYSEQNET_DEVICE void walk_outputs(const Depthwise& d, F&& f) {
-  const int64_t first = int64_t(blockIdx.x) * (depthwise_threads * d.walk) + threadIdx.x;
-  if (first >= d.items) return;
-  Digits<4> digits = digits_of(first, d.radix.extent);
-  for (int64_t item = first; item < d.items && item < first + depthwise_threads * d.walk;
-       item += depthwise_threads) {
+  int64_t item = int64_t(blockIdx.x) * (depthwise_threads * d.walk) + threadIdx.x;
+  if (item >= d.items) return;
+  Digits<4> digits = digits_of(item, d.radix.extent);
+  for (int left = d.walk; left > 0 && item < d.items; left--, item += depthwise_threads) {
     f(Position(d, digits));
     advance(digits, d.radix);
   }
