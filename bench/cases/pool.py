@@ -98,6 +98,7 @@ CASES = [
     pool("1d_k3_s2_128_256", (32, 128, 256), 3, stride=2, padding=1),
     pool("1d_over_time_100_46", (32, 100, 46), 46),
     # a GPU's sizes
+    pool("resnet50_stem_nchw", (64, 64, 112, 112), 3, stride=2, padding=1, dtypes=("bf16",), devices=("cuda",)),
     pool(
         "resnet50_stem",
         (64, 64, 112, 112),

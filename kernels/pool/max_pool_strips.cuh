@@ -8,10 +8,10 @@
 //   backward_strips   reads the strip's taps and gradients once, four a vector, then sums each pixel's windows
 //                     in the oracle's order; which tap of which window a pixel is, is known at compile time.
 //
-// Why: one output a thread takes about 120 instructions in 16-bit NCHW, 3x3/2: 2-byte loads into shared memory
-// with bounds and addresses, nine 2-byte loads from there. That is 52 us of issue on an H200 for 64 x 64
-// images of 112 x 112, and 62 us were measured, where the bytes (141 MB) take 34. Here sm_90a code has about
-// 60 instructions an output forward, 26 us of issue, and 14 a pixel backward, 24 us. Predicted for the same
+// Why: one output a thread takes about 120 instructions in 16-bit NCHW, 3x3/2 (counted in the source): 2-byte
+// loads into shared memory with bounds and addresses, nine 2-byte loads from there. For 64 x 64 images of 112
+// x 112 that is 52 us of issue on an H200, where the bytes (141 MB) take 34. Here sm_90a code has about 60
+// instructions an output forward, 26 us of issue, and 14 a pixel backward, 24 us. Predicted for the same
 // images, before any measurement: 37 us forward and backward, 90 % of copy bandwidth.
 #pragma once
 #include <type_traits>
