@@ -145,7 +145,7 @@ void weight_chunk(const ConvReluPoolProblem& f, const Sizes& z, const ConvReluPo
   for (int64_t e = 0; e < z.part; e += VL) store(sums + e, vf{});
   for (int64_t n = p.N * chunk / z.chunks; n < p.N * (chunk + 1) / z.chunks; ++n) {
     open_image(f, z, static_cast<const T*>(t.gy) + n * of_y, static_cast<const uint8_t*>(t.arg) + n * of_y,
-               s.table, false, s.opened, s.spare);
+               s.table, 0, false, s.opened, s.spare);
     for (int64_t block = 0; block < z.blocks; ++block) {
       stage_block(p, z, static_cast<const T*>(t.x) + n * of_x, block, s.block);
       float* to = sums + block * p.K * z.taps * VL;
@@ -278,7 +278,7 @@ void input_image(const ConvReluPoolProblem& f, const Sizes& z, const ConvReluPoo
   const ConvProblem& p = f.conv;
   const int64_t of_x = p.C * p.H * p.W, of_y = p.K * z.windows;
   open_image(f, z, static_cast<const T*>(t.gy) + n * of_y, static_cast<const uint8_t*>(t.arg) + n * of_y,
-             s.table, true, s.opened, s.spare);
+             s.table, 0, true, s.opened, s.spare);
   // Lanes beyond the filters won nothing.
   for (int64_t window = 0; window < z.windows; ++window)
     for (int64_t k = p.K; k < z.filters; ++k) s.opened.at[window * z.filters + k] = s.table[f.closed()];

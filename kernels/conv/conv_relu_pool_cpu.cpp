@@ -133,7 +133,8 @@ Scratch scratch_of(const ConvReluPoolProblem& f, const Sizes& z, std::byte* base
   s.bias = carver.take<float>(z.vectors * VL);
   s.offsets = carver.take<int64_t>(z.taps);
   s.best = carver.take<float>(planes ? z.band * f.V * lanes : 0);
-  s.tap = carver.take<int32_t>(planes && f.with_arg ? z.band * f.V * lanes : 0);
+  // turn_tap_bytes() reads VL rows of VL bytes
+  s.tap = carver.take<int32_t>(planes && f.with_arg ? z.band * f.V * lanes + VL * VL / 4 : 0);
   s.bytes = carver.used();
   return s;
 }
@@ -256,19 +257,11 @@ struct Item {
       const float* corner = from + v * f.pool_stride_w * NV * VL;
 #pragma GCC unroll 2
       for (int j = 0; j < NV; ++j) {
-        Winner winner(f.closed());
-        int32_t tap = 0;
-        const int64_t height = W ? W : f.pool_h, width = W ? W : f.pool_w;
-#pragma GCC unroll 2
-        for (int64_t i = 0; i < height; ++i)
-#pragma GCC unroll 2
-          for (int64_t e = 0; e < width; ++e)
-            winner.consider(as_stored(load(corner + (i * z.z_columns + e) * NV * VL + j * VL) + bias[j], T{}),
-                            tap++);
+        const auto winner = winner_of<NV, W>(corner + j * VL, bias[j]);
         const int64_t at = (u * f.V + v) * NV * VL + j * VL;
         if (planes) {
           store(s.best + at, winner.best);
-          if (args) store((float*)s.tap + at, (vf)winner.tap);
+          if (args) hold(winner.tap, u * f.V + v, j, at);
         } else {
           store_lanes_n(y + row + v * ys.w + j * VL, winner.best, K - k - j * VL);
           if (args) store_taps(arg + row + v * ys.w + j * VL, winner.tap, K - k - j * VL);
@@ -276,6 +269,46 @@ struct Item {
       }
     }
   }
+
+  using Winning = typename WinnerOf<Tap>::type;
+  template <int NV, int W>
+  PYSEQNET_INLINE Winning winner_of(const float* corner, vf bias) const {
+    const auto value = [&](int64_t i, int64_t e) PYSEQNET_LAMBDA {
+      return as_stored(load(corner + (i * z.z_columns + e) * NV * VL) + bias, T{});
+    };
+#if defined(__AVX512F__)
+    if constexpr (W == 2 && sizeof(Tap) == 1) {  // one comparison a tap, unless there is a NaN (or inf - inf)
+      const vf a = value(0, 0), b = value(0, 1), c = value(1, 0), d = value(1, 1);
+      if (__builtin_expect(!nan_lanes((a + b) + (c + d)), 1)) {
+        Winning winner(f.closed());
+        winner.consider_number(a, 0);
+        winner.consider_number(b, 1);
+        winner.consider_number(c, 2);
+        winner.consider_number(d, 3);
+        return winner;
+      }
+    }
+#endif
+    Winning winner(f.closed());
+    int32_t tap = 0;
+    const int64_t height = W ? W : f.pool_h, width = W ? W : f.pool_w;
+#pragma GCC unroll 2
+    for (int64_t i = 0; i < height; ++i)
+#pragma GCC unroll 2
+      for (int64_t e = 0; e < width; ++e) winner.consider(value(i, e), tap++);
+    return winner;
+  }
+
+  // Taps on their way to planes: bytes [vector][window][lane], or words [window][vector][lane].
+#if defined(__AVX512F__)
+  PYSEQNET_INLINE uint8_t* held_bytes(int64_t window, int j) const {
+    return (uint8_t*)s.tap + (j * z.band * f.V + window) * VL;
+  }
+  PYSEQNET_INLINE void hold(TapBytes taps, int64_t window, int j, int64_t) const {
+    store_taps(held_bytes(window, j), taps, VL);
+  }
+#endif
+  PYSEQNET_INLINE void hold(vi taps, int64_t, int, int64_t at) const { store((float*)s.tap + at, (vf)taps); }
 
   // [window][filter] -> [filter][window]
   template <int NV>
@@ -289,9 +322,15 @@ struct Item {
         const int count = int(smaller(VL, windows - e));
         transpose_block_exact(s.best + (e * NV + j) * VL, NV * VL, count, columns,
                               static_cast<T*>(t.y) + to + e, plane);
-        if (f.with_arg)
-          turn_taps((const float*)s.tap + (e * NV + j) * VL, NV * VL, count, columns,
-                    static_cast<Tap*>(t.arg) + to + e, plane);
+        if (!f.with_arg) continue;
+        Tap* taps = static_cast<Tap*>(t.arg) + to + e;
+#if defined(__AVX512F__)
+        if constexpr (sizeof(Tap) == 1) {
+          turn_tap_bytes(held_bytes(e, j), count, columns, taps, plane);
+          continue;
+        }
+#endif
+        turn_taps((const float*)s.tap + (e * NV + j) * VL, NV * VL, count, columns, taps, plane);
       }
     }
   }

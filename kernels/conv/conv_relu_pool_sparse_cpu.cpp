@@ -39,7 +39,7 @@ struct Sizes : OpenedSizes {
   int64_t patch, patch_floats;                // elements under one pixel of z, padded to vectors
   int64_t strip;                              // rows of windows whose patches are laid out together
   int64_t strip_rows, z_columns;              // pixels of z that a strip's windows cover
-  int64_t area_h, area_w, area, area_floats;  // what a window can reach
+  int64_t area_h, area_w, area, area_floats;  // what a window can reach, padded to half a vector
   int64_t chunks, part;                       // of images; floats of one chunk's sums
 
   int64_t staged() const { return rows * line + VL; }  // whole vectors may be read from any element
@@ -65,7 +65,7 @@ PYSEQNET_INLINE Sizes sizes(const ConvReluPoolProblem& f) {
   z.area_h = span(f.pool_h, p.stride_h, p.R, p.dilation_h);
   z.area_w = span(f.pool_w, p.stride_w, p.S, p.dilation_w);
   z.area = z.area_h * z.area_w * p.C;
-  z.area_floats = round_up(z.area, VL);
+  z.area_floats = round_up(z.area, VL / 2);
   z.filters = round_up(p.K, VL);
   z.chunks = smaller(p.N, CHUNKS);
   z.part = p.K * z.patch_floats;
@@ -110,6 +110,37 @@ void unstage_image(const ConvProblem& p, const Sizes& z, const float* from, T* g
 
 // ---- the weight gradient
 
+// A vector of a patch, put together from rows of the image that are shorter than a vector: lanes from `lane`
+// on come from from[offset + lane ...].
+constexpr int MOST_PIECES = 4;
+struct Pieces {
+  int count = 0;
+  int64_t offset[MOST_PIECES];
+  LanesFrom lanes[MOST_PIECES];
+};
+// Vector `number` of patches whose rows have `length` elements and lie `down` apart; false if of more pieces.
+bool find_pieces(int64_t number, int64_t rows, int64_t length, int64_t down, Pieces& pieces) {
+  const int64_t first = number * VL;
+  pieces.count = 0;
+  for (int64_t r = first / length; r < rows && r * length < first + VL; ++r) {
+    if (pieces.count == MOST_PIECES) return false;
+    const int64_t lane = larger(0, r * length - first);
+    pieces.offset[pieces.count] = r * down + first - r * length;  // of lane 0
+    pieces.lanes[pieces.count++] = lanes_from(int(lane));
+  }
+  return true;
+}
+template <int N>
+void lay_out_vectors(const Pieces& pieces, const float* from, int64_t step, int64_t count, float* to,
+                     int64_t to_step) {
+  for (int64_t q = 0; q < count; ++q, from += step, to += to_step) {
+    vf v = load(from + pieces.offset[0]);
+#pragma GCC unroll 4
+    for (int i = 1; i < N; ++i) v = merge(v, pieces.lanes[i], from + pieces.offset[i]);
+    store(to, v);
+  }
+}
+
 // The patches under `rows` x z_columns pixels of z, from row first of z on: [pixel][r][s][c]. Whole vectors:
 // what is written too far is overwritten by the next run, or lies beyond the patch.
 void lay_out_patches(const ConvProblem& p, const Sizes& z, const float* image, int64_t first, int64_t rows,
@@ -117,15 +148,21 @@ void lay_out_patches(const ConvProblem& p, const Sizes& z, const float* image, i
   const bool whole_rows = p.dilation_w == 1;
   const int64_t runs = whole_rows ? 1 : p.S, length = whole_rows ? p.S * p.C : p.C;
   const int64_t step = p.stride_w * p.C, down = p.dilation_h * z.line;
+  Pieces pieces;
+  if (whole_rows && length <= VL && find_pieces(0, p.R, length, down, pieces)) {  // the first has the most
+    for (int64_t j = 0; j < z.patch_floats / VL; ++j) {
+      find_pieces(j, p.R, length, down, pieces);
+      for (int64_t i = 0; i < rows; ++i)
+        with_rows<MOST_PIECES>(pieces.count, [&](auto n) PYSEQNET_LAMBDA {
+          lay_out_vectors<decltype(n)::value>(pieces, image + (first + i) * p.stride_h * z.line, step,
+                                              z.z_columns, to + i * z.z_columns * z.patch_floats + j * VL,
+                                              z.patch_floats);
+        });
+    }
+    return;
+  }
   for (int64_t i = 0; i < rows; ++i) {
     const float* from = image + (first + i) * p.stride_h * z.line;
-    if (whole_rows && length <= VL) {
-      for (int64_t q = 0; q < z.z_columns; ++q, from += step, to += z.patch_floats) {
-        const float* src = from;
-        for (int64_t r = 0, e = 0; r < p.R; ++r, e += length, src += down) store(to + e, load(src));
-      }
-      continue;
-    }
     for (int64_t q = 0; q < z.z_columns; ++q, from += step, to += z.patch_floats) {
       float* dst = to;
       for (int64_t r = 0; r < p.R; ++r)
@@ -209,7 +246,7 @@ void weight_chunk(const ConvReluPoolProblem& f, const Sizes& z, const ConvReluPo
   for (int64_t n = p.N * chunk / z.chunks; n < p.N * (chunk + 1) / z.chunks; ++n) {
     stage_image(p, z, static_cast<const T*>(t.x) + n * of_x, s.image);
     open_image(f, z, static_cast<const T*>(t.gy) + n * of_y, static_cast<const uint8_t*>(t.arg) + n * of_y,
-               s.table, false, s.opened, s.spare);
+               s.table, 0, false, s.opened, s.spare);
     for (int64_t u = 0; u < f.U; u += z.strip) {
       const int64_t rows = smaller(z.strip, f.U - u);
       lay_out_patches(p, z, s.image, u * f.pool_stride_h, (rows - 1) * f.pool_stride_h + f.pool_h, s.patches);
@@ -270,7 +307,7 @@ void shift_filter(const ConvReluPoolProblem& f, const Sizes& z, const T* w, int6
   const ConvProblem& p = f.conv;
   const Strides ws = p.w_strides();
   for (int64_t tap = 0; tap < f.window(); ++tap, to += z.area_floats) {
-    for (int64_t e = 0; e < z.area_floats; e += VL) store(to + e, vf{});
+    for (int64_t e = 0; e < z.area_floats; ++e) to[e] = 0.0f;
     const int64_t i = tap / f.pool_w * p.stride_h, j = tap % f.pool_w * p.stride_w;
     for (int64_t r = 0; r < p.R; ++r)
       for (int64_t s = 0; s < p.S; ++s)
@@ -280,10 +317,14 @@ void shift_filter(const ConvReluPoolProblem& f, const Sizes& z, const T* w, int6
   }
 }
 
-// area = sum over filters of g * shifted filter, NV vectors of it.
-template <int NV>
+typedef float half_vector __attribute__((vector_size(VL * 2)));
+typedef float half_vector_u __attribute__((vector_size(VL * 2), aligned(4), may_alias));
+
+// area = sum over filters of g * shifted filter, NV vectors of it and, if asked, half of one.
+template <int NV, bool half>
 void sum_filters(const float* shifted, const float* g, const int32_t* at, int64_t filters, float* area) {
-  vf even[NV] = {}, odd[NV] = {};
+  vf even[NV + 1] = {}, odd[NV + 1] = {};
+  half_vector even_half = {}, odd_half = {};
   int64_t k = 0;
   for (; k + 2 <= filters; k += 2) {
     const float *a = shifted + at[k], *b = shifted + at[k + 1];
@@ -293,14 +334,34 @@ void sum_filters(const float* shifted, const float* g, const int32_t* at, int64_
       even[j] += ga * load(a + j * VL);
       odd[j] += gb * load(b + j * VL);
     }
+    if constexpr (half) {
+      even_half += g[k] * *(const half_vector_u*)(a + NV * VL);
+      odd_half += g[k + 1] * *(const half_vector_u*)(b + NV * VL);
+    }
   }
   if (k < filters) {
     const vf ga = set1(g[k]);
 #pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) even[j] += ga * load(shifted + at[k] + j * VL);
+    if constexpr (half) even_half += g[k] * *(const half_vector_u*)(shifted + at[k] + NV * VL);
   }
 #pragma GCC unroll 4
   for (int j = 0; j < NV; ++j) store(area + j * VL, even[j] + odd[j]);
+  if constexpr (half) *(half_vector_u*)(area + NV * VL) = even_half + odd_half;
+}
+void sum_filters(const float* shifted, const float* g, const int32_t* at, int64_t filters, float* area,
+                 int64_t floats) {
+  for (; floats > 0; floats -= MOST_VECTORS * VL, shifted += MOST_VECTORS * VL, area += MOST_VECTORS * VL) {
+    const bool half = floats < MOST_VECTORS * VL && floats % VL;
+    const int vectors = int(smaller(MOST_VECTORS, floats / VL));
+    if (!vectors) return sum_filters<0, true>(shifted, g, at, filters, area);
+    with_rows<MOST_VECTORS>(vectors, [&](auto n) PYSEQNET_LAMBDA {
+      if (half)
+        sum_filters<decltype(n)::value, true>(shifted, g, at, filters, area);
+      else
+        sum_filters<decltype(n)::value, false>(shifted, g, at, filters, area);
+    });
+  }
 }
 
 // Where a gradient is infinite or NaN, a product with a shifted filter's zeros would spread it: element by
@@ -354,9 +415,7 @@ void add_filters(const ConvReluPoolProblem& f, const Sizes& z, const float* shif
     for (int64_t v = 0; v < f.V; ++v, ++window) {
       const float* g = o.g + window * z.filters + first;
       const int32_t* at = o.at + window * z.filters + first;
-      for_vector_blocks(z.area_floats, [&](auto vectors, int64_t block) PYSEQNET_LAMBDA {
-        sum_filters<decltype(vectors)::value>(shifted + block, g, at, last - first, area + block);
-      });
+      sum_filters(shifted, g, at, last - first, area, z.area_floats);
       float* corner =
           image + u * f.pool_stride_h * p.stride_h * z.line + v * f.pool_stride_w * p.stride_w * p.C;
       for (int64_t i = 0; i < z.area_h; ++i, corner += z.line)
@@ -373,16 +432,10 @@ void input_image(const ConvReluPoolProblem& f, const Sizes& z, const ConvReluPoo
   const ConvProblem& p = f.conv;
   const int64_t of_x = p.C * p.H * p.W, of_y = p.K * z.windows;
   const int64_t of_filter = f.window() * z.area_floats;
-  bool finite = open_image(f, z, static_cast<const T*>(t.gy) + n * of_y,
-                           static_cast<const uint8_t*>(t.arg) + n * of_y, s.table, true, s.opened, s.spare);
-  // From the tap's place within a filter to the place within all of them.
-  for (int64_t window = 0; window < z.windows; ++window) {
-    int32_t* at = s.opened.at + window * z.filters;
-    for (int64_t k = 0; k < p.K; k += VL) {
-      const vi filter = (int32_t(k) + iota()) * int32_t(of_filter);
-      store((float*)at + k, (vf)((vi)load((const float*)at + k) + filter));
-    }
-  }
+  // In the order of the filters' places, not of the taps' within one.
+  const bool finite =
+      open_image(f, z, static_cast<const T*>(t.gy) + n * of_y, static_cast<const uint8_t*>(t.arg) + n * of_y,
+                 s.table, int32_t(of_filter), true, s.opened, s.spare);
   for (int64_t e = 0; e < z.staged(); e += VL) store_lanes_n(s.image + e, vf{}, z.staged() - e);
   const int64_t block = larger(2, FILTER_BYTES / (of_filter * int64_t(sizeof(float))) / 2 * 2);
   for (int64_t k = 0; k < p.K; k += block) {

@@ -57,6 +57,73 @@ PYSEQNET_INLINE vi load_taps(const uint8_t* from, int64_t n) {
 #endif
 }
 
+// The same with the taps as bytes, which move at a quarter of the cost.
+#if defined(__AVX512F__)
+typedef __m128i TapBytes;
+PYSEQNET_INLINE TapBytes tap_bytes(int tap) { return _mm_set1_epi8(char(tap)); }
+PYSEQNET_INLINE __mmask16 nan_lanes(vf v) { return _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q); }
+struct ByteWinner {
+  vf best = {};
+  TapBytes tap;
+  PYSEQNET_INLINE explicit ByteWinner(int64_t closed) : tap(tap_bytes(int(closed))) {}
+  PYSEQNET_INLINE void take(__mmask16 lanes, vf v, int number) {
+    best = (vf)_mm512_mask_mov_ps((__m512)best, lanes, (__m512)v);
+    tap = _mm_mask_mov_epi8(tap, lanes, tap_bytes(number));
+  }
+  PYSEQNET_INLINE void consider(vf v, int32_t number) {
+    take(_mm512_cmp_ps_mask((__m512)v, (__m512)best, _CMP_GT_OQ) | nan_lanes(v), v, number);
+  }
+  // Where no value is NaN.
+  PYSEQNET_INLINE void consider_number(vf v, int32_t number) {
+    take(_mm512_cmp_ps_mask((__m512)v, (__m512)best, _CMP_GT_OQ), v, number);
+  }
+};
+PYSEQNET_INLINE void store_taps(uint8_t* to, TapBytes taps, int64_t n) {
+  if (n >= VL)
+    _mm_storeu_si128((__m128i*)to, taps);
+  else
+    _mm_mask_storeu_epi8(to, (__mmask16)((1u << n) - 1), taps);
+}
+template <class Tap>
+struct WinnerOf {
+  using type = Winner;
+};
+template <>
+struct WinnerOf<uint8_t> {
+  using type = ByteWinner;
+};
+// to[i * stride + w] = from[w * VL + i] for w < count, i < columns; VL rows can be read.
+PYSEQNET_INLINE void turn_tap_bytes(const uint8_t* from, int count, int columns, uint8_t* to,
+                                    int64_t stride) {
+  const __m512i gather = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+  const __m512i within =
+      _mm512_broadcast_i32x4(_mm_set_epi8(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0));
+  __m512i z[4];  // rows 4i ..: then dword k of quarter g is column 4g + k of those rows
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i)
+    z[i] = _mm512_shuffle_epi8(_mm512_permutexvar_epi32(gather, _mm512_loadu_si512(from + i * 64)), within);
+  const __m512i low01 = _mm512_unpacklo_epi32(z[0], z[1]), high01 = _mm512_unpackhi_epi32(z[0], z[1]);
+  const __m512i low23 = _mm512_unpacklo_epi32(z[2], z[3]), high23 = _mm512_unpackhi_epi32(z[2], z[3]);
+  const __m512i turned[4] = {_mm512_unpacklo_epi64(low01, low23), _mm512_unpackhi_epi64(low01, low23),
+                             _mm512_unpacklo_epi64(high01, high23),
+                             _mm512_unpackhi_epi64(high01, high23)};  // quarter g: 4g + k
+#pragma GCC unroll 4
+  for (int k = 0; k < 4; ++k) {
+    const __m128i quarters[4] = {_mm512_castsi512_si128(turned[k]), _mm512_extracti32x4_epi32(turned[k], 1),
+                                 _mm512_extracti32x4_epi32(turned[k], 2),
+                                 _mm512_extracti32x4_epi32(turned[k], 3)};
+#pragma GCC unroll 4
+    for (int g = 0; g < 4; ++g)
+      if (4 * g + k < columns) store_taps(to + (4 * g + k) * stride, quarters[g], count);
+  }
+}
+#else
+template <class Tap>
+struct WinnerOf {
+  using type = Winner;
+};
+#endif
+
 // Lane l is table[index[l]], 0 <= index < VL.
 PYSEQNET_INLINE vi look_up(vi table, vi index) {
 #if defined(__AVX512F__)

@@ -18,8 +18,8 @@ struct OpenedSizes {
   int64_t filters;  // K, padded to vectors
 };
 
-// g: gy, zero where closed. at: table[tap], table[closed] where closed. [filter][window] or, transposed,
-// [window][filter]; rows are padded to whole vectors.
+// g: gy, zero where closed. at: table[tap], table[closed] where closed, plus filter_step times the number of
+// the filter. [filter][window] or, transposed, [window][filter]; rows are padded to whole vectors.
 struct Opened {
   float* g;
   int32_t* at;
@@ -27,12 +27,14 @@ struct Opened {
 constexpr int64_t TABLE = 256;  // one entry a tap and one for closed: a window has at most 255
 
 // Rows of `count` elements, row_stride apart, from `rows` rows of gy and arg; returns whether all are finite.
+// Going down a row adds row_step to `at`, going a column to the right column_step.
 template <class T>
 inline bool open_rows(const T* gy, const uint8_t* arg, int64_t rows, int64_t count, int64_t row_stride,
-                      int32_t closed, const int32_t* table, Opened to, int64_t to_stride) {
+                      int32_t closed, const int32_t* table, int32_t row_step, int32_t column_step, Opened to,
+                      int64_t to_stride) {
   vi odd = {};
   const bool small = closed < VL;  // the table fits a register: a shuffle, not a gather
-  const vi entries = (vi)load((const float*)table);
+  const vi entries = (vi)load((const float*)table), of_columns = iota() * column_step;
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t e = 0; e < count; e += VL) {
       const int64_t n = count - e;
@@ -42,7 +44,8 @@ inline bool open_rows(const T* gy, const uint8_t* arg, int64_t rows, int64_t cou
       const vf g = open ? loaded : vf{};
       odd |= (g - g) != vf{};
       const vi entry = open ? tap : closed - vi{};
-      const vi at = small ? look_up(entries, entry) : (vi)gather((const float*)table, entry);
+      const vi of_place = of_columns + (int32_t(e) * column_step + int32_t(r) * row_step);
+      const vi at = of_place + (small ? look_up(entries, entry) : (vi)gather((const float*)table, entry));
       store_lanes_n(to.g + r * to_stride + e, g, n);
       store_lanes_n((float*)to.at + r * to_stride + e, (vf)at, n);
     }
@@ -62,24 +65,22 @@ inline void turn(const float* from, int64_t from_stride, int64_t rows, int64_t c
 // An image's gradients in the wanted order; `spare` holds another such pair.
 template <class T>
 inline bool open_image(const ConvReluPoolProblem& f, const OpenedSizes& z, const T* gy, const uint8_t* arg,
-                       const int32_t* table, bool by_window, Opened to, Opened spare) {
+                       const int32_t* table, int32_t filter_step, bool by_window, Opened to, Opened spare) {
   const int64_t K = f.conv.K, W = z.windows, turned = round_up(W, VL);
   const int32_t closed = int32_t(f.closed());
-  const bool planes = f.conv.layout == Layout::nchw;
-  if (planes != by_window) {  // it comes in this order
-    return planes ? open_rows(gy, arg, K, W, W, closed, table, to, turned)
-                  : open_rows(gy, arg, W, K, K, closed, table, to, z.filters);
-  }
-  bool finite;
+  const bool planes = f.conv.layout == Layout::nchw, as_it_comes = planes != by_window;
+  const Opened opened = as_it_comes ? to : spare;
   if (planes) {
-    finite = open_rows(gy, arg, K, W, W, closed, table, spare, turned);
+    const bool finite = open_rows(gy, arg, K, W, W, closed, table, filter_step, 0, opened, turned);
+    if (as_it_comes) return finite;
     turn(spare.g, turned, K, W, to.g, z.filters);
     turn((float*)spare.at, turned, K, W, (float*)to.at, z.filters);
-  } else {
-    finite = open_rows(gy, arg, W, K, K, closed, table, spare, z.filters);
-    turn(spare.g, z.filters, W, K, to.g, turned);
-    turn((float*)spare.at, z.filters, W, K, (float*)to.at, turned);
+    return finite;
   }
+  const bool finite = open_rows(gy, arg, W, K, K, closed, table, 0, filter_step, opened, z.filters);
+  if (as_it_comes) return finite;
+  turn(spare.g, z.filters, W, K, to.g, turned);
+  turn((float*)spare.at, z.filters, W, K, (float*)to.at, turned);
   return finite;
 }
 PYSEQNET_INLINE int64_t opened_floats(const OpenedSizes& z) { return round_up(z.windows, VL) * z.filters; }
