@@ -92,16 +92,14 @@ template <>
 struct WinnerOf<uint8_t> {
   using type = ByteWinner;
 };
-// to[i * stride + w] = from[w * VL + i] for w < count, i < columns; VL rows can be read.
-PYSEQNET_INLINE void turn_tap_bytes(const uint8_t* from, int count, int columns, uint8_t* to,
-                                    int64_t stride) {
+// 16 x 16 bytes: z[i] holds rows 4i .. 4i + 3; becomes columns, to[c] = byte c of every row.
+PYSEQNET_INLINE void transpose_bytes(const __m512i (&rows)[4], TapBytes (&to)[VL]) {
   const __m512i gather = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
   const __m512i within =
       _mm512_broadcast_i32x4(_mm_set_epi8(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0));
-  __m512i z[4];  // rows 4i ..: then dword k of quarter g is column 4g + k of those rows
+  __m512i z[4];  // dword k of quarter g: column 4g + k of four rows
 #pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i)
-    z[i] = _mm512_shuffle_epi8(_mm512_permutexvar_epi32(gather, _mm512_loadu_si512(from + i * 64)), within);
+  for (int i = 0; i < 4; ++i) z[i] = _mm512_shuffle_epi8(_mm512_permutexvar_epi32(gather, rows[i]), within);
   const __m512i low01 = _mm512_unpacklo_epi32(z[0], z[1]), high01 = _mm512_unpackhi_epi32(z[0], z[1]);
   const __m512i low23 = _mm512_unpacklo_epi32(z[2], z[3]), high23 = _mm512_unpackhi_epi32(z[2], z[3]);
   const __m512i turned[4] = {_mm512_unpacklo_epi64(low01, low23), _mm512_unpackhi_epi64(low01, low23),
@@ -109,13 +107,39 @@ PYSEQNET_INLINE void turn_tap_bytes(const uint8_t* from, int count, int columns,
                              _mm512_unpackhi_epi64(high01, high23)};  // quarter g: 4g + k
 #pragma GCC unroll 4
   for (int k = 0; k < 4; ++k) {
-    const __m128i quarters[4] = {_mm512_castsi512_si128(turned[k]), _mm512_extracti32x4_epi32(turned[k], 1),
-                                 _mm512_extracti32x4_epi32(turned[k], 2),
-                                 _mm512_extracti32x4_epi32(turned[k], 3)};
-#pragma GCC unroll 4
-    for (int g = 0; g < 4; ++g)
-      if (4 * g + k < columns) store_taps(to + (4 * g + k) * stride, quarters[g], count);
+    to[k] = _mm512_castsi512_si128(turned[k]);
+    to[4 + k] = _mm512_extracti32x4_epi32(turned[k], 1);
+    to[8 + k] = _mm512_extracti32x4_epi32(turned[k], 2);
+    to[12 + k] = _mm512_extracti32x4_epi32(turned[k], 3);
   }
+}
+// to[i * stride + w] = from[w * VL + i] for w < count, i < columns; VL rows can be read.
+PYSEQNET_INLINE void turn_tap_bytes(const uint8_t* from, int count, int columns, uint8_t* to,
+                                    int64_t stride) {
+  const __m512i rows[4] = {_mm512_loadu_si512(from), _mm512_loadu_si512(from + 64),
+                           _mm512_loadu_si512(from + 128), _mm512_loadu_si512(from + 192)};
+  TapBytes turned[VL];
+  transpose_bytes(rows, turned);
+#pragma GCC unroll 16
+  for (int i = 0; i < VL; ++i)
+    if (i < columns) store_taps(to + i * stride, turned[i], count);
+}
+// to[c] = byte c of rows from + r * stride, r < count, of which the first `columns` bytes exist; zero elsewhere.
+PYSEQNET_INLINE void load_turned_taps(const uint8_t* from, int64_t stride, int count, int columns,
+                                      TapBytes (&to)[VL]) {
+  const __mmask16 exist = columns >= VL ? (__mmask16)0xffff : (__mmask16)((1u << columns) - 1);
+  __m512i rows[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    TapBytes row[4];
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r)
+      row[r] =
+          4 * i + r < count ? _mm_maskz_loadu_epi8(exist, from + (4 * i + r) * stride) : _mm_setzero_si128();
+    rows[i] = _mm512_inserti32x4(_mm512_castsi128_si512(row[0]), row[1], 1);
+    rows[i] = _mm512_inserti32x4(_mm512_inserti32x4(rows[i], row[2], 2), row[3], 3);
+  }
+  transpose_bytes(rows, to);
 }
 #else
 template <class Tap>

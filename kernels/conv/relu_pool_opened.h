@@ -62,6 +62,45 @@ inline void turn(const float* from, int64_t from_stride, int64_t rows, int64_t c
                       int(smaller(VL, columns - c)), to + c * to_stride + r, to_stride);
 }
 
+#if defined(__AVX512F__)
+// open_rows() and turn() of planes at once: [filter][window] is read, [window][filter] written, and no opened
+// copy lies in between.
+template <class T>
+inline bool open_turned(const T* gy, const uint8_t* arg, int64_t filters, int64_t windows, int32_t closed,
+                        const int32_t* table, int32_t filter_step, Opened to, int64_t to_stride) {
+  vi odd = {};
+  const bool small = closed < VL;
+  const vi entries = (vi)load((const float*)table);
+  for (int64_t k = 0; k < filters; k += VL) {
+    const int rows = int(smaller(VL, filters - k));
+    const vi of_place = (iota() + int32_t(k)) * filter_step;
+    for (int64_t w = 0; w < windows; w += VL) {
+      const int columns = int(smaller(VL, windows - w));
+      TapBytes taps[VL];
+      load_turned_taps(arg + k * windows + w, windows, rows, columns, taps);
+      vf g[VL];
+#pragma GCC unroll 16
+      for (int i = 0; i < VL; ++i) g[i] = i < rows ? load_lanes_n(gy + (k + i) * windows + w, columns) : vf{};
+      transpose(g);
+#pragma GCC unroll 16
+      for (int i = 0; i < VL; ++i) {
+        if (i >= columns) break;
+        const vi tap = (vi)_mm512_cvtepu8_epi32(taps[i]), open = tap < closed;
+        const vf passed = open ? g[i] : vf{};
+        odd |= (passed - passed) != vf{};
+        const vi entry = open ? tap : closed - vi{};
+        const vi at = of_place + (small ? look_up(entries, entry) : (vi)gather((const float*)table, entry));
+        store(to.g + (w + i) * to_stride + k, passed);
+        store((float*)to.at + (w + i) * to_stride + k, (vf)at);
+      }
+    }
+  }
+  int32_t any = 0;
+  for (int l = 0; l < VL; ++l) any |= odd[l];
+  return any == 0;
+}
+#endif
+
 // An image's gradients in the wanted order; `spare` holds another such pair.
 template <class T>
 inline bool open_image(const ConvReluPoolProblem& f, const OpenedSizes& z, const T* gy, const uint8_t* arg,
@@ -70,6 +109,9 @@ inline bool open_image(const ConvReluPoolProblem& f, const OpenedSizes& z, const
   const int32_t closed = int32_t(f.closed());
   const bool planes = f.conv.layout == Layout::nchw, as_it_comes = planes != by_window;
   const Opened opened = as_it_comes ? to : spare;
+#if defined(__AVX512F__)
+  if (planes && by_window) return open_turned(gy, arg, K, W, closed, table, filter_step, to, z.filters);
+#endif
   if (planes) {
     const bool finite = open_rows(gy, arg, K, W, W, closed, table, filter_step, 0, opened, turned);
     if (as_it_comes) return finite;

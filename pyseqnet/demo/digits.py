@@ -56,3 +56,15 @@ def shifted(images: Tensor, generator: torch.Generator, most: int = 1) -> Tensor
     batch = torch.arange(n)[:, None, None]
     # indexing with a slice between index tensors puts the channels last
     return padded[batch, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+
+
+def rotated(images: Tensor, degrees: Tensor) -> Tensor:
+    """Each image (N, C, H, W) turned by its angle (N,), counter-clockwise, bilinearly; the edge is repeated.
+
+    No layer of a convolutional network recognises what is turned or scaled: it has to see it in training.
+    """
+    angle = torch.deg2rad(degrees)
+    cosine, sine, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
+    turns = torch.stack([cosine, -sine, zero, sine, cosine, zero], 1).view(-1, 2, 3)
+    grid = torch.nn.functional.affine_grid(turns, list(images.shape), align_corners=False)
+    return torch.nn.functional.grid_sample(images, grid, padding_mode="border", align_corners=False)

@@ -31,6 +31,7 @@ from pyseqnet.functional.linear_attention import (
     linear_attention_step,
     linear_attention_step_reference,
 )
+from pyseqnet.functional.locally_connected import locally_connected2d, locally_connected2d_reference
 from pyseqnet.functional.pool import max_pool1d, max_pool1d_reference, max_pool2d, max_pool2d_reference
 from pyseqnet.functional.recurrent import (
     gru,
@@ -84,6 +85,8 @@ __all__ = [
     "linear_attention_reference",
     "linear_attention_step",
     "linear_attention_step_reference",
+    "locally_connected2d",
+    "locally_connected2d_reference",
     "lstm",
     "lstm_cell",
     "lstm_cell_reference",

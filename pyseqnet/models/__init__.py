@@ -1,8 +1,9 @@
 """Whole models, composed of `pyseqnet.nn` layers; they call no operation directly."""
 
+from pyseqnet.models.go_policy import GoPolicy
 from pyseqnet.models.image_classifier import ImageClassifier
 from pyseqnet.models.sequence_tagger import SequenceTagger
 from pyseqnet.models.sequence_translator import SequenceTranslator
 from pyseqnet.models.vision_transformer import VisionTransformer
 
-__all__ = ["ImageClassifier", "SequenceTagger", "SequenceTranslator", "VisionTransformer"]
+__all__ = ["GoPolicy", "ImageClassifier", "SequenceTagger", "SequenceTranslator", "VisionTransformer"]

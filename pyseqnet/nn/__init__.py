@@ -16,6 +16,7 @@ from pyseqnet.nn.graph_attention import GraphAttention
 from pyseqnet.nn.image_attention import ImageSelfAttention, SelfAttention2d
 from pyseqnet.nn.linear_attention import LinearAttention, LinearMultiheadAttention
 from pyseqnet.nn.local_attention import LongformerSelfAttention, TruncatedSelfAttention
+from pyseqnet.nn.locally_connected import LocallyConnected2d
 from pyseqnet.nn.norm import LayerNorm
 from pyseqnet.nn.pool import MaxPool1d, MaxPool2d
 from pyseqnet.nn.position import LearnedPositions, SinusoidalPositions
@@ -55,6 +56,7 @@ __all__ = [
     "LearnedPositions",
     "LinearAttention",
     "LinearMultiheadAttention",
+    "LocallyConnected2d",
     "LocationAwareAttention",
     "LocationState",
     "LongformerSelfAttention",
