@@ -103,6 +103,10 @@ def test_every_layer_with_a_twin_is_replaced(name: str) -> None:
     assert list(ours.state_dict()) == list(theirs.state_dict())
     assert all(type(part) not in _TWINS for part in ours.modules())
     assert_close(step(ours, *arguments_of(name)), step(theirs, *arguments_of(name)))
+    assert repr(ours) == repr(theirs)
+    for part in ours.modules():
+        if hasattr(part, "reset_parameters"):
+            copy.deepcopy(part).reset_parameters()
     again = pyseqnet.convert(ours)
     assert not again.replaced
     assert_close(step(copy.deepcopy(ours), *arguments_of(name)), step(theirs, *arguments_of(name)))

@@ -199,6 +199,7 @@ class LSTM(_Recurrent):
     The other arguments are torch's, and without these options so are the parameters and their names.
     """
 
+    _forget_bias: float | None = None  # a layer converted from torch's has none
     _twin = _TorchLSTM
     get_expected_cell_size = _TorchLSTM.get_expected_cell_size
     check_forward_args = _TorchLSTM.check_forward_args  # type: ignore[assignment]
@@ -393,6 +394,12 @@ class LSTMCell(_Cell):
 
     _twin = _TorchLSTMCell
     _mode = "LSTM"
+    # what a cell that was converted from torch's has
+    proj_size = 0
+    _options: Options = NO_OPTIONS
+    _stated: dict[str, Any] = {}  # noqa: RUF012 - never changed
+    _forget_bias: float | None = None
+    _is_plain = True
 
     def __init__(
         self,
