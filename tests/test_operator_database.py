@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
 import sys
 
+import pytest
 from support import ROOT
+
+pytestmark = pytest.mark.skipif(
+    not importlib.util.find_spec("expecttest"), reason="torch.testing._internal needs expecttest"
+)
 
 
 def test_torchs_samples_and_errors() -> None:
