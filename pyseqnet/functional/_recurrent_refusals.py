@@ -175,13 +175,6 @@ def _check_shapes(
         states = hx if mode in reference.HAS_CELL else [hx]
         for position, (state, size) in enumerate(zip(states, (features, hidden), strict=False)):
             expect(f"hx[{position}]" if mode in reference.HAS_CELL else "hx", state, (sets, *batch, size))
-    if lengths is not None:
-        steps = data.shape[1 if batch_first else 0]
-        lengths = torch.as_tensor(lengths)
-        if bool(((lengths < 0) | (lengths > steps)).any()):
-            raise ValueError(
-                f"pyseqnet {name}: lengths: expected values from 0 to the input's {steps} steps, got {lengths.tolist()}"
-            )
 
 
 def explain_cell(

@@ -79,7 +79,7 @@ def run_layers(
         if data.shape[1 if batch_first else 0] == 0:
             raise ValueError("Expected sequence length to be larger than 0 in RNN")
         if lengths is not None:
-            lengths = _read_lengths(lengths, data.shape[0 if batch_first else 1])
+            lengths = _read_lengths(lengths, *data.shape[:2][:: -1 if batch_first else 1])
     if torch._C._is_any_autocast_enabled():
         dtype = autocast_dtype(data)
         if dtype is not None:
@@ -203,7 +203,7 @@ def _drop_features(data: Tensor, p: float, batch_first: bool, batch_sizes: Tenso
     return data * _dropout(data.new_ones(shape), p, True)
 
 
-def _read_lengths(lengths: Any, batch: int) -> Tensor:
+def _read_lengths(lengths: Any, steps: int, batch: int) -> Tensor:
     if not isinstance(lengths, Tensor):
         lengths = torch.as_tensor(lengths, dtype=torch.int64)
     if lengths.dtype != torch.int64 or lengths.device.type not in ("cpu", "meta") or lengths.dim() != 1:
@@ -214,6 +214,14 @@ def _read_lengths(lengths: Any, batch: int) -> Tensor:
     if lengths.shape[0] != batch:
         raise ValueError(f"lengths: expected one for each of the {batch} sequences, got {lengths.shape[0]}")
     contiguous: Tensor = lengths.contiguous()
+    if type(contiguous) is Tensor and not torch.compiler.is_compiling() and batch and contiguous.is_cpu:
+        low, high = contiguous.aminmax()
+        if low < 1 or high > steps:
+            index = int(((contiguous < 1) | (contiguous > steps)).nonzero()[0])
+            raise ValueError(
+                f"lengths: expected values from 1 to the input's {steps} steps, got {contiguous.tolist()}: "
+                f"{int(contiguous[index])} at index {index}"
+            )
     return contiguous
 
 

@@ -128,9 +128,9 @@ def lstm(
         params: for each layer and in it for each direction w_ih ``(4H, I)``, w_hh ``(4H, H)``, then b_ih, b_hh
             ``(4H)`` unless there are none, then w_hr ``(P, H)`` if there is a projection. Rows in the order i, f, g, o.
         dropout: of the outputs of every layer but the last, if ``training``.
-        lengths: ``(B,)``, int64 on the CPU: how many steps each sequence really has, in any order. Padding is never
-            read, whatever it holds; outputs there are 0; the reverse direction starts at each sequence's own end, and
-            h_n, c_n are each sequence's own last.
+        lengths: ``(B,)``, int64 on the CPU: how many steps each sequence really has, at least 1, in any order. Padding
+            is never read, whatever it holds; outputs there are 0; the reverse direction starts at each sequence's own
+            end, and h_n, c_n are each sequence's own last.
         proj_size: what the number of `params` tells as well; if given, it must agree.
         peephole: ``"diagonal"`` (Gers & Schmidhuber, 2000): i and f see ``p * c'``, o sees ``p * c``; params then end
             in w_ch ``(3H)``, for i, f, o. ``"full"``: all four gates see ``W_ch c'``, w_ch ``(4H, H)``.

@@ -38,7 +38,7 @@ def truncated_bptt(
         input: ``(T, B, I)``, with ``layer.batch_first`` ``(B, T, I)``, or ``(T, I)``.
         steps: of a piece, at least 1; the last one may be shorter.
         hx: the state to begin with; None for zeros.
-        lengths: ``(B,)``, int64 on the CPU: as the layer takes them (our layers only).
+        lengths: ``(B,)``, int64 on the CPU: as the layer takes them (our layers only), each at least 1.
 
     Yields:
         The piece's steps as a slice of the time axis, its output, and the state after it, detached: each sequence's
@@ -50,7 +50,37 @@ def truncated_bptt(
     state = detach(hx)
     for start in range(0, input.shape[time], steps):
         count = min(steps, input.shape[time] - start)
-        options = {} if lengths is None else {"lengths": (lengths - start).clamp(0, count)}
-        output, state = layer(input.narrow(time, start, count), state, **options)
+        piece = input.narrow(time, start, count)
+        if lengths is None:
+            output, state = layer(piece, state)
+        else:
+            output, state = _run_those_that_go_on(layer, piece, 1 - time, lengths - start, state)
         state = detach(state)
         yield slice(start, start + count), output, state
+
+
+def _run_those_that_go_on(
+    layer: torch.nn.Module, piece: Tensor, batch: int, left: Tensor, state: Any
+) -> tuple[Tensor, Any]:
+    """The layer on the sequences that have steps left; the others give zeros and keep their state."""
+    count = piece.shape[1 - batch]
+    if bool((left > 0).all()):
+        result: tuple[Tensor, Any] = layer(piece, state, lengths=left.clamp(max=count))
+        return result
+    running = (left > 0).nonzero().squeeze(1)
+    if len(running) == 0:
+        width = layer(piece[:1, :1])[0].shape[-1]
+        return piece.new_zeros(*piece.shape[:2], width), state
+    places = running.to(piece.device)
+    states = state if isinstance(state, tuple) else (state,)
+    own = tuple(s.index_select(1, places) for s in states)
+    output, new = layer(
+        piece.index_select(batch, places),
+        own if isinstance(state, tuple) else own[0],
+        lengths=left.index_select(0, running).clamp(max=count),
+    )
+    shape = [*piece.shape[:2], output.shape[-1]]
+    whole = output.new_zeros(shape).index_copy(batch, places, output)
+    new = new if isinstance(new, tuple) else (new,)
+    merged = tuple(s.index_copy(1, places, n) for s, n in zip(states, new, strict=True))
+    return whole, merged if isinstance(state, tuple) else merged[0]

@@ -539,13 +539,21 @@ def test_lengths_are_packed_sequences(device: str, name: str, batch_first: bool)
             torch.testing.assert_close(whole[:, b], single)
 
 
-def test_an_empty_sequence_keeps_its_state(device: str) -> None:
+def test_an_empty_sequence_is_refused_by_its_index(device: str) -> None:
     layer = nn.LSTM(3, 4, bidirectional=True, device=device)
-    hx = (normal((2, 2, 4), 0, torch.float32).to(device), normal((2, 2, 4), 1, torch.float32).to(device))
-    y, (h_n, c_n) = layer(normal((5, 2, 3), 2, torch.float32).to(device), hx, lengths=torch.tensor([0, 5]))
+    for lengths, words in (([5, 0, 3], "0 at index 1"), ([5, 3, -2], "-2 at index 2"), ([6, 1, 1], "6 at index 0")):
+        with pytest.raises(ValueError, match=rf"lengths: expected values from 1 to the input's 5 steps, .*: {words}$"):
+            layer(torch.zeros(5, 3, 3, device=device), lengths=torch.tensor(lengths))
+
+
+def test_kernels_leave_the_state_of_an_empty_sequence(device: str) -> None:
+    h, c = (normal((2, 2, 4), k, torch.float32).to(device) for k in (0, 1))
+    weights = [w.to(device) for w in nn.LSTM(3, 4, bidirectional=True)._flat_weights]
+    x, lengths = normal((5, 2, 3), 2, torch.float32).to(device), torch.tensor([0, 5])
+    y, h_n, c_n, _, _ = ops.recurrent_forward(x, h, c, weights, lengths, None, "lstm", 2, True, False, False)
     assert y[:, 0].count_nonzero() == 0
-    assert torch.equal(h_n[:, 0], hx[0][:, 0])
-    assert torch.equal(c_n[:, 0], hx[1][:, 0])
+    assert torch.equal(h_n[:, 0], h[:, 0])
+    assert torch.equal(c_n[:, 0], c[:, 0])
 
 
 def test_lengths_may_be_a_list(device: str) -> None:

@@ -436,7 +436,7 @@ def test_functions_name_what_is_wrong(case: str) -> None:
 
 
 def test_a_layer_names_bad_lengths() -> None:
-    with pytest.raises(ValueError, match=r"lengths: expected values from 0 to the input's 5 steps, got \[9, 2\]"):
+    with pytest.raises(ValueError, match=r"lengths: expected values from 1 to the input's 5 steps, got \[9, 2\]"):
         nn.GRU(3, 4)(X, lengths=torch.tensor([9, 2]))
 
 

@@ -443,7 +443,7 @@ BAD_OPTIONS = {
     "state": (lambda: nn.JordanRNN(I, H, P)(torch.zeros(T, B, I), torch.zeros(1, B, H)), r"hx: expected the shape"),
     "lengths": (
         lambda: nn.LSTM(I, H, layer_norm=True)(torch.zeros(T, B, I), lengths=torch.tensor([1, 2, 3, 99])),
-        r"lengths: expected values from 0 to the input's 6 steps, got \[1, 2, 3, 99\]",
+        r"lengths: expected values from 1 to the input's 6 steps, got \[1, 2, 3, 99\]",
     ),
     "params": (lambda: F.jordan(torch.zeros(T, B, I), None, [torch.zeros(H, I)]), "params: expected 3 or 6 tensors"),
 }  # fmt: skip
