@@ -161,7 +161,6 @@ CASES = [
     attention("decode_4096", 1, 8, 1, 4096, 64, dtypes=BOTH),
     attention("decode_1024_batch", 16, 8, 1, 1024, 64),
     attention("decode_1024_grouped", 4, 16, 1, 1024, 64, key_heads=2),
-    attention("decode_4096", 1, 8, 1, 4096, 64, dtypes=BOTH),
     attention("lengths_512", 16, 8, 512, 512, 64, lengths=True),
     attention("local_1024", 1, 8, 1024, 1024, 64, pattern=masks.Local(64)),
     attention("local_2048", 1, 8, 2048, 2048, 64, pattern=masks.Local(64)),
