@@ -212,6 +212,7 @@ int64_t query_tiles(const AttentionProblem& p) {
 
 Refusal refuses(const AttentionProblem& p) {
   if (const Refusal why = refuses_tensor_cores(p)) return why;
+  if (const Refusal why = refuses_few_queries(p)) return why;
   return fits_grid({p.B, p.H, query_tiles(p)}) ? accepted : too_many_tiles;
 }
 int64_t no_workspace(const AttentionProblem&) { return 0; }

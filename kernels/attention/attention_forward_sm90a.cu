@@ -429,6 +429,7 @@ bool has_no_stride(const AttentionStrides& s, int64_t B, int64_t H, int64_t N) {
 
 Refusal refuses(const AttentionProblem& p) {
   if (const Refusal why = refuses_tensor_cores(p)) return why;
+  if (const Refusal why = refuses_few_queries(p)) return why;
   if (has_no_stride(p.q_strides, p.B, p.H, p.L) || has_no_stride(p.k_strides, p.B, p.Hk, p.S) ||
       has_no_stride(p.v_strides, p.B, p.Hk, p.S) || has_no_stride(p.out_strides, p.B, p.H, p.L))
     return "an expanded dimension, of stride 0";

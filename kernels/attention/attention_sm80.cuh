@@ -276,6 +276,15 @@ inline Refusal refuses_tensor_cores(const AttentionProblem& p) {
   return accepted;
 }
 
+// Forward alone: a block owns queries and walks over all their keys, so a few queries leave most of the device idle
+// (decoding: one block a head). Worth it only if blocks are many or keys few.
+inline Refusal refuses_few_queries(const AttentionProblem& p) {
+  constexpr int64_t few_queries = 16, enough_blocks = 128, few_keys = 1024;
+  return p.L <= few_queries && p.B * p.H < enough_blocks && p.S > few_keys
+             ? "few queries: their keys are shared among blocks elsewhere"
+             : accepted;
+}
+
 // Calls f(width) with the smallest of 64, 128, 256 channels that holds a head, as an integral constant.
 template <class F>
 int dispatch_channels(const AttentionProblem& p, F&& f) {
