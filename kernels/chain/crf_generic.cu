@@ -13,6 +13,8 @@
 // Predicted there, before any measurement: B 16, T 100, C 120, f32: a step 240 dependent pairs of loads and 120
 // exponentials, about 3 us; log-likelihood 0.3 ms, gradient 0.9 ms (23 million exponentials for the pairs, 0.05 ms of
 // it). B 32, T 50, C 20: 0.03 and 0.1 ms. 7 MB are moved at most: latency, not memory, bounds all of it.
+#include <type_traits>
+
 #include "chain/chain_math.h"
 #include "chain/crf.h"
 #include "common/cuda_numerics.cuh"
@@ -77,8 +79,12 @@ PYSEQNET_DEVICE accumulator_t<T> score_of_tags(const Call<T>& c, int64_t b, int6
   return sum;
 }
 
+// Blocks that a multiprocessor's registers must hold, 0: as ptxas likes. For double on sm_120 it likes to spill.
 template <class T>
-__global__ void __launch_bounds__(threads) sum_sequences(const Call<T> c) {
+constexpr int sum_blocks = std::is_same_v<T, double> ? 6 : 0;
+
+template <class T>
+__global__ void __launch_bounds__(threads, sum_blocks<T>) sum_sequences(const Call<T> c) {
   using Acc = accumulator_t<T>;
   PYSEQNET_DYNAMIC_SHARED(Acc, rows);  // two rows of tags
   PYSEQNET_SHARED(Acc, sums, [threads]);

@@ -136,13 +136,112 @@ recurrent.drop("counted without a fence", "total[0];", "__threadfence();", file=
 recurrent.drop("no barrier between steps", "stash_operand(memory.column[1 - now]", file=product)
 recurrent.swap("a row too many", "void put_results(", "row >= p.rows", "row > p.rows", file=product)
 
+attention_80 = Copy("attention/attention_forward_sm80.cu", "bf16 B1 H2/1 L3 S270 D64 E24")
+attention_80.drop("tiles are read before cp.async has brought them", "arrive = [&]", "ptx::cp_async_wait<slots - 2>();")
+attention_80.drop("no barrier: tiles of other threads", "ptx::cp_async_wait<slots - 2>();")
+attention_80.swap("prefetches into the tile in use", "fetch(item + ", "slots - 1", "slots")
+attention_80.swap("a key too many", "exists = [&](int key)", "key < keys - key0", "key <= keys - key0")
+attention_80.swap("a query too many", "lane % 4 == 0 && ", "query < past", "query <= past")
+
+attention_90 = Copy("attention/attention_forward_sm90a.cu", "bf16 B1 H2/1 L3 S270 D64 E24")
+more_tiles = "bf16 B1 H1/1 L70 S700 D64 E64"
+consume, values_arrive, store = "void consume(", "void values_arrive(", "void store(const WorkItem"
+attention_90.drop("no wait for keys", consume, "ptx::mbar_wait(ring_.keys_full(turn_.stage), turn_.phase);")
+attention_90.drop("no wait for values", values_arrive, "ptx::mbar_wait(ring_.values_full(turn.stage), turn.phase);")
+attention_90.drop("scores are read before they are there", consume, "ptx::wgmma_wait<1>();")
+attention_90.drop("results reach TMA without a fence", store, "ptx::fence_async_proxy();")
+attention_90.drop("results leave before all are there", store, "ptx::bar_sync(first_group_barrier + group_, 128);")
+attention_90.drop(
+    "keys arrive where keys are still read",
+    "void produce(",
+    "ptx::mbar_wait(ring.keys_empty(stage), turn.phase ^ 1);",
+    label=more_tiles,
+)
+
+additive = Copy("attention/additive_generic.cu", "f32 B2 L17 S33 D33 E5 apart no scores")
+additive.drop("channels are overwritten while they are read", "d0 += chunk) {")
+additive.drop("channels are read before they are written", "m.weight[t] = weight")
+additive.drop("a state is overwritten while it is read", "state = m.state[r];", "__syncwarp();")
+additive.drop("weights are read before they are written", "m.factor[r] = factor;")
+additive.drop("gradients are read before they are written", "m.dz[r][own_column()] = dz;")
+additive.swap("a row too many", "at(int64_t row, int64_t channel)", "row < rows", "row <= rows")
+additive.swap("a weight too many", "row >= p.L || ", "j >= p.S", "j > p.S")
+
+ctc = Copy("chain/ctc_generic.cu", "ctc f32 T9 B4 C33 S3")
+ctc.drop("paths: no barrier between steps", "s.alpha(step)[state] = now[state];")
+ctc.drop("back: no barrier between steps", "*alpha = exp(*alpha + beta - total);")
+ctc.drop("posteriors are added before they are there", "blanks[threadIdx.x] = sum;")
+ctc.swap("a state too many", "beta = after[state];", "state + 2 < s.states", "state + 2 <= s.states")
+ctc.swap("overwrites the states that it reads", "sum_paths(", "(step + 1) % 2", "step % 2")
+
+gemm_80 = Copy("conv/conv_sm80.cu", "bf16 nchw filters nhwc N1 C40 H5 W5 K67")
+header = "conv_sm80.cuh"
+gemm_80.drop("rows are read before they are listed", "list_row(rows, g, axes, first_window", file=header)
+gemm_80.drop("no wait for cp.async", "gathered_product(", "ptx::cp_async_wait<ring_stages - 2>();", file=header)
+gemm_80.drop("no barrier between stages", "ptx::cp_async_wait<ring_stages - 2>();", file=header)
+gemm_80.drop(
+    "results overwrite what is read", "ptx::cp_async_wait<0>();", file=header, label="bf16 nhwc filters nhwc N2 C8 H8"
+)
+gemm_80.drop("results leave before they are there", "pitch + column) = two;", file=header)
+gemm_80.swap("a filter too many", "filter_lines; j++", "column < columns_left_", "column <= columns_left_", file=header)
+header = "conv_weight_sm80.cuh"
+four_stages = "f32 nhwc filters nhwc N2 C8 H8 W8 K64"
+wait = "ptx::cp_async_wait<ring_stages - 2>();"
+gemm_80.drop("weights: no wait for cp.async", "weight_product(", wait, file=header, label=four_stages)
+gemm_80.drop("weights: no barrier between stages", wait, file=header, label=four_stages)
+gemm_80.swap(
+    "weights: a pixel too many",
+    "gy_exists_ && ",
+    "gy_pixel_ < end_",
+    "gy_pixel_ <= end_",
+    file=header,
+    label="f32 nhwc filters nhwc N1 C16 H9",
+)
+
+gemm_90 = Copy("conv/conv_sm90a.cu", "f16 nhwc filters nhwc N1 C72 H6 W5 K67")
+header = "conv_sm90a.cuh"
+gemm_90.drop("no wait for TMA", "product_wgmma(", "ptx::mbar_wait(full + 8 * at.slot, at.phase);", file=header)
+gemm_90.drop(
+    "no wait for a free slot", "product_wgmma(", "ptx::mbar_wait(empty + 8 * at.slot, at.phase ^ 1);", file=header
+)
+gemm_90.drop("a slot is given back while it is read", "product_wgmma(", "ptx::wgmma_wait<1>();", file=header)
+gemm_90.drop("sums are read before they are there", "product_wgmma(", "ptx::wgmma_wait<0>();", file=header)
+gemm_90.swap("expects a pixel less", "expect_tx(bar, ", "Tile::stage_bytes", "Tile::stage_bytes - 128", file=header)
+gemm_90.swap("a pixel too many", "transpose_quad(word, lane);", "pixel < pixels", "pixel <= pixels", file=header)
+weights_90 = Copy("conv/conv_weight_sm90a.cu", "f16 nhwc filters nhwc N1 C40 H12 W11 K40")
+weights_90.drop("weights: no wait for TMA", "weight_wgmma(", "ptx::mbar_wait(full + 8 * at.slot, at.phase);")
+weights_90.drop("weights: sums are read before they are there", "weight_wgmma(", "ptx::wgmma_wait<0>();")
+weights_90.swap("weights: a filter too many", "weight_wgmma(", "row >= g.filters", "row > g.filters")
+
+grid = Copy("recurrent/recurrent_grid_sm80.cu", "bf16 lstm lengths T3 B19 I5 H130 P0 D2")
+header = "recurrent_exchanges.cuh"
+exchange = "struct GridExchange"
+grid.drop("grid: copied before it is written", exchange, file=header)
+grid.drop("grid: counted before all have copied", "copy(parity);\n    __syncthreads", file=header)
+grid.drop("grid: no barrier between steps", exchange, "wait_for(++epoch);", file=header)
+grid.drop("grid: goes on before its first thread", "wait_for(++epoch);", file=header)
+grid.drop("grid: no wait for cp.async", exchange, "ptx::cp_async_wait<0>();", file=header)
+grid.drop("grid: sources of other threads", "ptx::cp_async_wait<0>();", file=header)
+cluster = Copy("recurrent/recurrent_cluster_sm90.cu", "bf16 lstm dense T2 B2 I2 H260")
+cluster.drop("cluster: a neighbour may not have begun", "void begin()", "ptx::cluster_sync();", file=header)
+cluster.drop("cluster: no barrier between steps", "void wait()", "ptx::cluster_wait();", file=header)
+cluster.drop("cluster: copied before it is written", "struct ClusterExchange", file=header)
+meet = "ptx::bar_sync(1 + group, team.slices * 32);"
+cluster.drop("cluster: sums of other warps", "void combine(", meet, file="recurrent_persistent.cuh")
+
 MUTATIONS: dict[str, list[Mutation]] = {
+    "case_additive": additive.mutations,
     "case_attention": attention.mutations,
+    "case_attention_tensor_core": attention_80.mutations + attention_90.mutations,
+    "case_chain": ctc.mutations,
     "case_conv": gemm.mutations + depthwise.mutations,
     "case_conv_relu_pool": block.mutations,
+    "case_conv_sm80": gemm_80.mutations,
+    "case_conv_sm90a": gemm_90.mutations + weights_90.mutations,
     "case_linear_attention": linear.mutations,
     "case_max_pool": pool.mutations,
     "case_recurrent": recurrent.mutations,
+    "case_recurrent_persistent": grid.mutations + cluster.mutations,
 }
 
 
