@@ -158,6 +158,15 @@ attention_90.drop(
     label=more_tiles,
 )
 
+attention_back = Copy("attention/attention_backward_sm80.cu", "bf16 B1 H2/1 L3 S270 D64 E24")
+arrived = "everybody is through with the other one"
+attention_back.drop("back: no wait for cp.async", arrived, "ptx::cp_async_wait<0>();")
+attention_back.drop("back: no barrier: tiles of other threads", arrived)
+attention_back.swap(
+    "back: prefetches into the tiles in use", "fetch(slot ^ 1);\n    const uint32_t column_tile0", "slot ^ 1", "slot"
+)
+attention_back.swap("back: a query too many", "statistics_of(", "query >= end", "query > end")
+
 additive = Copy("attention/additive_generic.cu", "f32 B2 L17 S33 D33 E5 apart no scores")
 additive.drop("channels are overwritten while they are read", "d0 += chunk) {")
 additive.drop("channels are read before they are written", "m.weight[t] = weight")
@@ -173,6 +182,13 @@ ctc.drop("back: no barrier between steps", "*alpha = exp(*alpha + beta - total);
 ctc.drop("posteriors are added before they are there", "blanks[threadIdx.x] = sum;")
 ctc.swap("a state too many", "beta = after[state];", "state + 2 < s.states", "state + 2 <= s.states")
 ctc.swap("overwrites the states that it reads", "sum_paths(", "(step + 1) % 2", "step % 2")
+
+crf = Copy("chain/crf_generic.cu", "crf bf16 B4 T5 C3 nbest 4 tags")
+crf.drop("sequences: no barrier between steps", "c.alpha[(b * c.p.T + step) * C + j] = now[j];")
+crf.drop("tags are added before they are there", "sums[threadIdx.x] = sum;")
+crf.drop("back: no barrier between steps", "store(ge + step * C + i, g *")
+crf.drop("best: no barrier between steps", "if (nan) atomicOr(bad, 1);")
+crf.drop("best: the last list is read before it is written", "last.offer(rows[")
 
 gemm_80 = Copy("conv/conv_sm80.cu", "bf16 nchw filters nhwc N1 C40 H5 W5 K67")
 header = "conv_sm80.cuh"
@@ -228,12 +244,18 @@ cluster.drop("cluster: no barrier between steps", "void wait()", "ptx::cluster_w
 cluster.drop("cluster: copied before it is written", "struct ClusterExchange", file=header)
 meet = "ptx::bar_sync(1 + group, team.slices * 32);"
 cluster.drop("cluster: sums of other warps", "void combine(", meet, file="recurrent_persistent.cuh")
+over_time = Copy("recurrent/recurrent_over_time_sm80.cu", "f16 gru packed T4 B3 I16 H64 P0 D1")
+stage_arrives = "ptx::cp_async_wait<stages - 2>();"
+over_time.drop("products: lines are read before they are listed", "list_lines(column_at, column")
+over_time.drop("products: no wait for cp.async", "recurrent_mma_product(", stage_arrives)
+over_time.drop("products: no barrier between stages", stage_arrives)
+over_time.swap("products: a row too many", "at.row_of(i, 2 * half);", "row >= p.rows", "row > p.rows")
 
 MUTATIONS: dict[str, list[Mutation]] = {
     "case_additive": additive.mutations,
     "case_attention": attention.mutations,
-    "case_attention_tensor_core": attention_80.mutations + attention_90.mutations,
-    "case_chain": ctc.mutations,
+    "case_attention_tensor_core": attention_80.mutations + attention_90.mutations + attention_back.mutations,
+    "case_chain": ctc.mutations + crf.mutations,
     "case_conv": gemm.mutations + depthwise.mutations,
     "case_conv_relu_pool": block.mutations,
     "case_conv_sm80": gemm_80.mutations,
@@ -241,7 +263,7 @@ MUTATIONS: dict[str, list[Mutation]] = {
     "case_linear_attention": linear.mutations,
     "case_max_pool": pool.mutations,
     "case_recurrent": recurrent.mutations,
-    "case_recurrent_persistent": grid.mutations + cluster.mutations,
+    "case_recurrent_persistent": grid.mutations + cluster.mutations + over_time.mutations,
 }
 
 
