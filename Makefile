@@ -23,6 +23,9 @@ SOURCES := $(shell find kernels csrc -type f) setup.py pyproject.toml
 CXX_FILES = $(shell find kernels csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 MAX_JOBS ?= $(shell nproc)
 export MAX_JOBS
+# With nvcc, a tree to work in is built for one architecture (and PTX); an installed package for all: setup.py.
+PYSEQNET_CUDA_ARCHS ?= 90a
+export PYSEQNET_CUDA_ARCHS
 # Whatever pip installs or builds in isolation, torch stays the one above.
 export PIP_CONSTRAINT := $(abspath $(VENV))/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
