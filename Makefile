@@ -23,9 +23,6 @@ SOURCES := $(shell find kernels csrc -type f) setup.py pyproject.toml
 CXX_FILES = $(shell find kernels csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 MAX_JOBS ?= $(shell nproc)
 export MAX_JOBS
-# With nvcc, a tree to work in is built for one architecture (and PTX); an installed package for all: setup.py.
-PYSEQNET_CUDA_ARCHS ?= 90a
-export PYSEQNET_CUDA_ARCHS
 # Whatever pip installs or builds in isolation, torch stays the one above.
 export PIP_CONSTRAINT := $(abspath $(VENV))/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -89,10 +86,12 @@ define ctest
 endef
 
 # The stamp is as old as the start of the build: what changes meanwhile is compiled next time.
+# With nvcc, a tree to work in is built for one architecture (and PTX); an installed package for all: setup.py.
 $(BUILT): $(SOURCES) | $(VENV)/.torch
 	@echo 'building pyseqnet, $(MAX_JOBS) compilers at a time (minutes the first time) ...'
 	@touch $@.started
-	$(PY) -m pip install --quiet --no-build-isolation -e '.[demo,bench,test,lint]'
+	PYSEQNET_CUDA_ARCHS="$${PYSEQNET_CUDA_ARCHS:-90a}" \
+	  $(PY) -m pip install --quiet --no-build-isolation -e '.[demo,bench,test,lint]'
 	@$(PY) -c 'import pyseqnet; print("built:", *(f"{k}={v}" for k, v in pyseqnet.build_info().items()))'
 	@mv $@.started $@
 
