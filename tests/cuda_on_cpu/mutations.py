@@ -136,6 +136,12 @@ recurrent.drop("counted without a fence", "total[0];", "__threadfence();", file=
 recurrent.drop("no barrier between steps", "stash_operand(memory.column[1 - now]", file=product)
 recurrent.swap("a row too many", "void put_results(", "row >= p.rows", "row > p.rows", file=product)
 
+gradients = Copy("attention/attention_backward_generic.cu", "f32 B3 H2/1 L14")
+gradients.drop("gradients overwrite what is read", "gradients_of_tile<T>(weight, gradient")
+gradients.drop("keys are read before they are written", "walk.key_seen(memory, key); });")
+gradients.drop("gradients overwrite the last ones", "add_transposed(ChannelRegisters")
+gradients.drop("transposed gradients are read before they are there", "memory.lse[query] != -Acc(INFINITY); });")
+
 attention_80 = Copy("attention/attention_forward_sm80.cu", "bf16 B1 H2/1 L3 S270 D64 E24")
 attention_80.drop("tiles are read before cp.async has brought them", "arrive = [&]", "ptx::cp_async_wait<slots - 2>();")
 attention_80.drop("no barrier: tiles of other threads", "ptx::cp_async_wait<slots - 2>();")
@@ -213,6 +219,8 @@ gemm_80.swap(
     file=header,
     label="f32 nhwc filters nhwc N1 C16 H9",
 )
+pack = Copy("conv/conv_pack.cu", four_stages)
+pack.drop("weights: parts are added before they are there", "lanes[y][x] = sum;")
 
 gemm_90 = Copy("conv/conv_sm90a.cu", "f16 nhwc filters nhwc N1 C72 H6 W5 K67")
 header = "conv_sm90a.cuh"
@@ -253,12 +261,12 @@ over_time.swap("products: a row too many", "at.row_of(i, 2 * half);", "row >= p.
 
 MUTATIONS: dict[str, list[Mutation]] = {
     "case_additive": additive.mutations,
-    "case_attention": attention.mutations,
+    "case_attention": attention.mutations + gradients.mutations,
     "case_attention_tensor_core": attention_80.mutations + attention_90.mutations + attention_back.mutations,
     "case_chain": ctc.mutations + crf.mutations,
     "case_conv": gemm.mutations + depthwise.mutations,
     "case_conv_relu_pool": block.mutations,
-    "case_conv_sm80": gemm_80.mutations,
+    "case_conv_sm80": gemm_80.mutations + pack.mutations,
     "case_conv_sm90a": gemm_90.mutations + weights_90.mutations,
     "case_linear_attention": linear.mutations,
     "case_max_pool": pool.mutations,
