@@ -30,6 +30,7 @@
 #include <algorithm>
 
 #include "recurrent/recurrent_gemm.cuh"
+#include "recurrent/recurrent_launches.cuh"
 #include "recurrent/recurrent_tasks.cuh"
 
 namespace pyseqnet {
@@ -59,24 +60,6 @@ int64_t longest_of(const RecurrentProblem& p) {
 int64_t sequences_at(const RecurrentProblem& p, int64_t t) {
   return p.packed() ? p.offsets[t + 1] - p.offsets[t] : p.B;
 }
-
-// Deals out a workspace; with a null base it only counts.
-class Workspace {
- public:
-  explicit Workspace(void* base) : base_(reinterpret_cast<uintptr_t>(base)) {}
-  template <class T>
-  T* take(int64_t count) {
-    constexpr int64_t alignment = 256;
-    const int64_t begin = bytes_;
-    bytes_ += (count * int64_t(sizeof(T)) + alignment - 1) / alignment * alignment;
-    return count > 0 ? reinterpret_cast<T*>(base_ + uintptr_t(begin)) : nullptr;
-  }
-  int64_t bytes() const { return bytes_; }
-
- private:
-  uintptr_t base_;
-  int64_t bytes_ = 0;
-};
 
 // What steps in parts need.
 template <class Acc>
@@ -197,20 +180,6 @@ int dispatch_cell(RecurrentCell cell, F&& f) {
       return f(TypeTag<RnnTask>{});
   }
 }
-
-// Takes the first error of several launches; what follows it is not launched.
-class Launches {
- public:
-  template <class F>
-  void operator()(F&& f) {
-    if (!error_) error_ = f();
-  }
-  bool failed() const { return error_ != launch_ok; }
-  int error() const { return error_; }
-
- private:
-  int error_ = launch_ok;
-};
 
 // w_hh for products with h (forward) and with the gradients of the slots (backward).
 template <class T>

@@ -51,13 +51,15 @@ extern const RecurrentCudaKernel recurrent_forward_block, recurrent_backward_blo
 extern const RecurrentCudaKernel recurrent_forward_cluster, recurrent_backward_cluster;
 extern const RecurrentCudaKernel recurrent_forward_grid, recurrent_backward_grid;
 extern const RecurrentCudaKernel recurrent_forward_cuda, recurrent_backward_cuda;
+extern const RecurrentCudaKernel recurrent_walk_forward_cuda, recurrent_walk_backward_cuda;
 
 namespace {
 constexpr const RecurrentCudaKernel* cuda_forward[] = {&recurrent_forward_block, &recurrent_forward_cluster,
-                                                       &recurrent_forward_grid, &recurrent_forward_cuda};
-constexpr const RecurrentCudaKernel* cuda_backward[] = {&recurrent_backward_block,
-                                                        &recurrent_backward_cluster, &recurrent_backward_grid,
-                                                        &recurrent_backward_cuda};
+                                                       &recurrent_forward_grid, &recurrent_forward_cuda,
+                                                       &recurrent_walk_forward_cuda};
+constexpr const RecurrentCudaKernel* cuda_backward[] = {
+    &recurrent_backward_block, &recurrent_backward_cluster, &recurrent_backward_grid,
+    &recurrent_backward_cuda, &recurrent_walk_backward_cuda};
 }  // namespace
 
 Table<RecurrentCudaKernel> recurrent_cuda_table(RecurrentPass pass) {

@@ -259,6 +259,20 @@ over_time.drop("products: no wait for cp.async", "recurrent_mma_product(", stage
 over_time.drop("products: no barrier between stages", stage_arrives)
 over_time.swap("products: a row too many", "at.row_of(i, 2 * half);", "row >= p.rows", "row > p.rows")
 
+walk = Copy("recurrent/recurrent_walk.cu", "f32 lstm_layer_norm lengths T3 B3 I5 H11")
+header = "recurrent_walk.cuh"
+walk.drop("a step's products read the state while it is written", "w.from_input[row * w.gates + k];", file=header)
+walk.drop(
+    "sums are read before they are written",
+    "own + at.recurrent);",
+    file=header,
+    label="f32 lstm_peephole lengths T3 B3",
+)
+walk.drop("a row's total is read before it is written", "warp_sums[threadIdx.x / 32] = x;", file=header)
+walk.drop("gradients of sums are read before they are written", "w.options, true});", file=header)
+walk.swap("the step after instead of before", "walk_backward(", "step + 1", "step - 1", file=header)
+walk.swap("a parameter's gradient lacks a sequence", "sum_parameter_gradients(", "b < sequences", "b + 1 < sequences")
+
 MUTATIONS: dict[str, list[Mutation]] = {
     "case_additive": additive.mutations,
     "case_attention": attention.mutations + gradients.mutations,
@@ -272,6 +286,7 @@ MUTATIONS: dict[str, list[Mutation]] = {
     "case_max_pool": pool.mutations,
     "case_recurrent": recurrent.mutations,
     "case_recurrent_persistent": grid.mutations + cluster.mutations + over_time.mutations,
+    "case_recurrent_walk": walk.mutations,
 }
 
 

@@ -1,5 +1,5 @@
-// One problem of the recurrent family, forward and backward, on the kernels of a table entry and on the
-// oracle: what the cases of that family share.
+// One problem of the recurrent family, forward and backward, on the kernels of a table entry and on the oracle:
+// what the cases of that family share.
 //
 // Padded positions of x and gy hold NaN, which must not leak; what nobody may write keeps its poison, in the
 // oracle's results as in the kernel's.
@@ -41,18 +41,22 @@ struct Case {
 inline std::string label(const Case& c) {
   const RecurrentProblem& p = c.p;
   char words[400];
-  std::snprintf(words, sizeof words, "%s %s %s T%lld B%lld I%lld H%lld P%lld D%lld%s%s%s%s%s%s%s%s%s%s%s",
-                name_of(p.dtype), name_of(p.cell),
-                c.choices.form == Form::dense     ? "dense"
-                : c.choices.form == Form::lengths ? "lengths"
-                                                  : "packed",
-                (long long)p.T, (long long)p.B, (long long)p.I, (long long)p.H, (long long)p.P,
-                (long long)p.D, p.reserve ? "" : " without reserve",
-                c.choices.batch_first ? " batch first" : "", c.choices.gaps ? " gaps" : "",
-                c.choices.biases ? "" : " no biases", c.choices.states ? "" : " no h0",
-                c.choices.gy ? "" : " no gy", c.choices.gy_expanded ? " gy expanded" : "",
-                c.choices.g_states ? "" : " no gh_n", c.choices.gx ? "" : " no gx",
-                c.choices.to_states ? "" : " no gh0", c.choices.weights ? "" : " no gw");
+  std::snprintf(
+      words, sizeof words, "%s %s %s T%lld B%lld I%lld H%lld P%lld D%lld%s%s%s%s%s%s%s%s%s%s%s%s%s%s%s",
+      name_of(p.dtype), name_of(p.cell),
+      c.choices.form == Form::dense     ? "dense"
+      : c.choices.form == Form::lengths ? "lengths"
+                                        : "packed",
+      (long long)p.T, (long long)p.B, (long long)p.I, (long long)p.H, (long long)p.P, (long long)p.D,
+      p.reserve ? "" : " without reserve", c.choices.batch_first ? " batch first" : "",
+      c.choices.gaps ? " gaps" : "", c.choices.biases ? "" : " no biases", c.choices.states ? "" : " no h0",
+      c.choices.gy ? "" : " no gy", c.choices.gy_expanded ? " gy expanded" : "",
+      c.choices.g_states ? "" : " no gh_n", c.choices.gx ? "" : " no gx",
+      c.choices.to_states ? "" : " no gh0", c.choices.weights ? "" : " no gw",
+      p.zone_masks  ? " masks"
+      : p.zoneout() ? " zoneout"
+                    : "",
+      p.limit != 0 ? " clipped" : "", p.is_jordan() ? " " : "", p.is_jordan() ? name_of(p.output) : "");
   return words;
 }
 
@@ -60,7 +64,7 @@ inline Case make(DType dtype, RecurrentCell cell, int64_t T, int64_t B, int64_t 
                  int64_t P = 0, Choices choices = {}) {
   Case c;
   c.p.dtype = dtype, c.p.cell = cell, c.p.T = T, c.p.B = B, c.p.I = I, c.p.H = H, c.p.D = D;
-  c.p.P = cell == RecurrentCell::lstm ? P : 0;
+  c.p.P = c.p.has_cell() || c.p.is_jordan() ? P : 0;
   c.choices = choices;
   return c;
 }
@@ -177,7 +181,27 @@ inline void check_case(Suite& suite, Case c, const RecurrentKernels& kernels) {
     }
     if (p.P)
       all.input(element, p.P * H, "w_hr", of_host.w_hr, of_device.w_hr, random, 1 / std::sqrt(double(H)));
+    if (p.is_jordan() && choices.biases)
+      all.input(element, p.P, "b_hr", of_host.b_hr, of_device.b_hr, random, 0.5);
+    if (p.cell == RecurrentCell::lstm_peephole)
+      all.input(element, 3 * H, "w_ch", of_host.w_ch, of_device.w_ch, random, 0.5);
+    if (p.facts().feeds_cell)
+      all.input(element, G * H * H, "w_ch", of_host.w_ch, of_device.w_ch, random, weight_scale);
+    if (p.cell == RecurrentCell::lstm_layer_norm) {
+      all.input(element, G * H, "gain_ih", of_host.gain_ih, of_device.gain_ih, random);
+      all.input(element, G * H, "gain_hh", of_host.gain_hh, of_device.gain_hh, random);
+      all.input(element, H, "gain_c", of_host.gain_c, of_device.gain_c, random);
+      all.input(element, H, "bias_c", of_host.bias_c, of_device.bias_c, random, 0.5);
+    }
   }
+  const auto mask = [&](int64_t width, const char* name, const uint8_t*& of_host, const uint8_t*& of_device) {
+    Tensor* t = all.add(Kind::u8, p.D * N * width, name);
+    for (int64_t i = 0; i < p.D * N * width; i++) t->set(i, random.chance(0.3) ? 1 : 0);
+    t->upload();
+    of_host = static_cast<const uint8_t*>(t->host()), of_device = static_cast<const uint8_t*>(t->device());
+  };
+  if (p.zone_masks) mask(R, "zone_h", host.zone_h, device.zone_h);
+  if (p.zone_masks && p.has_cell()) mask(H, "zone_c", host.zone_c, device.zone_c);
   const auto integers = [&](const std::vector<int64_t>& values, const char* name) -> const int64_t* {
     Tensor* t = all.add(Kind::i64, int64_t(values.size()), name);
     for (size_t i = 0; i < values.size(); i++) t->set(int64_t(i), double(values[i]));
@@ -198,15 +222,19 @@ inline void check_case(Suite& suite, Case c, const RecurrentKernels& kernels) {
   output(forward, element, y_count, "y", host.y, device.y);
   output(forward, element, p.D * p.B * R, "h_n", host.h_n, device.h_n);
   if (p.has_cell()) output(forward, element, p.D * p.B * H, "c_n", host.c_n, device.c_n);
-  if (p.reserve && p.saved()) output(forward, wide, p.D * N * 4 * H, "gates", host.gates, device.gates);
-  if (p.reserve && p.has_cell()) output(forward, wide, p.D * N * H, "cells", host.cells, device.cells);
+  if (p.reserve && p.saved())
+    output(forward, wide, p.D * N * p.saved() * H, "gates", host.gates, device.gates);
+  if (p.reserve && p.cell_width())
+    output(forward, wide, p.D * N * p.cell_width(), "cells", host.cells, device.cells);
   run_cpu(recurrent_reference_forward, p, host);
   for (const RecurrentCudaKernel* k : {&kernels.forward, &kernels.backward})
     if (const Refusal why = k->refuses(p)) return suite.fail(k->name, std::string("refuses: ") + why);
 
   // Each sum rounds its terms once, of order 1; errors travel along with h through the steps.
   const double unit = p.dtype == DType::f64 ? 0x1p-53 : 0x1p-24;
-  const double terms = double(p.I + R + H + 32) * double(std::min<int64_t>(p.T, 8) + 1);
+  // Normalising divides by a deviation that may be small.
+  const double amplified = p.facts().over_units ? 30 : 1;
+  const double terms = amplified * double(p.I + R + H + 32) * double(std::min<int64_t>(p.T, 8) + 1);
   // A rounded h or gradient is off by half an epsilon of its size, of order 1, at random.
   const double rounding = kernels.rounds ? 2 * epsilon_of(p.dtype) : 0;
   const auto compare = [&](const std::vector<Output>& list, double absolute) {
@@ -251,6 +279,17 @@ inline void check_case(Suite& suite, Case c, const RecurrentKernels& kernels) {
       output(backward, element, G * H, "g_b_hh", of_host.b_hh, of_device.b_hh);
     }
     if (p.P) output(backward, element, p.P * H, "g_w_hr", of_host.w_hr, of_device.w_hr);
+    if (p.is_jordan() && choices.biases)
+      output(backward, element, p.P, "g_b_hr", of_host.b_hr, of_device.b_hr);
+    if (p.cell == RecurrentCell::lstm_peephole)
+      output(backward, element, 3 * H, "g_w_ch", of_host.w_ch, of_device.w_ch);
+    if (p.facts().feeds_cell) output(backward, element, G * H * H, "g_w_ch", of_host.w_ch, of_device.w_ch);
+    if (p.cell == RecurrentCell::lstm_layer_norm) {
+      output(backward, element, G * H, "g_gain_ih", of_host.gain_ih, of_device.gain_ih);
+      output(backward, element, G * H, "g_gain_hh", of_host.gain_hh, of_device.gain_hh);
+      output(backward, element, H, "g_gain_c", of_host.gain_c, of_device.gain_c);
+      output(backward, element, H, "g_bias_c", of_host.bias_c, of_device.bias_c);
+    }
   }
   if (backward.empty()) return;
   run_cpu(recurrent_reference_backward, p, host);

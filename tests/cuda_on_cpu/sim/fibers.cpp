@@ -76,7 +76,7 @@ cusim_switch:
 constexpr int frame_words = 20;  // x29, x30 first
 #endif
 #endif
-constexpr size_t stack_bytes = 256 << 10, guard_bytes = 4096, poisoned_bytes = 12288;
+constexpr size_t guard_bytes = 4096, poisoned_bytes = 12288;
 Context main_context;
 #ifdef CUSIM_UCONTEXT
 static std::map<char*, ucontext_t*> contexts;  // of each stack

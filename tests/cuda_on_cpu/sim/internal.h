@@ -184,6 +184,7 @@ extern std::set<std::pair<void*, void*>> reported_pairs;  // so that one fault i
 extern Context main_context;
 void switch_to(Context& from, Context& to);
 [[noreturn]] void leave_to_main();
+constexpr size_t stack_bytes = 256 << 10;  // of a fiber
 char* new_stack();
 void prepare(Thread*, char* stack, int i, void (*entry)());
 
