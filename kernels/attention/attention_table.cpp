@@ -65,7 +65,8 @@ Table<AttentionCpuKernel> attention_cpu_table(AttentionPass pass) {
 
 #if defined(PYSEQNET_WITH_CUDA)
 extern const AttentionCudaKernel attention_forward_cuda, attention_weights_cuda, attention_delta_cuda,
-    attention_backward_cuda, attention_bias_gradient_cuda, attention_forward_sm80, attention_backward_sm80;
+    attention_backward_cuda, attention_bias_gradient_cuda, attention_forward_sm80, attention_forward_sm90a,
+    attention_backward_sm80;
 
 namespace {
 constexpr const AttentionCudaKernel* cuda_forward[] = {&attention_forward_sm90a, &attention_forward_sm80,
