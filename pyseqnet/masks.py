@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyseqnet._compilers import constant_result
 from pyseqnet._pattern_tiles import BLOCK, compiled_tiles
 
 __all__ = ["Blocks", "Causal", "Dense", "Edges", "Global", "Local", "Pattern", "Strided", "per_head"]
@@ -128,7 +129,7 @@ class Pattern(ABC):
 
     # Compilers take its result for a constant, and find the tensors in a dictionary that the pattern holds: so they
     # guard on both, and on the token.
-    @torch.compiler.assume_constant_result
+    @constant_result
     def _prepare(self, length: int, keys: int, heads: int, device: str) -> str:
         """Sees to it that a shape is compiled; its name in `_compiled`."""
         if self.heads is not None and self.heads != heads:

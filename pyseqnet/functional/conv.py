@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyseqnet._compilers import constant_result
 from pyseqnet.functional._common import (
     aliases,
     autocast_cast,
@@ -49,7 +50,7 @@ class _Geometry(NamedTuple):
 _INTEGERS = len(_Geometry._fields)
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _torch_allows_tf32() -> bool:
     return bool(torch._C._get_fp32_precision_getter("cuda", "conv") == "tf32")
 

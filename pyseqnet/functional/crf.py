@@ -175,8 +175,9 @@ def crf_log_likelihood(
 ) -> Tensor:
     """Log-probability of tag sequences under a linear-chain CRF.
 
-    Equivalent to, for each sequence b of n steps::
+    Equivalent to::
 
+        # for each sequence b, of n steps
         score(y) = start[y[0]] + emissions[b, range(n), y].sum() + transitions[y[:-1], y[1:]].sum() + end[y[-1]]
         score(tags[b, :n]) - torch.stack([score(y) for y in all_tag_sequences]).logsumexp(0)
 

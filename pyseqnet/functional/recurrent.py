@@ -259,11 +259,12 @@ def jordan(
 ) -> Any:
     """Jordan's recurrent network, which feeds back its output, in layers and in one or two directions.
 
-    Each step of a layer, with H hidden units and P outputs::
+    Equivalent to::
 
-        m = tanh(W_ih x + b_ih + W_hh s' + b_hh)      # nonlinearity: tanh or relu
-        y = phi(W_ho m + b_ho)                        # output_nonlinearity: identity, tanh, relu or sigmoid
-        s = decay * s' + y                            # decay 0: the output itself is fed back
+        for x in input:  # each layer of H hidden units and P outputs, from s = hx
+            m = torch.tanh(x @ w_ih.T + b_ih + s @ w_hh.T + b_hh)  # nonlinearity: tanh or relu
+            y = m @ w_ho.T + b_ho                   # output_nonlinearity: identity, tanh, relu or sigmoid of it
+            s = decay * s + y                       # decay 0: the output itself is fed back
 
     Args:
         hx: s_0, ``(layers * directions, B, P)``; None for zeros.
@@ -501,6 +502,11 @@ def jordan_cell(
     clip: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One step of `jordan`: ``(B, I)`` and s ``(B, P)`` (or without B) to the output y and the next s, ``(B, P)`` each.
+
+    Equivalent to::
+
+        y = torch.tanh(input @ w_ih.T + b_ih + hx @ w_hh.T + b_hh) @ w_ho.T + b_ho
+        y, decay * hx + y
 
     Either all biases are given or none. None for `hx` is zeros.
     """
