@@ -519,6 +519,39 @@ def jordan_cell(
     return result
 
 
+def jordan_cell_reference(
+    input: Tensor,
+    hx: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    w_ho: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    b_ho: Tensor | None = None,
+    *,
+    nonlinearity: str = "tanh",
+    output_nonlinearity: str = "identity",
+    decay: float = 0.0,
+    zoneout: float = 0.0,
+    training: bool = False,
+    clip: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`jordan_cell` in plain torch: `jordan_reference` of a sequence of one step."""
+    params = [w for w in (w_ih, w_hh, b_ih, b_hh, w_ho, b_ho) if w is not None]
+    output, state = jordan_reference(
+        input.unsqueeze(0),
+        None if hx is None else hx.unsqueeze(0),
+        params,
+        training=training,
+        nonlinearity=nonlinearity,
+        output_nonlinearity=output_nonlinearity,
+        decay=decay,
+        zoneout=zoneout,
+        clip=clip,
+    )
+    return output.squeeze(0), state.squeeze(0)
+
+
 def lstm_cell_reference(
     input: Tensor,
     hx: tuple[Tensor, Tensor] | None,

@@ -468,3 +468,14 @@ def test_edges(device: str, name: str) -> None:
         torch.randn(T, B, 1, device=device)
     )
     assert y.isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (4,)])
+def test_one_step_of_jordan_agrees_with_its_reference(shape: tuple[int, ...]) -> None:
+    x, s = normal(shape, 1), normal((*shape[:-1], 2), 2)
+    weights = [normal(size, 3 + i) for i, size in enumerate(((5, 4), (5, 2), (2, 5), (5,), (5,), (2,)))]
+    for hx in (s, None):
+        found = [f(x, hx, *weights, decay=0.3) for f in (F.jordan_cell, F.jordan_cell_reference)]
+        for ours, theirs in zip(*found, strict=True):
+            assert ours.shape == theirs.shape
+            assert torch.allclose(ours, theirs, rtol=0, atol=1e-12)
