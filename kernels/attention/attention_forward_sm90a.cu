@@ -289,8 +289,11 @@ class Consumer {
     }
     for (int j = tiles; j < item.tiles; j++, turn_.next()) {
       ptx::mbar_wait(ring_.keys_full(turn_.stage), turn_.phase);
-      release(ring_.keys_empty(turn_.stage));
       values_arrive(turn_, item, j);
+      // No product holds the warps together here: the speaker could run ahead by a whole round of the ring, and the
+      // others would wait for a phase that is long over.
+      ptx::bar_sync(first_group_barrier + group_, 128);
+      release(ring_.keys_empty(turn_.stage));
       release(ring_.values_empty(turn_.stage));
     }
     store(item, query0, sum, state);

