@@ -21,7 +21,7 @@ trap 'rm -rf "$scratch"' EXIT
 venv=${SECOND_TORCH_VENV:-$scratch/venv}
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 options=(--quiet --disable-pip-version-check)
-[ -z "${TORCH_INDEX:-}" ] || options+=(--index-url "$TORCH_INDEX" --extra-index-url https://pypi.org/simple)
+[ -z "${TORCH_INDEX:-}" ] || options+=(--index-url "$TORCH_INDEX" ${TORCH_EXTRA_INDEX:+--extra-index-url "$TORCH_EXTRA_INDEX"})
 "$venv/bin/python" -m pip install "${options[@]}" "torch==$version" numpy
 
 # A copy: what runs is this binary and these files, whatever else the folder holds.
