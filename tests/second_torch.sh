@@ -4,7 +4,7 @@
 #
 #   tests/second_torch.sh VERSION [PYTHON]      e.g. tests/second_torch.sh 2.11.0
 #
-# TORCH_INDEX names the package index (default: pip's own), e.g. https://download.pytorch.org/whl/cpu for CPU builds.
+# TORCH_INDEX and TORCH_EXTRA_INDEX name package indexes, for builds that pip does not find by itself.
 # SECOND_TORCH_VENV keeps the environment for the next time (default: a temporary folder, removed at the end).
 set -euo pipefail
 
