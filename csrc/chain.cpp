@@ -22,8 +22,9 @@ using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 ScalarType sum_type(DType dtype) { return dtype == DType::f64 ? ScalarType::Double : ScalarType::Float; }
 
-Tensor as_dense(const Tensor& t) { return t.is_contiguous() ? t : dense(t, Layout::nchw); }
-Tensor with_unit_rows(const Tensor& t) { return t.stride(2) == 1 || t.size(2) <= 1 ? t : as_dense(t); }
+Tensor with_unit_rows(const Tensor& t) {
+  return t.stride(2) == 1 || t.size(2) <= 1 ? t : dense(t, Layout::nchw);
+}
 
 Tensor new_dense(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
   int64_t steps[3] = {}, step = 1;
@@ -38,7 +39,7 @@ Tensor checked_integers(const Tensor& t, const Tensor& like, int64_t count, int6
   const bool shape = columns < 0 ? t.dim() == 1 && t.size(0) == count
                                  : t.dim() == 2 && t.size(0) == count && t.size(1) == columns;
   require(shape && t.scalar_type() == ScalarType::Long && t.device() == like.device(), complaint);
-  return as_dense(t);
+  return dense(t, Layout::nchw);
 }
 const int64_t* integers(const Tensor& t) { return static_cast<const int64_t*>(t.const_data_ptr()); }
 
@@ -129,7 +130,8 @@ struct CrfCall {
             is_sum(end) && transitions.dim() == 2 && transitions.size(0) == p.C &&
             transitions.size(1) == p.C && is_sum(transitions),
         "crf: start and end must be (C,), transitions (C, C), float32 (float64 for float64), on one device");
-    start = as_dense(start), end = as_dense(end), transitions = as_dense(transitions);
+    start = dense(start, Layout::nchw), end = dense(end, Layout::nchw),
+    transitions = dense(transitions, Layout::nchw);
     lengths =
         checked_integers(lengths, e, p.B, -1, "crf: lengths must be (B,) int64 on the emissions' device");
     t.e = e.const_data_ptr(), t.lengths = integers(lengths), t.start = start.const_data_ptr();
@@ -166,7 +168,7 @@ Four crf_gradient(const Tensor& grad, CrfCall call, RunCrf run) {
   require(
       grad.dim() == 1 && grad.size(0) == p.B && grad.scalar_type() == sum && grad.device() == call.e.device(),
       "crf: grad must be (B,), float32 (float64 for float64), on the emissions' device");
-  const Tensor g = as_dense(grad);
+  const Tensor g = dense(grad, Layout::nchw);
   Tensor ge = new_dense(call.e, {p.B, p.T, p.C}, call.e.scalar_type());
   Tensor gstart = new_vector(call.e, p.C, sum), gend = new_vector(call.e, p.C, sum);
   Tensor gtransitions = new_dense(call.e, {p.C, p.C}, sum);

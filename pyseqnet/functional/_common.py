@@ -81,6 +81,11 @@ def autocast_cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
 
 
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What kernels keep sums and states in: float32, float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def same_device(name: str, *tensors: Tensor | None) -> None:
     """For shape functions: torch calls them for a meta tensor beside a real one, where no kernel may run."""
     devices = sorted({str(t.device) for t in tensors if t is not None})

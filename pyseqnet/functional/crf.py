@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from pyseqnet.functional._common import aliases, creates_graph, explain, same_device
+from pyseqnet.functional._common import accumulation_dtype, aliases, creates_graph, explain, same_device
 
 _log_likelihood = torch.ops.pyseqnet.crf_log_likelihood.default
 _gradient = torch.ops.pyseqnet.crf_gradient.default
@@ -57,7 +57,7 @@ def _reference(
     emissions: Tensor, start: Tensor, end: Tensor, transitions: Tensor, tags: Tensor | None, lengths: Tensor
 ) -> Tensor:
     """(B) in plain torch: a loop over steps."""
-    dtype = torch.float64 if emissions.dtype == torch.float64 else torch.float32
+    dtype = accumulation_dtype(emissions.dtype)
     steps = emissions.shape[1]
     real = torch.arange(steps, device=emissions.device) < lengths[:, None]
     e = emissions.to(dtype).masked_fill(~real[:, :, None], 0)
@@ -126,7 +126,7 @@ def _potentials(
     emissions: Tensor, start: Tensor, end: Tensor, transitions: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The parameters in float32, or float64 beside float64 emissions."""
-    dtype = torch.float64 if emissions.dtype == torch.float64 else torch.float32
+    dtype = accumulation_dtype(emissions.dtype)
     return emissions, start.to(dtype), end.to(dtype), transitions.to(dtype)
 
 
@@ -347,14 +347,10 @@ def crf_decode_reference(
 # ---------------------------------------------------------------- shapes for compilers
 
 
-def _sum_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
 @torch.library.register_fake("pyseqnet::crf_log_likelihood")
 def _crf_log_likelihood_fake(emissions: Tensor, tags: Tensor | None, *rest: Tensor) -> Tensor:
     same_device("crf_log_likelihood", emissions, tags, *rest)
-    return emissions.new_empty(emissions.shape[0], dtype=_sum_dtype(emissions))
+    return emissions.new_empty(emissions.shape[0], dtype=accumulation_dtype(emissions.dtype))
 
 
 @torch.library.register_fake("pyseqnet::crf_gradient")
@@ -375,4 +371,4 @@ def _crf_viterbi_fake(emissions: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     batch, steps, _ = emissions.shape
     nbest = rest[4]
     paths = emissions.new_empty((batch, nbest, steps), dtype=torch.int64)
-    return paths, emissions.new_empty((batch, nbest), dtype=_sum_dtype(emissions))
+    return paths, emissions.new_empty((batch, nbest), dtype=accumulation_dtype(emissions.dtype))

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyseqnet.functional._common import creates_graph, explain, needs_autograd, same_device
+from pyseqnet.functional._common import accumulation_dtype, creates_graph, explain, needs_autograd, same_device
 
 _ctc = torch.ops.pyseqnet.ctc_loss.default
 _torch_ctc_loss: Any = torch.nn.functional.ctc_loss
@@ -205,7 +205,7 @@ def ctc_loss(
 def _reference(x: Tensor, p: _Problem) -> Tensor:
     """Losses (B) of x (T, B, C) in plain torch: the recursion over 2m + 1 states, all sequences at a time."""
     steps, batch = x.shape[:2]
-    x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    x = x.to(accumulation_dtype(x.dtype))
     real = (torch.arange(steps, device=x.device)[:, None] < p.input_lengths)[:, :, None]
     x = x.masked_fill(~real, 0)
     y = x.log_softmax(2) if p.from_logits else x
@@ -265,7 +265,7 @@ def ctc_loss_reference(
 @torch.library.register_fake("pyseqnet::ctc_loss")
 def _ctc_fake(input: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     same_device("ctc_loss", input, *rest[:4])
-    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    dtype = accumulation_dtype(input.dtype)
     with_gradient = rest[-1]
     gradient = input.new_empty(input.shape) if with_gradient else input.new_empty(0)
     return input.new_empty(input.shape[1], dtype=dtype), gradient

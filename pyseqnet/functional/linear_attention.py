@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 
 from pyseqnet.functional._common import (
     SUPPORTED_DTYPES,
+    accumulation_dtype,
     aliases,
     autocast_cast,
     autocast_dtype,
@@ -34,10 +35,6 @@ State = tuple[Tensor, Tensor]
 _IDENTITY, _ELU, _RELU = 0, 1, 2  # enum FeatureMap of kernels/linear_attention/linear_attention.h
 _KERNEL_MAPS = {"identity": _IDENTITY, "elu": _ELU, "relu": _RELU}
 _CHUNK_ROWS = 64  # LinearAttentionProblem::chunk_rows
-
-
-def _state_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _padding(key: Tensor, key_lengths: Tensor) -> Tensor:
@@ -66,7 +63,7 @@ def _plain(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The formula in plain torch, differentiable any number of times; memory L*S where causal."""
-    dtype = _state_dtype(query.dtype)
+    dtype = accumulation_dtype(query.dtype)
     if key_lengths is not None:
         beyond = _padding(key, key_lengths)
         key, value = key.masked_fill(beyond, 0), value.masked_fill(beyond, 0)
@@ -516,7 +513,7 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> No
 
 
 def _new_states(query: Tensor, value: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
-    dtype = _state_dtype(query.dtype)
+    dtype = accumulation_dtype(query.dtype)
     if not wanted:
         return query.new_empty(0, dtype=dtype), query.new_empty(0, dtype=dtype)
     b, h, _, d = query.shape
@@ -543,7 +540,7 @@ def _forward_fake(
     _check_shapes(query, key, value, causal)
     b, h, length, d = query.shape
     width = value.shape[3]
-    dtype = _state_dtype(query.dtype)
+    dtype = accumulation_dtype(query.dtype)
     count = (length + _CHUNK_ROWS - 1) // _CHUNK_ROWS if causal else 1
     saved = query.new_empty((b, h, count * (d * width + d)) if with_saved else 0, dtype=dtype)
     inverse = query.new_empty((b, h, length) if with_saved and normalize else 0, dtype=dtype)
@@ -586,7 +583,7 @@ def _step_fake(
     if query.dim() != 3 or key.shape != query.shape or value.dim() != 3 or value.shape[:2] != query.shape[:2]:
         raise ValueError("linear_attention_step: expected query and key (B, H, D), value (B, H, E)")
     (b, h, d), width = query.shape, value.shape[2]
-    dtype = _state_dtype(query.dtype)
+    dtype = accumulation_dtype(query.dtype)
     return (
         query.new_empty(b, h, width),
         query.new_empty(b, h, d, width, dtype=dtype),
