@@ -17,6 +17,39 @@ PYSEQNET_HOST_DEVICE Real log_add(Real a, Real b) {
   return largest + log1p(exp(smallest - largest));
 }
 
+// log of the sum of exponentials of term(0 .. count); NaN for NaN and +infinity.
+template <class Real, class Term>
+PYSEQNET_HOST_DEVICE Real log_sum(int64_t count, Term&& term) {
+  Real largest = Real(-HUGE_VAL), sum = 0;
+  bool bad = false;
+  for (int64_t i = 0; i < count; i++) {
+    const Real v = term(i);
+    bad |= !(v < Real(HUGE_VAL));
+    largest = v > largest ? v : largest;
+  }
+  if (bad) return Real(NAN);
+  if (largest == Real(-HUGE_VAL)) return largest;
+  for (int64_t i = 0; i < count; i++) sum += exp(term(i) - largest);
+  return largest + Real(log(sum));
+}
+
+// The k largest values, best first, and where they came from; of equal ones the first stays in front.
+template <class Real>
+struct Best {
+  Real* value;
+  int32_t* from;
+  int k;
+  PYSEQNET_HOST_DEVICE void clear() const {
+    for (int r = 0; r < k; r++) value[r] = Real(-HUGE_VAL), from[r] = -1;
+  }
+  PYSEQNET_HOST_DEVICE void offer(Real v, int origin) const {
+    if (!(v > value[k - 1])) return;
+    int r = k - 1;
+    for (; r > 0 && v > value[r - 1]; r--) value[r] = value[r - 1], from[r] = from[r - 1];
+    value[r] = v, from[r] = origin;
+  }
+};
+
 // Whether state s of the 2m + 1 may be reached from s - 2: both are labels and differ.
 PYSEQNET_HOST_DEVICE bool ctc_skips(const int64_t* labels, int64_t state) {
   return state % 2 == 1 && state > 1 && labels[state / 2] != labels[state / 2 - 1];

@@ -44,22 +44,6 @@ struct Call {
   }
 };
 
-// log of the sum of exponentials of term(0 .. count); NaN for NaN and +infinity.
-template <class Acc, class Term>
-PYSEQNET_DEVICE Acc log_sum(int64_t count, Term&& term) {
-  Acc largest = Acc(-HUGE_VAL), sum = 0;
-  bool bad = false;
-  for (int64_t i = 0; i < count; i++) {
-    const Acc v = term(i);
-    bad |= !(v < Acc(HUGE_VAL));
-    largest = v > largest ? v : largest;
-  }
-  if (bad) return Acc(NAN);
-  if (largest == Acc(-HUGE_VAL)) return largest;
-  for (int64_t i = 0; i < count; i++) sum += exp(term(i) - largest);
-  return largest + Acc(log(sum));
-}
-
 // The score of a sequence's tags, in thread 0. `sums`: one number a thread.
 template <class T>
 PYSEQNET_DEVICE accumulator_t<T> score_of_tags(const Call<T>& c, int64_t b, int64_t n,
@@ -195,23 +179,6 @@ __global__ void __launch_bounds__(threads) sum_shares(const Call<T> c) {
 }
 
 // ---------------------------------------------------------------- the best sequences
-
-// The k largest values, best first, and where they came from; of equal ones the first stays in front.
-template <class Acc>
-struct Best {
-  Acc* value;
-  int32_t* from;
-  int k;
-  PYSEQNET_DEVICE void clear() const {
-    for (int r = 0; r < k; r++) value[r] = Acc(-HUGE_VAL), from[r] = -1;
-  }
-  PYSEQNET_DEVICE void offer(Acc v, int origin) const {
-    if (!(v > value[k - 1])) return;
-    int r = k - 1;
-    for (; r > 0 && v > value[r - 1]; r--) value[r] = value[r - 1], from[r] = from[r - 1];
-    value[r] = v, from[r] = origin;
-  }
-};
 
 template <class T>
 __global__ void __launch_bounds__(threads, 8) best_sequences(const Call<T> c) {

@@ -42,22 +42,10 @@ struct Sequence {
     for (int64_t step = 1; step < n; step++)
       for (int64_t j = 0; j < p.C; j++) {
         const double* before = alpha + (step - 1) * p.C;
-        alpha[step * p.C + j] = e(step, j) + log_sum([&](int64_t i) { return before[i] + transition(i, j); });
+        alpha[step * p.C + j] =
+            e(step, j) + log_sum<double>(p.C, [&](int64_t i) { return before[i] + transition(i, j); });
       }
-    return log_sum([&](int64_t j) { return alpha[(n - 1) * p.C + j] + end(j); });
-  }
-
-  template <class Term>
-  double log_sum(Term&& term) const {
-    double largest = -infinity, sum = 0;
-    for (int64_t i = 0; i < p.C; i++) {
-      const double value = term(i);
-      if (!(value < infinity)) return not_a_number;
-      largest = std::fmax(largest, value);
-    }
-    if (largest == -infinity) return -infinity;
-    for (int64_t i = 0; i < p.C; i++) sum += std::exp(term(i) - largest);
-    return largest + std::log(sum);
+    return log_sum<double>(p.C, [&](int64_t j) { return alpha[(n - 1) * p.C + j] + end(j); });
   }
 
   double score() const {
@@ -84,7 +72,7 @@ struct Sequence {
         for (int64_t i = 0; i < p.C; i++) {
           for (int64_t j = 0; j < p.C; j++)
             gtransitions[i * p.C + j] -= g * std::exp(a[i] + transition(i, j) + ahead[j] - logz);
-          beta[i] = log_sum([&](int64_t j) { return transition(i, j) + ahead[j]; });
+          beta[i] = log_sum<double>(p.C, [&](int64_t j) { return transition(i, j) + ahead[j]; });
         }
       }
       for (int64_t j = 0; j < p.C; j++) {
@@ -131,63 +119,47 @@ void gradient(const CrfProblem& p, const CrfTensors& t, double* scratch) {
 
 // ---------------------------------------------------------------- the best sequences
 
-// The k best (value, where from), best first; an equal value stays behind those that came before it.
-struct Best {
-  double* value;
-  int64_t* from;
-  int64_t k;
-  void clear() {
-    for (int64_t r = 0; r < k; r++) value[r] = -infinity, from[r] = -1;
-  }
-  void offer(double v, int64_t origin) {
-    if (!(v > value[k - 1])) return;
-    int64_t r = k - 1;
-    for (; r > 0 && v > value[r - 1]; r--) value[r] = value[r - 1], from[r] = from[r - 1];
-    value[r] = v, from[r] = origin;
-  }
-};
-
 // alpha: two rows of C lists, from (T, C, k): tag * k + rank of the step before.
 template <class T, class A>
-void viterbi(const CrfProblem& p, const CrfTensors& t, int64_t b, double* alpha, int64_t* from) {
-  const int64_t k = p.nbest;
+void viterbi(const CrfProblem& p, const CrfTensors& t, int64_t b, double* alpha, int32_t* from) {
+  const int C = int(p.C), k = int(p.nbest);  // their product fits 32 bits
   int64_t* paths = t.paths + b * k * p.T;
   A* scores = static_cast<A*>(t.scores) + b * k;
   for (int64_t x = 0; x < k * p.T; x++) paths[x] = -1;
-  for (int64_t r = 0; r < k; r++) scores[r] = A(not_a_number);
+  for (int r = 0; r < k; r++) scores[r] = A(not_a_number);
   if (!crf_is_valid(p, t, b)) return;
   const Sequence<T, A> s(p, t, b);
-  const auto row = [&](int64_t step) { return alpha + (step % 2) * p.C * k; };
+  const auto row = [&](int64_t step) { return alpha + (step % 2) * C * k; };
   bool nan = false;
   for (int64_t step = 0; step < s.n; step++)
-    for (int64_t j = 0; j < p.C; j++) {
-      Best best{row(step) + j * k, from + (step * p.C + j) * k, k};
+    for (int j = 0; j < C; j++) {
+      Best<double> best{row(step) + j * k, from + (step * C + j) * k, k};
       best.clear();
       if (step == 0) best.offer(s.start(j), 0);
-      for (int64_t i = 0; step && i < p.C; i++)
-        for (int64_t r = 0; r < k; r++) {
+      for (int i = 0; step && i < C; i++)
+        for (int r = 0; r < k; r++) {
           const double value = row(step - 1)[i * k + r] + s.transition(i, j);
           nan |= !(value < infinity);
           best.offer(value, i * k + r);
         }
       nan |= !(s.e(step, j) < infinity) || (step == 0 && !(s.start(j) < infinity));
-      for (int64_t r = 0; r < k; r++) best.value[r] += s.e(step, j);
+      for (int r = 0; r < k; r++) best.value[r] += s.e(step, j);
     }
-  double* last = alpha + 2 * p.C * k;
-  Best best{last, reinterpret_cast<int64_t*>(last + k), k};
+  double* last = alpha + int64_t(2) * C * k;
+  Best<double> best{last, from + p.T * C * k, k};
   best.clear();
-  for (int64_t j = 0; j < p.C; j++)
-    for (int64_t r = 0; r < k; r++) {
+  for (int j = 0; j < C; j++)
+    for (int r = 0; r < k; r++) {
       nan |= !(s.end(j) < infinity);
       best.offer(row(s.n - 1)[j * k + r] + s.end(j), j * k + r);
     }
   if (nan) return;
-  for (int64_t r = 0; r < k; r++) {
+  for (int r = 0; r < k; r++) {
     scores[r] = A(best.value[r]);
-    int64_t at = best.from[r];
+    int at = best.from[r];
     for (int64_t step = s.n - 1; step >= 0 && at >= 0; step--) {
       paths[r * p.T + step] = at / k;
-      at = from[step * p.C * k + at];
+      at = from[step * C * k + at];
     }
   }
 }
@@ -195,6 +167,9 @@ void viterbi(const CrfProblem& p, const CrfTensors& t, int64_t b, double* alpha,
 // ---------------------------------------------------------------- kernels
 
 Refusal takes_everything(const CrfProblem&) { return accepted; }
+Refusal refuses_viterbi(const CrfProblem& p) {
+  return p.C * p.nbest < (int64_t(1) << 31) ? accepted : "tags times nbest are counted in 32 bits";
+}
 
 WorkPlan plan_of(int64_t items, int64_t words) {
   WorkPlan plan;
@@ -204,7 +179,7 @@ WorkPlan plan_of(int64_t items, int64_t words) {
 }
 WorkPlan plan_log_likelihood(const CrfProblem& p) { return plan_of(p.B, p.T * p.C); }
 WorkPlan plan_gradient(const CrfProblem& p) { return plan_of(1, p.T * p.C + 4 * p.C + p.C * p.C); }
-WorkPlan plan_viterbi(const CrfProblem& p) { return plan_of(p.B, (2 * p.C + 2 + p.T * p.C) * p.nbest); }
+WorkPlan plan_viterbi(const CrfProblem& p) { return plan_of(p.B, (2 * p.C + 1 + p.T * p.C + 1) * p.nbest); }
 
 // f(T{}, A{}) for the dtype and that of sums.
 template <class F>
@@ -233,7 +208,7 @@ void run_gradient(const CrfProblem& p, const CrfTensors& t, const WorkSlice& sli
 }
 void run_viterbi(const CrfProblem& p, const CrfTensors& t, const WorkSlice& slice) {
   double* alpha = reinterpret_cast<double*>(slice.scratch);
-  int64_t* from = reinterpret_cast<int64_t*>(alpha + (2 * p.C + 2) * p.nbest);
+  int32_t* from = reinterpret_cast<int32_t*>(alpha + (2 * p.C + 1) * p.nbest);
   with_dtype(p.dtype, [&](auto element, auto sum) {
     for (int64_t b = slice.begin; b < slice.end; b++)
       viterbi<decltype(element), decltype(sum)>(p, t, b, alpha, from);
@@ -247,7 +222,7 @@ const CrfCpuKernel crf_reference_log_likelihood = {"reference", Isa::portable, t
                                                    plan_log_likelihood, run_log_likelihood};
 const CrfCpuKernel crf_reference_gradient = {"reference", Isa::portable, takes_everything, plan_gradient,
                                              run_gradient};
-const CrfCpuKernel crf_reference_viterbi = {"reference", Isa::portable, takes_everything, plan_viterbi,
+const CrfCpuKernel crf_reference_viterbi = {"reference", Isa::portable, refuses_viterbi, plan_viterbi,
                                             run_viterbi};
 
 }  // namespace pyseqnet
