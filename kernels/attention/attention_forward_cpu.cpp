@@ -1,4 +1,5 @@
 // Softmax attention on the CPU, forward: out, lse and, on request, the weights; float32, bfloat16, float16.
+// ISA: +avx512bf16
 //
 // An item is a chunk of queries of one key/value head, with all query heads that share it. Their rows and
 // sums wait in scratch while spans of 256 keys go by: a span is packed once (K as transposed panels, V as
@@ -11,8 +12,9 @@
 // Tiles past the causal diagonal or the key length are never computed, nor those that a boolean mask hides
 // entirely. With a pattern blocks are its 64 queries and spans its tiles of 64 keys: a chunk walks over the
 // tiles that any of its blocks lists, a block computes those in its own list, and of a bit tile a register
-// tile computes only the vectors of keys that one of its rows sees. What a row computes depends on the keys it sees only: a later token changes no bit of an earlier
-// output. Scratch does not grow with L or S. Bound: FMA, 2 (D + E) a visible pair.
+// tile computes only the vectors of keys that one of its rows sees. What a row computes depends on the keys it
+// sees only: a later token changes no bit of an earlier output. Scratch does not grow with L or S. Bound: FMA,
+// 2 (D + E) a visible pair.
 #include "attention/attention_tile.h"
 
 namespace pyseqnet {
@@ -65,23 +67,23 @@ struct Block {
 };
 
 struct Scratch {
-  float *panels, *values, *rows, *z, *q, *out, *largest, *sums;
+  float *panels, *values, *rows, *z, *q, *out, *largest, *sums;  // panels, values, rows, q: words
   int32_t* cursors;
   int64_t block_stride;  // rows from block to block
   Scratch(Carver& carve, const AttentionProblem& p, bool with_values)
       : block_stride(round_up(block_rows(p), ROWS)) {
-    const int64_t padded_d = round_up(p.D, VL), padded_e = round_up(p.E, VL);
+    const int64_t padded_e = round_up(p.E, VL);
     const int64_t blocks =
         p.group() * ((smaller(chunks_of(p).rows, p.L) + block_rows(p) - 1) / block_rows(p));
     const int64_t waiting = blocks * block_stride, span = smaller(span_of(p), round_up(p.S, PANEL));
-    panels = carve.take<float>(span * p.D);
-    rows = carve.take<float>(PANEL * padded_d);
+    panels = carve.take<float>(span * words_of(p.D));
+    rows = carve.take<float>(PANEL * row_words(larger(p.D, p.E)));
     z = carve.take<float>(ROWS * LDZ);
-    q = carve.take<float>(waiting * padded_d);
+    q = carve.take<float>(waiting * row_words(p.D));
     largest = carve.take<float>(waiting);
     cursors = carve.take<int32_t>(blocks);
     sums = carve.take<float>(with_values ? waiting * VL : 0);
-    values = carve.take<float>(with_values ? span * padded_e : 0);
+    values = carve.take<float>(with_values ? words_of(span) * padded_e : 0);
     out = carve.take<float>(with_values ? waiting * padded_e : 0);
   }
 };
@@ -93,8 +95,8 @@ PYSEQNET_INLINE void for_blocks(const AttentionProblem& p, const Item& item, con
   int64_t row = 0, k = 0;
   for (int64_t h = item.hk * p.group(); h < (item.hk + 1) * p.group(); ++h)
     for (int64_t q0 = item.i0; q0 < item.i1; q0 += step, row += s.block_stride, ++k)
-      f(Block{h, q0, smaller(step, item.i1 - q0), s.q + row * round_up(p.D, VL),
-              s.out + row * round_up(p.E, VL), s.largest + row, s.sums + row * VL, s.cursors + k});
+      f(Block{h, q0, smaller(step, item.i1 - q0), s.q + row * row_words(p.D), s.out + row * round_up(p.E, VL),
+              s.largest + row, s.sums + row * VL, s.cursors + k});
 }
 
 // ---- a pattern's lists ----
@@ -143,6 +145,7 @@ template <class T>
 void pack_key_panels(const AttentionProblem& p, const AttentionTensors& t, const Item& item, int64_t j0,
                      int64_t n, const Scratch& s) {
   const T* keys = static_cast<const T*>(t.k);
+  const int64_t words = words_of(p.D);
   if constexpr (sizeof(T) == sizeof(float)) {
     if (!hides_pairs(p))
       return pack_panels(keys + key_offset(p.k_strides, item.at, item.hk, j0), p.k_strides.n, n, p.D,
@@ -151,18 +154,31 @@ void pack_key_panels(const AttentionProblem& p, const AttentionTensors& t, const
   for (int64_t j = 0; j < n; j += PANEL) {
     const int64_t some = smaller(PANEL, n - j);
     pack_keys(p, t, item.at, keys, p.k_strides, p.D, item.hk, j0 + j, some, item.i0, item.i1, s.rows);
-    pack_panels(s.rows, round_up(p.D, VL), some, p.D, s.panels + j * p.D);
+    pack_panels(s.rows, row_words(p.D), some, words, s.panels + j * words);
+  }
+}
+// V of n keys from j0 on, for sums over keys.
+template <class T>
+void pack_value_words(const AttentionProblem& p, const AttentionTensors& t, const Item& item, int64_t j0,
+                      int64_t n, const Scratch& s) {
+  const T* values = static_cast<const T*>(t.v);
+  if constexpr (PAIR == 1)
+    return pack_keys(p, t, item.at, values, p.v_strides, p.E, item.hk, j0, n, item.i0, item.i1, s.values);
+  for (int64_t j = 0; j < n; j += PANEL) {
+    const int64_t some = smaller(PANEL, n - j);
+    pack_keys(p, t, item.at, values, p.v_strides, p.E, item.hk, j0 + j, some, item.i0, item.i1, s.rows);
+    pair_rows(s.rows, some, p.E, s.values + words_of(j) * round_up(p.E, VL));
   }
 }
 
-// Scaled queries of a block; rows in excess of the last register tile are zero.
+// Queries of a block; rows in excess of the last register tile are zero.
 template <class T>
 void pack_queries(const AttentionProblem& p, const AttentionTensors& t, const Item& item,
                   const Block& block) {
   const T* queries = static_cast<const T*>(t.q) + query_offset(p.q_strides, item.at, block.h, block.q0);
-  pack_rows(queries, p.q_strides.n, block.n, p.D, float(p.scale), block.q);
-  const int64_t padded = round_up(p.D, VL);
-  memset(block.q + block.n * padded, 0, size_t((round_up(block.n, ROWS) - block.n) * padded) * sizeof(float));
+  pack_rows(queries, p.q_strides.n, block.n, p.D, query_scale(p.scale), block.q);
+  const int64_t words = row_words(p.D);
+  memset(block.q + block.n * words, 0, size_t((round_up(block.n, ROWS) - block.n) * words) * sizeof(float));
 }
 
 template <class T>
@@ -192,7 +208,7 @@ void write_block(const AttentionProblem& p, const AttentionTensors& t, const Ite
 // A block meets the packed span of keys from j0 on.
 void attend(const AttentionProblem& p, const AttentionTensors& t, const Dropout& dropout, const Item& item,
             const Block& block, int64_t j0, const uint64_t* bits, const Scratch& s) {
-  const int64_t padded_d = round_up(p.D, VL), padded_e = round_up(p.E, VL);
+  const int64_t padded_e = round_up(p.E, VL), words = row_words(p.D);
   int32_t limits[ROWS];
   float factors[ROWS] = {};
   for (int64_t r0 = 0; r0 < block.n; r0 += ROWS) {
@@ -201,12 +217,13 @@ void attend(const AttentionProblem& p, const AttentionTensors& t, const Dropout&
     const int64_t j = j0 + columns.first;
     if (columns.width == 0 || mask_hides_tile(p, t, item.at, block.h, i0, n, j, limits)) continue;
     const int64_t vectors = (columns.width + VL - 1) / VL;
-    multiply_panels(n, p.D, block.q + r0 * padded_d, padded_d, s.panels, columns.first / VL, vectors, s.z,
-                    LDZ);
+    multiply_panels(n, words_of(p.D), block.q + r0 * words, words, s.panels, columns.first / VL, vectors, s.z,
+                    LDZ, score_scale(p.scale));
     to_logits(p, t, item.at, block.h, i0, n, j, columns, limits, s.z, LDZ);
     softmax_tile(n, vectors * VL, limits, s.z, LDZ, {block.largest + r0, block.sums + r0 * VL}, factors);
     if (dropout.on) drop_tile(dropout, lse_row(item.at, block.h, i0), n, j, vectors * VL, s.z, LDZ);
-    accumulate(n, columns.width, padded_e, s.z, LDZ, s.values + columns.first * padded_e,
+    if constexpr (PAIR > 1) round_rows(n, vectors * VL, s.z, LDZ, s.z, LDZ);
+    accumulate(n, words_of(columns.width), padded_e, s.z, LDZ, s.values + words_of(columns.first) * padded_e,
                block.out + r0 * padded_e, factors);
   }
 }
@@ -225,8 +242,7 @@ void forward_item(const AttentionProblem& p, const AttentionTensors& t, const Dr
   for (int64_t j0 = next_span(p, t, item, s, 0); j0 < item.seen; j0 = next_span(p, t, item, s, j0 + span)) {
     const int64_t keys = smaller(span, item.seen - j0);
     pack_key_panels<T>(p, t, item, j0, keys, s);
-    pack_keys(p, t, item.at, static_cast<const T*>(t.v), p.v_strides, p.E, item.hk, j0, keys, item.i0,
-              item.i1, s.values);
+    pack_value_words<T>(p, t, item, j0, keys, s);
     for_blocks(p, item, s, [&](const Block& block) {
       const uint64_t* bits;
       if (meets(p, t, item, block, j0, &bits)) attend(p, t, dropout, item, block, j0, bits, s);
@@ -239,7 +255,7 @@ void forward_item(const AttentionProblem& p, const AttentionTensors& t, const Dr
 template <class T>
 void write_weights(const AttentionProblem& p, const AttentionTensors& t, const Dropout& dropout,
                    const Item& item, const Block& block, int64_t j0, const Scratch& s) {
-  const int64_t padded_d = round_up(p.D, VL), keys = smaller(span_of(p), p.S - j0);
+  const int64_t words = row_words(p.D), keys = smaller(span_of(p), p.S - j0);
   const uint64_t* bits;
   const bool met = meets(p, t, item, block, j0, &bits);
   int32_t limits[ROWS];
@@ -250,8 +266,8 @@ void write_weights(const AttentionProblem& p, const AttentionTensors& t, const D
     if (columns.width == 0)
       for (int64_t r = 0; r < n; ++r) limits[r] = 0;
     const int64_t j = j0 + columns.first, rest = keys - columns.first;
-    multiply_panels(n, p.D, block.q + r0 * padded_d, padded_d, s.panels, columns.first / VL,
-                    (columns.width + VL - 1) / VL, s.z, LDZ);
+    multiply_panels(n, words_of(p.D), block.q + r0 * words, words, s.panels, columns.first / VL,
+                    (columns.width + VL - 1) / VL, s.z, LDZ, score_scale(p.scale));
     to_logits(p, t, item.at, block.h, i0, n, j, columns, limits, s.z, LDZ);
     probabilities_tile(n, rest, limits, s.z, LDZ, block.largest + r0);
     if (dropout.on) drop_tile(dropout, lse_row(item.at, block.h, i0), n, j, rest, s.z, LDZ);
@@ -287,10 +303,7 @@ void weights_item(const AttentionProblem& p, const AttentionTensors& t, const Dr
            size_t((end - item.i1) * p.S) * sizeof(T));
 }
 
-Refusal refuses(const AttentionProblem& p) {
-  if (p.dtype == DType::f64) return "float64 is left to the reference";
-  return accepted;
-}
+Refusal refuses(const AttentionProblem& p) { return refuses_factors(p.dtype); }
 
 WorkPlan plan_items(const AttentionProblem& p, bool with_values) {
   constexpr int64_t worth_a_thread = 400000;  // multiplications: about 20 microseconds
@@ -311,7 +324,7 @@ void run_forward(const AttentionProblem& p, const AttentionTensors& t, const Wor
   Carver carve(slice.scratch);
   const Scratch s(carve, p, true);
   const Dropout dropout(p, t);
-  with_element(p.dtype, [&](auto tag) {
+  with_factor_element(p.dtype, [&](auto tag) {
     for (int64_t k = slice.begin; k < slice.end; ++k)
       forward_item<decltype(tag)>(p, t, dropout, item_of(p, t, k), s);
   });
@@ -321,7 +334,7 @@ void run_weights(const AttentionProblem& p, const AttentionTensors& t, const Wor
   Carver carve(slice.scratch);
   const Scratch s(carve, p, false);
   const Dropout dropout(p, t);
-  with_element(p.dtype, [&](auto tag) {
+  with_factor_element(p.dtype, [&](auto tag) {
     for (int64_t k = slice.begin; k < slice.end; ++k)
       weights_item<decltype(tag)>(p, t, dropout, item_of(p, t, k), s);
   });

@@ -19,6 +19,10 @@ DECLARE_CPU_KERNELS;
 namespace avx512 {
 DECLARE_CPU_KERNELS;
 }
+namespace avx512bf16 {
+extern const AttentionCpuKernel attention_tile_forward, attention_tile_weights, attention_tile_backward,
+    attention_tile_bias_gradient;
+}
 #endif
 #undef DECLARE_CPU_KERNELS
 
@@ -29,20 +33,22 @@ namespace {
 
 #if defined(__x86_64__)
 #define EVERY_ISA(kernel) &avx512::kernel, &avx2::kernel, &portable::kernel
+#define WITH_BF16(kernel) &avx512bf16::kernel, EVERY_ISA(kernel)
 #else
 #define EVERY_ISA(kernel) &portable::kernel
+#define WITH_BF16(kernel) EVERY_ISA(kernel)
 #endif
 
 constexpr const AttentionCpuKernel* forward[] = {EVERY_ISA(attention_few_queries_forward),
-                                                 EVERY_ISA(attention_tile_forward),
+                                                 WITH_BF16(attention_tile_forward),
                                                  &attention_reference_forward};
-constexpr const AttentionCpuKernel* weights[] = {EVERY_ISA(attention_tile_weights),
+constexpr const AttentionCpuKernel* weights[] = {WITH_BF16(attention_tile_weights),
                                                  &attention_reference_weights};
 constexpr const AttentionCpuKernel* delta[] = {EVERY_ISA(attention_rows_delta), &attention_reference_delta};
 constexpr const AttentionCpuKernel* backward[] = {EVERY_ISA(attention_few_queries_backward),
-                                                  EVERY_ISA(attention_tile_backward),
+                                                  WITH_BF16(attention_tile_backward),
                                                   &attention_reference_backward};
-constexpr const AttentionCpuKernel* bias_gradient[] = {EVERY_ISA(attention_tile_bias_gradient),
+constexpr const AttentionCpuKernel* bias_gradient[] = {WITH_BF16(attention_tile_bias_gradient),
                                                        &attention_reference_bias_gradient};
 
 }  // namespace

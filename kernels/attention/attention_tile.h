@@ -135,10 +135,10 @@ PYSEQNET_NOINLINE void pack_keys(const AttentionProblem& p, const AttentionTenso
                                  float* dst) {
   pack_rows(src + key_offset(strides, at, hk, j0), strides.n, n, width, 1.0f, dst);
   if (!hides_pairs(p)) return;
-  const int64_t padded = round_up(width, VL);
+  const int64_t words = row_words(width);
   for (int64_t j = 0; j < n; ++j)
-    if (!all_finite(dst + j * padded, padded) && !key_is_seen(p, t, at, hk, j0 + j, i0, i1))
-      memset(dst + j * padded, 0, size_t(padded) * sizeof(float));
+    if (!all_finite(dst + j * words, words) && !key_is_seen(p, t, at, hk, j0 + j, i0, i1))
+      memset(dst + j * words, 0, size_t(words) * sizeof(float));
 }
 
 // ---- scores become logits ----
