@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -36,6 +37,7 @@ class Conversion:
     fused: list[tuple[str, ...]] = field(default_factory=list)  # layers that run as one operation
     not_fused: dict[str, str] = field(default_factory=dict)  # name of a convolution before a ReLU: why not, or not all
     left: dict[str, str] = field(default_factory=dict)  # name of a layer that stays as it is: why
+    attention: dict[str, str] = field(default_factory=dict)  # name of a transformers model: "pyseqnet", or why not
 
     def __str__(self) -> str:
         lines = [f"replaced: {len(self.replaced)}"]
@@ -43,6 +45,7 @@ class Conversion:
         lines += [f"run as one operation: {len(self.fused)}"]
         lines += [f"  {' + '.join(names)}" for names in self.fused]
         lines += [f"  {name}: not fused: {reason}" for name, reason in self.not_fused.items()]
+        lines += [f"attention of {name or '(the model)'}: {result}" for name, result in self.attention.items()]
         lines += [f"left: {len(self.left)}"]
         by_reason: dict[str, list[str]] = {}
         for name, reason in self.left.items():
@@ -136,7 +139,25 @@ def _fuse(model: _TorchModule, untouched: set[int], report: Conversion) -> None:
             report.replaced[prefix] = "pyseqnet.nn.Sequential"
 
 
-def convert(model: _TorchModule, skip: Skip = (), *, fuse: bool = True) -> Conversion:
+def _exchange_attention(model: _TorchModule, untouched: set[int], report: Conversion) -> None:
+    """Models of Hugging Face transformers have their attention in a function, not in a layer."""
+    library = sys.modules.get("transformers")
+    if library is None:  # then no module can be a model of it
+        return
+    outermost: list[_TorchModule] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, library.PreTrainedModel) or any(module is part for part in outermost):
+            continue
+        outermost += [part for part in module.modules() if part is not module]
+        if any(id(part) in untouched and isinstance(part, library.PreTrainedModel) for part in module.modules()):
+            report.attention[name] = "skipped"
+            continue
+        from pyseqnet import huggingface  # that library is not ours to import unasked
+
+        report.attention[name] = huggingface.switch(module) or huggingface.NAME
+
+
+def convert(model: _TorchModule, skip: Skip = (), *, fuse: bool = True, attention: bool = True) -> Conversion:
     """Replace torch's layers by ours, in place, wherever we have the layer.
 
     No object is exchanged: a layer gets another class. So parameters stay the same objects (tied ones stay tied, an
@@ -150,6 +171,8 @@ def convert(model: _TorchModule, skip: Skip = (), *, fuse: bool = True) -> Conve
         fuse: `Conv2d, ReLU, MaxPool2d` and convolution and ReLU that follow one another in a `torch.nn.Sequential` run
             as one operation: see `pyseqnet.nn.Sequential`, which such a row becomes. A layer that is hooked then or
             later, called alone, or used in a slice still runs by itself.
+        attention: a model of Hugging Face ``transformers`` that runs ``sdpa`` gets ``attn_implementation="pyseqnet"``;
+            ``model.set_attn_implementation("sdpa")`` undoes it. See `pyseqnet.huggingface`.
 
     Returns:
         A `Conversion`: which layers were replaced, which run as one, which were left, and why. ``print`` shows it.
@@ -192,4 +215,6 @@ def convert(model: _TorchModule, skip: Skip = (), *, fuse: bool = True) -> Conve
                 nested |= {id(part) for part in module.modules()}
     if fuse:
         _fuse(model, untouched, report)
+    if attention:
+        _exchange_attention(model, untouched, report)
     return report
