@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyseqnet import nn
+from pyseqnet.decoding import Generated, TransformerStepper, generate
 
 
 class SequenceTranslator(torch.nn.Module):
@@ -93,12 +94,14 @@ class SequenceTranslator(torch.nn.Module):
         scores: Tensor = self.head(written)
         return scores
 
-    def _next(self, symbol: Tensor, memory: Tensor, ignored: Tensor, state: nn.DecodingState) -> Tensor:
-        """Scores (B, target_symbols) behind the last symbol (B, 1); those before it are in the state."""
-        embedded = self.positions(self.target_embedding(symbol) * self.scale, offset=state.length)
-        written = self.transformer.decoder(embedded, memory, memory_key_padding_mask=ignored, state=state)
-        scores: Tensor = self.head(written[:, -1])
-        return scores
+    def stepper(self, *, alignments: bool = False) -> TransformerStepper:
+        """The decoder for `pyseqnet.decoding.generate`; its state is ``stepper.start(*model.encode(source))``."""
+
+        def embed(tokens: Tensor, position: int) -> Tensor:
+            embedded: Tensor = self.positions(self.target_embedding(tokens) * self.scale, offset=position)
+            return embedded
+
+        return TransformerStepper(self.transformer.decoder, embed, self.head, alignments=alignments)
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
         return self.decode(target, *self.encode(source))
@@ -107,20 +110,24 @@ class SequenceTranslator(torch.nn.Module):
     def generate(self, source: Tensor, max_len: int) -> Tensor:
         """The likeliest symbol at every step: (B, T) with T <= max_len, without `begin`, `padding` behind `end`.
 
-        Rows end each for themselves; the loop stops when all have.
+        Rows end each for themselves. For beams, samples and alignments: ``search``.
         """
-        memory, ignored = self.encode(source)
-        written = source.new_full((source.shape[0], 1), self.begin)
-        open_rows = torch.ones(source.shape[0], dtype=torch.bool, device=source.device)
-        state = self.transformer.decoder.new_state()
-        for _ in range(max_len):
-            symbol = self._next(written[:, -1:], memory, ignored, state).argmax(-1)
-            symbol = torch.where(open_rows, symbol, self.padding)
-            written = torch.cat([written, symbol.unsqueeze(1)], 1)
-            open_rows = open_rows & (symbol != self.end)
-            if not open_rows.any():
-                break
-        return written[:, 1:]
+        return self.search(source, max_len).tokens[:, 0]
+
+    @torch.no_grad()
+    def search(self, source: Tensor, max_length: int, *, return_alignments: bool = False, **options: Any) -> Generated:
+        """What the model writes, by any method of `pyseqnet.decoding.generate`, whose options these are."""
+        stepper = self.stepper(alignments=return_alignments)
+        return generate(
+            stepper,
+            stepper.start(*self.encode(source)),
+            begin=source.new_full((source.shape[0],), self.begin),
+            end=self.end,
+            padding=self.padding,
+            max_length=max_length,
+            return_alignments=return_alignments,
+            **options,
+        )
 
     @torch.no_grad()
     def cross_attention(self, source: Tensor, target: Tensor) -> Tensor:
