@@ -47,18 +47,49 @@ ScalarType arg_type(const ConvReluPoolProblem& p) {
   return p.wide_arg() ? ScalarType::Int : ScalarType::Byte;
 }
 
-// Runs one pass on the device that `like` is on.
-using RunPass = void (*)(ConvPass, const ConvReluPoolProblem&, const ConvReluPoolTensors&,
-                         const Tensor& like);
+// Runs the forward pass, or all gradients whose pointers are set, on the device that `like` is on.
+using Run = void (*)(ConvReluPoolProblem, const ConvReluPoolTensors&, const Tensor& like);
+
+constexpr ConvPass gradient_passes[] = {ConvPass::input_gradient, ConvPass::weight_gradient,
+                                        ConvPass::bias_gradient};
+const void* output_of(ConvPass pass, const ConvReluPoolTensors& t) {
+  return pass == ConvPass::input_gradient ? t.gx : pass == ConvPass::weight_gradient ? t.gw : t.gb;
+}
 
 void run_pass_on_cpu(ConvPass pass, const ConvReluPoolProblem& p, const ConvReluPoolTensors& t,
                      const Tensor& like) {
   run_on_cpu("conv_relu_pool", fused_operation_of(pass), conv_relu_pool_cpu_table(pass), p, t, like);
 }
+void run_forward_on_cpu(ConvReluPoolProblem p, const ConvReluPoolTensors& t, const Tensor& like) {
+  run_pass_on_cpu(ConvPass::forward, p, t, like);
+}
+// One sweep where all the gradients have the same kernel.
+void run_gradients_on_cpu(ConvReluPoolProblem p, const ConvReluPoolTensors& t, const Tensor& like) {
+  const ConvReluPoolCpuKernel* kernels[3];
+  int wanted = 0;
+  bool same = true;
+  for (ConvPass pass : gradient_passes) {
+    if (!output_of(pass, t)) continue;
+    kernels[wanted] =
+        kernel_on_cpu("conv_relu_pool", fused_operation_of(pass), conv_relu_pool_cpu_table(pass), p);
+    same = same && kernels[wanted]->run == kernels[0]->run;
+    wanted++;
+  }
+  if (wanted > 0 && same) return run_plan(*kernels[0], p, t, like);
+  const ConvReluPoolCpuKernel** next = kernels;
+  for (ConvPass pass : gradient_passes) {
+    if (!output_of(pass, t)) continue;
+    ConvReluPoolTensors only = t;
+    only.gx = pass == ConvPass::input_gradient ? t.gx : nullptr;
+    only.gw = pass == ConvPass::weight_gradient ? t.gw : nullptr;
+    only.gb = pass == ConvPass::bias_gradient ? t.gb : nullptr;
+    run_plan(**next++, p, only, like);
+  }
+}
 
 std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& weight,
                                    const std::optional<Tensor>& bias, const ConvGeometry& conv,
-                                   const PoolGeometry& pool, bool with_arg, bool allow_tf32, RunPass run) {
+                                   const PoolGeometry& pool, bool with_arg, bool allow_tf32, Run run) {
   ConvReluPoolProblem p = make_problem(input, weight, conv, pool);
   p.conv.allow_tf32 = allow_tf32;
   p.with_arg = with_arg && p.pooled;
@@ -81,7 +112,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& weight,
   t.y = y.mutable_data_ptr();
   if (p.with_arg) t.arg = arg.mutable_data_ptr();
   p.conv.aligned = all_aligned(t.x, t.w, t.bias);
-  run(ConvPass::forward, p, t, x);
+  run(p, t, x);
   return {y, arg};
 }
 
@@ -94,7 +125,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
                                             const Tensor& input, const Tensor& weight,
                                             const ConvGeometry& conv, const PoolGeometry& pool,
                                             bool need_input, bool need_weight, bool need_bias,
-                                            bool allow_tf32, RunPass run) {
+                                            bool allow_tf32, Run run) {
   ConvReluPoolProblem p = make_problem(input, weight, conv, pool);
   p.conv.allow_tf32 = allow_tf32;
   const Layout layout = p.conv.layout;
@@ -113,26 +144,22 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
   ConvReluPoolTensors t;
   t.gy = gy.const_data_ptr();
   t.arg = const_cast<void*>(arg.const_data_ptr());
+  const Tensor w = need_input ? dense(weight, p.conv.filter_layout) : gy;
+  const Tensor x = need_weight ? dense(input, layout) : gy;
   if (need_input) {
-    const Tensor w = dense(weight, p.conv.filter_layout);
     gx = new_image(gy, {p.conv.N, p.conv.C, p.conv.H, p.conv.W}, layout, input.dim(), type);
     t.w = w.const_data_ptr(), t.gx = gx.mutable_data_ptr();
-    p.conv.aligned = all_aligned(t.gy, t.w);
-    run(ConvPass::input_gradient, p, t, gy);
   }
   if (need_weight) {
-    const Tensor x = dense(input, layout);
     gw = new_image(gy, {p.conv.K, p.conv.group_channels(), p.conv.R, p.conv.S}, p.conv.filter_layout,
                    weight.dim(), type);
     t.x = x.const_data_ptr(), t.gw = gw.mutable_data_ptr();
-    p.conv.aligned = all_aligned(t.gy, t.x);
-    run(ConvPass::weight_gradient, p, t, gy);
   }
   if (need_bias) {
     gb = new_vector(gy, p.conv.K, type);
     t.gb = gb.mutable_data_ptr();
-    run(ConvPass::bias_gradient, p, t, gy);
   }
+  run(p, t, gy);
   return {gx, gw, gb};
 }
 
@@ -143,7 +170,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
 std::tuple<Tensor, Tensor> forward_cpu(const Tensor& input, const Tensor& weight, std::optional<Tensor> bias,
                                        CONV_GEOMETRY_PARAMETERS, POOL_GEOMETRY_PARAMETERS, bool with_arg,
                                        bool allow_tf32) {
-  return forward(input, weight, bias, CONV_GEOMETRY, POOL_GEOMETRY, with_arg, allow_tf32, run_pass_on_cpu);
+  return forward(input, weight, bias, CONV_GEOMETRY, POOL_GEOMETRY, with_arg, allow_tf32, run_forward_on_cpu);
 }
 std::tuple<Tensor, Tensor, Tensor> backward_cpu(const Tensor& grad_output, const Tensor& saved,
                                                 const Tensor& input, const Tensor& weight,
@@ -151,7 +178,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_cpu(const Tensor& grad_output, const
                                                 bool need_input, bool need_weight, bool need_bias,
                                                 bool allow_tf32) {
   return backward(grad_output, saved, input, weight, CONV_GEOMETRY, POOL_GEOMETRY, need_input, need_weight,
-                  need_bias, allow_tf32, run_pass_on_cpu);
+                  need_bias, allow_tf32, run_gradients_on_cpu);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pyseqnet, CPU, m) {
@@ -164,10 +191,22 @@ void run_pass_on_cuda(ConvPass pass, const ConvReluPoolProblem& p, const ConvRel
                       const Tensor& like) {
   run_on_cuda("conv_relu_pool", fused_operation_of(pass), conv_relu_pool_cuda_table(pass), p, t, like);
 }
+void run_forward_on_cuda(ConvReluPoolProblem p, const ConvReluPoolTensors& t, const Tensor& like) {
+  run_pass_on_cuda(ConvPass::forward, p, t, like);
+}
+void run_gradients_on_cuda(ConvReluPoolProblem p, const ConvReluPoolTensors& t, const Tensor& like) {
+  for (ConvPass pass : gradient_passes) {
+    if (!output_of(pass, t)) continue;
+    if (pass != ConvPass::bias_gradient)
+      p.conv.aligned = all_aligned(t.gy, pass == ConvPass::input_gradient ? t.w : t.x);
+    run_pass_on_cuda(pass, p, t, like);
+  }
+}
 std::tuple<Tensor, Tensor> forward_cuda(const Tensor& input, const Tensor& weight, std::optional<Tensor> bias,
                                         CONV_GEOMETRY_PARAMETERS, POOL_GEOMETRY_PARAMETERS, bool with_arg,
                                         bool allow_tf32) {
-  return forward(input, weight, bias, CONV_GEOMETRY, POOL_GEOMETRY, with_arg, allow_tf32, run_pass_on_cuda);
+  return forward(input, weight, bias, CONV_GEOMETRY, POOL_GEOMETRY, with_arg, allow_tf32,
+                 run_forward_on_cuda);
 }
 std::tuple<Tensor, Tensor, Tensor> backward_cuda(const Tensor& grad_output, const Tensor& saved,
                                                  const Tensor& input, const Tensor& weight,
@@ -175,7 +214,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_cuda(const Tensor& grad_output, cons
                                                  bool need_input, bool need_weight, bool need_bias,
                                                  bool allow_tf32) {
   return backward(grad_output, saved, input, weight, CONV_GEOMETRY, POOL_GEOMETRY, need_input, need_weight,
-                  need_bias, allow_tf32, run_pass_on_cuda);
+                  need_bias, allow_tf32, run_gradients_on_cuda);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pyseqnet, CUDA, m) {

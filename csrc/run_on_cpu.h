@@ -45,13 +45,21 @@ void run_plan(const CpuKernel<Problem, Tensors>& kernel, const Problem& problem,
   }
 }
 
+// The kernel to run; throws where none takes the problem.
 template <class Problem, class Tensors>
-void run_on_cpu(const char* family, const char* operation, Table<CpuKernel<Problem, Tensors>> table,
-                const Problem& problem, const Tensors& tensors, const Tensor& like) {
+const CpuKernel<Problem, Tensors>* kernel_on_cpu(const char* family, const char* operation,
+                                                 Table<CpuKernel<Problem, Tensors>> table,
+                                                 const Problem& problem) {
   const auto choice =
       choose(family, operation, table, problem, [](const auto& kernel) { return fits_this_cpu(kernel.isa); });
   if (!choice.kernel) throw std::runtime_error(choice.error);
-  run_plan(*choice.kernel, problem, tensors, like);
+  return choice.kernel;
+}
+
+template <class Problem, class Tensors>
+void run_on_cpu(const char* family, const char* operation, Table<CpuKernel<Problem, Tensors>> table,
+                const Problem& problem, const Tensors& tensors, const Tensor& like) {
+  run_plan(*kernel_on_cpu(family, operation, table, problem), problem, tensors, like);
 }
 
 }  // namespace pyseqnet

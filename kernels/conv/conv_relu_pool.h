@@ -46,6 +46,7 @@ struct ConvReluPoolProblem {
 //   input_gradient   gy, arg, w -> gx
 //   weight_gradient  gy, arg, x -> gw
 //   bias_gradient    gy, arg -> gb
+// Gradients whose kernels share one run() are computed by one call, which writes those that are not null.
 struct ConvReluPoolTensors {
   const void *x = nullptr, *w = nullptr, *bias = nullptr, *gy = nullptr;
   void *y = nullptr, *arg = nullptr, *gx = nullptr, *gw = nullptr, *gb = nullptr;

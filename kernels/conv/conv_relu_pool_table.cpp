@@ -18,7 +18,9 @@ DECLARE_CPU_KERNELS;
 }
 namespace avx512 {
 DECLARE_CPU_KERNELS;
-extern const ConvReluPoolCpuKernel conv_relu_pool_blocks_input_gradient;
+extern const ConvReluPoolCpuKernel conv_relu_pool_blocks_input_gradient,
+    conv_relu_pool_windows_input_gradient, conv_relu_pool_windows_weight_gradient,
+    conv_relu_pool_windows_bias_gradient;
 }  // namespace avx512
 #endif
 #undef DECLARE_CPU_KERNELS
@@ -40,13 +42,15 @@ constexpr const ConvReluPoolCpuKernel* forward[] = {EVERY_ISA(conv_relu_pool_til
                                                     EVERY_ISA(conv_relu_pool_composed_forward),
                                                     &conv_relu_pool_reference_forward};
 constexpr const ConvReluPoolCpuKernel* input_gradient[] = {
-    EVERY_ISA(conv_relu_pool_sparse_input_gradient),
+    ONLY_AVX512(conv_relu_pool_windows_input_gradient) EVERY_ISA(conv_relu_pool_sparse_input_gradient),
     ONLY_AVX512(conv_relu_pool_blocks_input_gradient) EVERY_ISA(conv_relu_pool_composed_input_gradient),
     &conv_relu_pool_reference_input_gradient};
 constexpr const ConvReluPoolCpuKernel* weight_gradient[] = {
-    EVERY_ISA(conv_relu_pool_sparse_weight_gradient), EVERY_ISA(conv_relu_pool_blocks_weight_gradient),
-    EVERY_ISA(conv_relu_pool_composed_weight_gradient), &conv_relu_pool_reference_weight_gradient};
-constexpr const ConvReluPoolCpuKernel* bias_gradient[] = {EVERY_ISA(conv_relu_pool_bias_gradient),
+    ONLY_AVX512(conv_relu_pool_windows_weight_gradient) EVERY_ISA(conv_relu_pool_sparse_weight_gradient),
+    EVERY_ISA(conv_relu_pool_blocks_weight_gradient), EVERY_ISA(conv_relu_pool_composed_weight_gradient),
+    &conv_relu_pool_reference_weight_gradient};
+constexpr const ConvReluPoolCpuKernel* bias_gradient[] = {ONLY_AVX512(conv_relu_pool_windows_bias_gradient)
+                                                              EVERY_ISA(conv_relu_pool_bias_gradient),
                                                           &conv_relu_pool_reference_bias_gradient};
 
 }  // namespace

@@ -151,11 +151,11 @@ def our_gradient(operation: str, p: Problem, x: Tensor, w: Tensor, gy: Tensor, s
 @st.composite
 def problems(draw: st.DrawFn, kind: str = "any") -> Problem:
     """Small problems. Kinds: any; block, a layer as networks have it (stride 1, windows that do not overlap); many,
-    such a layer with more input channels than half a vector.
+    such a layer with more input channels than half a vector; first, the first layer of a network.
     """
     if kind == "any":
         kind = draw(st.sampled_from(("general", "general", "block", "depthwise")))
-    block, many = kind in ("block", "many"), kind == "many"
+    block, many, first = kind in ("block", "many", "first"), kind == "many", kind == "first"
     both = lambda strategy: (draw(strategy), draw(strategy))  # noqa: E731
     ones, small = (1, 1), st.integers(1, 3)
     if block:
@@ -166,7 +166,11 @@ def problems(draw: st.DrawFn, kind: str = "any") -> Problem:
     dilation, stride = (ones, ones) if block else (both(st.integers(1, 2)), both(small))
     before = tuple(k // 2 for k in taps) if block else both(st.integers(0, 3))
     after = before if block else both(st.integers(0, 3))
-    if not many and draw(st.integers(0, 4)) == 0:
+    if first:
+        pool = (2, 2)
+        pool_stride = draw(st.sampled_from((pool, pool, (2, 3), (3, 2))))
+        dilation, stride = draw(st.sampled_from(((ones, ones), (ones, ones), ((2, 1), (1, 2)))))
+    elif not many and draw(st.integers(0, 4)) == 0:
         pool = pool_stride = ones
     elif block:
         pool = draw(st.sampled_from(((2, 2), (2, 2), (2, 2), (3, 3), (1, 2), (4, 2))))
@@ -184,6 +188,7 @@ def problems(draw: st.DrawFn, kind: str = "any") -> Problem:
         groups = 1 if block else draw(st.sampled_from((1, 1, 2, 3)))
         channels = st.integers(9, 40) if many else st.one_of(st.integers(1, 4), st.integers(1, 36))
         channels = channels if block else st.integers(1, 12)
+        channels = st.integers(1, 4) if first else channels
         group_channels, group_filters = draw(channels), draw(st.integers(1, 40 if block else 12))
     return Problem(
         N=draw(st.integers(1, 3)),
@@ -213,6 +218,8 @@ def kind_for(kernel: str) -> str:
     """Special kernels get the layers of networks, of which they take most."""
     if kernel.startswith("blocks"):
         return "many"
+    if kernel.startswith("windows"):
+        return "first"
     return "block" if kernel.startswith(("tile", "sparse")) else "any"
 
 
@@ -286,6 +293,39 @@ def test_every_kernel_agrees_with_torch(entry: Implementation) -> None:
 
     on_random_problems()
     assert accepted >= EXAMPLES // 10, f"{entry.kernel} accepted only {accepted} of {EXAMPLES} problems"
+
+
+@settings(max_examples=EXAMPLES)
+@given(problems("first"), st.integers(1, 7))
+def test_gradients_that_are_computed_together_are_those_computed_alone(p: Problem, wanted: int) -> None:
+    x, w, _, gy = p.tensors("cpu")
+    saved = p.random_saved("cpu")
+    needs = [bool(wanted >> i & 1) for i in range(3)]
+    with poisoned_memory(), threads(2):
+        together = ops.conv_relu_pool_backward(gy, saved, x, w, *p.geometry(), *needs)
+    for need, operation, found in zip(needs, GRADIENTS, together, strict=True):
+        alone = our_gradient(operation, p, x, w, gy, saved)
+        assert torch.equal(found, alone) if need else found.numel() == 0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("entry", implementations("conv_relu_pool"))
+def test_infinite_gradients_stay_under_their_filter(entry: Implementation, value: float) -> None:
+    if entry.operation != "conv_relu_pool_input_gradient":
+        pytest.skip("the input gradient only")
+    for p in (plain(), plain(taps=(5, 5), group_channels=1)):  # few channels: no Winograd, whose tiles spread it
+        x, w, b, gy = p.tensors(entry.device)
+        saved = p.random_saved(entry.device)
+        gy[1, 3, 2, 3], saved[1, 3, 2, 3] = value, 1
+        try:
+            with entry.pinned():
+                found = our_gradient(entry.operation, p, x, w, gy, saved)
+        except RuntimeError as error:
+            if not (is_beyond_this_machine(error) or is_refusal(error)):
+                raise
+            continue
+        expected = torch_result(entry.operation, p, x, w, b, gradient_of_z(p, gy, saved))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
 def plain(dtype: torch.dtype = torch.float32, **changes: object) -> Problem:
