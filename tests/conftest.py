@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,12 @@ settings.register_profile(
 )
 settings.register_profile("explore", deadline=None, max_examples=1000, suppress_health_check=SUPPRESSED)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+# Real data are read where they lie; a test whose data are nowhere is skipped, nothing is downloaded.
+BESIDE = Path(__file__).resolve().parents[2] / "shared" / "data"
+os.environ.setdefault("PYSEQNET_DOWNLOAD", "0")
+if BESIDE.is_dir():
+    os.environ.setdefault("PYSEQNET_DATA", str(BESIDE))
 
 # Torch is the yardstick: it must not round to TF32, nor choose another algorithm from run to run.
 torch.backends.cuda.matmul.allow_tf32 = False

@@ -13,13 +13,14 @@ pytest.importorskip("jinja2", reason="the demo needs the extra 'demo'")
 pytest.importorskip("babel", reason="the demo needs the extra 'demo'")
 pytest.importorskip("tqdm", reason="the demo needs the extra 'demo'")
 
-from pyseqnet.demo import dates, digits, jobs, python_source, speed
+from pyseqnet.data import images
+from pyseqnet.demo import dates, jobs, python_source, speed
 from pyseqnet.demo.__main__ import main
 from pyseqnet.models import SequenceTagger
 
 
 def test_split_is_stratified_and_seeded() -> None:
-    data, again = digits.load(3), digits.load(3)
+    data, again = images.digits(3), images.digits(3)
     assert data.train_images.shape == (1347, 1, 8, 8)
     assert data.test_images.shape == (450, 1, 8, 8)
     assert torch.equal(data.test_images, again.test_images)
@@ -29,7 +30,7 @@ def test_split_is_stratified_and_seeded() -> None:
 
 def test_shifted_images_are_shifted_images() -> None:
     image = torch.arange(2 * 3 * 4 * 5.0).view(2, 3, 4, 5)
-    moved = digits.shifted(image.repeat(50, 1, 1, 1), torch.Generator().manual_seed(0))
+    moved = images.shifted(image.repeat(50, 1, 1, 1), torch.Generator().manual_seed(0))
     assert moved.shape == (100, 3, 4, 5)
     padded = torch.nn.functional.pad(image, [1] * 4, mode="replicate")
     wanted = [padded[:, :, i : i + 4, j : j + 5] for i in range(3) for j in range(3)]

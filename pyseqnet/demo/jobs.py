@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyseqnet.demo import dates, digits, python_source, training
+from pyseqnet.data import images
+from pyseqnet.demo import dates, python_source, training
 from pyseqnet.demo.python_source import Source
 from pyseqnet.models import ImageClassifier, SequenceTagger, SequenceTranslator
 
@@ -75,8 +76,8 @@ def _drawn(count: int, batch: int, generator: torch.Generator) -> Callable[[], T
 def classify_digits(folder: Path, seed: int, share: float) -> Result:
     """A convolutional network on handwritten digits."""
     torch.manual_seed(seed)
-    data = digits.load(seed)
-    model = ImageClassifier(1, digits.IMAGE_SIZE, DIGIT_CHANNELS, digits.CLASSES, dropout=DIGIT_DROPOUT)
+    data = images.digits(seed)
+    model = ImageClassifier(1, data.size, DIGIT_CHANNELS, len(data.classes), dropout=DIGIT_DROPOUT)
     epochs = max(1, round(share * DIGIT_EPOCHS))
     history = training.train(model, data, epochs, seed)
     predicted = training.predict(model, data.test_images)
@@ -96,9 +97,12 @@ def classify_digits(folder: Path, seed: int, share: float) -> Result:
     for name in ("learning_curve", "confusion_matrix", "first_layer_filters"):
         result.pictures[name] = folder / f"digits_{name}.png"
     plots.learning_curve(history, result.goal, result.pictures["learning_curve"], "epoch", "training, shifted images")
-    names = [str(digit) for digit in range(digits.CLASSES)]
     plots.confusion_matrix(
-        data.test_labels, predicted, names, "Test images: digit against prediction", result.pictures["confusion_matrix"]
+        data.test_labels,
+        predicted,
+        data.classes,
+        "Test images: digit against prediction",
+        result.pictures["confusion_matrix"],
     )
     plots.first_layer_filters(model.get_parameter("features.0.weight"), result.pictures["first_layer_filters"])
     return result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,9 @@ def learning_curve(
         _save(figure, path)
 
 
-def confusion_matrix(labels: torch.Tensor, predicted: torch.Tensor, names: list[str], title: str, path: Path) -> None:
+def confusion_matrix(
+    labels: torch.Tensor, predicted: torch.Tensor, names: Sequence[str], title: str, path: Path
+) -> None:
     """Rows are the truth; counts, and a colour for the share of the row."""
     size = len(names)
     counts = torch.bincount(labels * size + predicted, minlength=size * size).view(size, size).numpy()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pyseqnet.demo.digits import Digits, shifted
+from pyseqnet.data.images import Images, shifted
 
 BATCH = 64
 PEAK_LEARNING_RATE = 2e-3
@@ -43,7 +43,7 @@ def _seconds_between_lines() -> float:
     return 0.1 if sys.stderr.isatty() else 5.0  # a log wants few lines
 
 
-def train(model: torch.nn.Module, data: Digits, epochs: int, seed: int) -> History:
+def train(model: torch.nn.Module, data: Images, epochs: int, seed: int) -> History:
     """Trains in place. The test images are only looked at: the last epoch's weights are the result."""
     generator = torch.Generator().manual_seed(seed)
     count = len(data.train_images)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import pyseqnet.functional as F
 from pyseqnet import models, nn
-from pyseqnet.demo import digits
+from pyseqnet.data import images as digits
 
 
 def parameters(layer: torch.nn.Module) -> int:
@@ -159,7 +159,7 @@ def accuracy(model: torch.nn.Module, inputs: Tensor, labels: Tensor) -> float:
 def test_rotation_has_to_be_shown() -> None:
     """A21: turned digits are not recognised; a network that saw turned ones in training recognises them."""
     pytest.importorskip("sklearn")
-    data = digits.load(0)
+    data = digits.digits(0)
     generator = torch.Generator().manual_seed(0)
 
     def batch(most: float):
@@ -167,11 +167,11 @@ def test_rotation_has_to_be_shown() -> None:
             chosen = torch.randint(len(data.train_labels), (64,), generator=generator)
             angles = (2 * torch.rand(64, generator=generator) - 1) * most
             images = data.train_images[chosen]
-            return digits.rotated(images, angles) if most else images, data.train_labels[chosen]
+            return digits.turned_and_scaled(images, angles, 1.0) if most else images, data.train_labels[chosen]
 
         return make
 
-    turned = digits.rotated(data.test_images, torch.full((len(data.test_labels),), 40.0))
+    turned = digits.turned_and_scaled(data.test_images, 40.0, 1.0)
     torch.manual_seed(0)
     plain = train(models.ImageClassifier(1, 8, (16, 32)), 150, batch(0))
     torch.manual_seed(0)
@@ -184,7 +184,7 @@ def test_rotation_has_to_be_shown() -> None:
 
 def test_rotating_by_right_angles_is_exact() -> None:
     images = normal((3, 1, 8, 8), 0, torch.float32)
-    found = digits.rotated(images, torch.tensor([0.0, 90.0, 180.0]))
+    found = digits.turned_and_scaled(images, torch.tensor([0.0, 90.0, 180.0]), 1.0)
     expected = torch.stack([images[0], images[1].rot90(1, (1, 2)), images[2].rot90(2, (1, 2))])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
