@@ -51,21 +51,30 @@ int64_t query_sums(const AttentionProblem& p) {  // floats of gq of one head
   return padded_queries(p) * round_up(p.D, VL);
 }
 
+// Blocks of queries that stay packed while the tiles of keys go by: all of an item's, or, where they are many or
+// meet one tile only, one at a time.
+int64_t blocks_of(const AttentionProblem& p) { return (p.L + block_rows(p) - 1) / block_rows(p); }
+int64_t slots_of(const AttentionProblem& p) {
+  constexpr int64_t most_floats = 1 << 19;  // two second-level caches
+  const int64_t blocks = p.group() * blocks_of(p);
+  const bool fit = blocks * BLOCK * (p.D + p.E) <= most_floats && p.S > tile_keys(p);
+  return fit ? larger(blocks, 1) : 1;
+}
+
 struct Scratch {
   KeyTile tile;
   QueryBlock block;
   float *gk, *gv, *gq;
-  float *q_pairs, *gout_pairs;  // rows of the block for the sums over them
-  float* gradient_words;        // dZ of a register tile for the sum over keys, where words are not floats
+  float* gradient_words;  // dZ of a register tile for the sum over keys, where words are not floats
+  uint8_t* packed;        // whether a slot's block is, or null: nothing stays packed
   Scratch(Carver& carve, const AttentionProblem& p)
       : tile(carve, p),
-        block(carve, p),
+        block(carve, p, slots_of(p)),
         gk(carve.take<float>(KEYS * round_up(p.D, VL))),
         gv(carve.take<float>(KEYS * round_up(p.E, VL))),
         gq(carve.take<float>(p.need_q && runs_of(p).count == 1 ? p.group() * query_sums(p) : 0)),
-        q_pairs(PAIR == 1 ? block.q : carve.take<float>(BLOCK / PAIR * round_up(p.D, VL))),
-        gout_pairs(PAIR == 1 ? block.gout : carve.take<float>(BLOCK / PAIR * round_up(p.E, VL))),
-        gradient_words(PAIR == 1 ? nullptr : carve.take<float>(ROWS * words_of(KEYS))) {}
+        gradient_words(PAIR == 1 ? nullptr : carve.take<float>(ROWS * words_of(KEYS))),
+        packed(slots_of(p) > 1 ? carve.take<uint8_t>(slots_of(p)) : nullptr) {}
 };
 
 // The rows of a block that the products by key have to sum over: register tiles of rows (r0 / ROWS) and the
@@ -96,23 +105,35 @@ void add_query_gradients(int64_t rows, const Columns& columns, int64_t padded_d,
              s.tile.row_pairs + words_of(columns.first) * padded_d, gq, nullptr);
 }
 
+// The block of a pair, packed now or before.
+template <class T>
+QueryBlock packed_block(const AttentionProblem& p, const AttentionTensors& t, const AttentionSequence& at,
+                        const Pair& pair, const Scratch& s) {
+  const int64_t slot = s.packed ? pair.h % p.group() * blocks_of(p) + pair.i0 / block_rows(p) : 0;
+  const QueryBlock block = s.block.in_slot(p, slot);
+  if (s.packed && s.packed[slot]) return block;
+  pack_query_block<T>(p, t, at, pair.h, pair.i0, pair.n, block);
+  if (PAIR > 1 && p.need_kv) {
+    pair_rows(block.q, pair.n, p.D, block.q_pairs);
+    pair_rows(block.gout, pair.n, p.E, block.gout_pairs);
+  }
+  if (s.packed) s.packed[slot] = 1;
+  return block;
+}
+
 // Adds what the queries of one block say about a tile of keys.
 template <class T>
 void backward_block(const AttentionProblem& p, const AttentionTensors& t, const Dropout& dropout,
                     const AttentionSequence& at, const Pair& pair, const Scratch& s, float* gq) {
   const int64_t padded_d = round_up(p.D, VL), padded_e = round_up(p.E, VL);
-  pack_query_block<T>(p, t, at, pair.h, pair.i0, pair.n, s.block);
-  if (PAIR > 1 && p.need_kv) {
-    pair_rows(s.block.q, pair.n, p.D, s.q_pairs);
-    pair_rows(s.block.gout, pair.n, p.E, s.gout_pairs);
-  }
+  const QueryBlock block = packed_block<T>(p, t, at, pair, s);
   RowsSeen seen;
   for (int64_t r0 = 0; r0 < pair.n; r0 += ROWS) {
     const int64_t rows = smaller(ROWS, pair.n - r0);
-    const Columns columns = gradient_tile<T>(p, t, dropout, at, pair, r0, rows, s.tile, s.block, false);
+    const Columns columns = gradient_tile<T>(p, t, dropout, at, pair, r0, rows, s.tile, block, false);
     seen.begin[r0 / ROWS] = columns.first, seen.end[r0 / ROWS] = columns.first + columns.width;
     if (columns.width == 0) continue;
-    float *weights = s.block.probabilities + r0 * KEYS, *gradients = s.block.gradients + r0 * KEYS;
+    float *weights = block.probabilities + r0 * KEYS, *gradients = block.gradients + r0 * KEYS;
     if (p.need_q) add_query_gradients(rows, columns, padded_d, gradients, s, gq + (pair.i0 + r0) * padded_d);
     if (PAIR > 1 && p.need_kv) {
       round_row_pairs(rows, round_up(pair.keys, VL), weights, KEYS);
@@ -127,10 +148,10 @@ void backward_block(const AttentionProblem& p, const AttentionTensors& t, const 
     if (p.causal) from = larger(from, (pair.j0 + c - at.causal_offset - pair.i0) / PAIR * PAIR);
     if (from >= to) continue;
     const int64_t rows = smaller(ROWS, pair.keys - c), words = words_of(to - from);
-    accumulate_transposed(rows, words, padded_e, s.block.probabilities + from * KEYS + c, PAIR * KEYS,
-                          s.gout_pairs + from / PAIR * padded_e, s.gv + c * padded_e);
-    accumulate_transposed(rows, words, padded_d, s.block.gradients + from * KEYS + c, PAIR * KEYS,
-                          s.q_pairs + from / PAIR * padded_d, s.gk + c * padded_d);
+    accumulate_transposed(rows, words, padded_e, block.probabilities + from * KEYS + c, PAIR * KEYS,
+                          block.gout_pairs + from / PAIR * padded_e, s.gv + c * padded_e);
+    accumulate_transposed(rows, words, padded_d, block.gradients + from * KEYS + c, PAIR * KEYS,
+                          block.q_pairs + from / PAIR * padded_d, s.gk + c * padded_d);
   }
 }
 
@@ -166,6 +187,7 @@ void backward_item(const AttentionProblem& p, const AttentionTensors& t, const D
               : runs.count > 1 ? shared_gq + (run * p.B * p.H + b * p.H + hk * group) * query_sums(p)
                                : s.gq;
   if (p.need_q) memset(gq, 0, size_t(group * query_sums(p)) * sizeof(float));
+  if (s.packed) memset(s.packed, 0, size_t(slots_of(p)));
   const int64_t end = smaller((run + 1) * runs.keys, at.S);
   for (int64_t j0 = run * runs.keys; j0 < end; j0 += step) {
     const int64_t whole = smaller(step, end - j0), keys = smaller(whole, larger(seen - j0, 0));

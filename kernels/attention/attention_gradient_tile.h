@@ -25,16 +25,29 @@ struct KeyTile {
   }
 };
 struct QueryBlock {
-  float *q, *gout, *lse, *delta, *probabilities, *gradients;
-  float* slopes;  // of the soft cap, for a register tile
-  QueryBlock(Carver& carve, const AttentionProblem& p) {
-    q = carve.take<float>(BLOCK * row_words(p.D));
-    gout = carve.take<float>(BLOCK * row_words(p.E));
-    lse = carve.take<float>(BLOCK);
-    delta = carve.take<float>(BLOCK);
+  float *q, *gout, *lse, *delta;
+  float *q_pairs, *gout_pairs;       // rows for the sums over them
+  float *probabilities, *gradients;  // [BLOCK][KEYS]
+  float* slopes;                     // of the soft cap, for a register tile
+  // With slots > 1 so many blocks stay packed, one after the other.
+  QueryBlock(Carver& carve, const AttentionProblem& p, int64_t slots = 1) {
+    q = carve.take<float>(slots * BLOCK * row_words(p.D));
+    gout = carve.take<float>(slots * BLOCK * row_words(p.E));
+    lse = carve.take<float>(slots * BLOCK);
+    delta = carve.take<float>(slots * BLOCK);
+    q_pairs = PAIR == 1 ? q : carve.take<float>(slots * BLOCK / PAIR * round_up(p.D, VL));
+    gout_pairs = PAIR == 1 ? gout : carve.take<float>(slots * BLOCK / PAIR * round_up(p.E, VL));
     probabilities = carve.take<float>(BLOCK * KEYS);
     gradients = carve.take<float>(BLOCK * KEYS);
     slopes = carve.take<float>(ROWS * KEYS);
+  }
+  QueryBlock in_slot(const AttentionProblem& p, int64_t slot) const {
+    QueryBlock block = *this;
+    block.q += slot * BLOCK * row_words(p.D), block.gout += slot * BLOCK * row_words(p.E);
+    block.lse += slot * BLOCK, block.delta += slot * BLOCK;
+    block.q_pairs += slot * BLOCK / PAIR * round_up(p.D, VL);
+    block.gout_pairs += slot * BLOCK / PAIR * round_up(p.E, VL);
+    return block;
   }
 };
 
