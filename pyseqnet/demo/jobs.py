@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from pyseqnet.data import images
-from pyseqnet.demo import dates, python_source, training
+from pyseqnet.demo import dates, python_source
 from pyseqnet.demo.python_source import Source
 from pyseqnet.models import ImageClassifier, SequenceTagger, SequenceTranslator
+from pyseqnet.training import History, batches, fit
 
 DIGIT_CHANNELS = (32, 64)
 DIGIT_DROPOUT = 0.2  # before the linear layer, which holds few digits in many weights
 DIGIT_EPOCHS = 60
+DIGIT_BATCH, DIGIT_LEARNING_RATE, DIGIT_WEIGHT_DECAY = 64, 2e-3, 5e-2
 
 TAGGER = {"embedding_size": 32, "hidden_size": 96}
 TAGGER_BATCH, TAGGER_STEPS, TAGGER_LEARNING_RATE = 32, 600, 5e-3
@@ -27,6 +29,8 @@ PIECE = 1000  # characters of a test file that are read together
 
 TRANSLATOR = {"d_model": 64, "nhead": 4, "dim_feedforward": 256}
 TRANSLATOR_BATCH, TRANSLATOR_STEPS, TRANSLATOR_LEARNING_RATE = 64, 1000, 3e-3
+LOOKS = 15  # at the test data during the training of a sequence model
+
 TRANSLATOR_GLANCE = 200  # test dates that are written during the training
 
 SNIPPET_LINES = 36
@@ -44,7 +48,7 @@ class Result:
     tested: int
     unit: str  # what is counted in `tested`
     parameters: int
-    history: training.History
+    history: History
     trained_on: str
     pictures: dict[str, Path] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)  # what the page shows besides
@@ -66,8 +70,10 @@ def _size(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _drawn(count: int, batch: int, generator: torch.Generator) -> Callable[[], Tensor]:
-    return lambda: torch.randint(0, count, (batch,), generator=generator)
+def _loss(scores: Tensor, classes: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """Cross-entropy of scores (N, C), and the share that is right."""
+    right = (scores.argmax(1) == classes).double().mean().item()
+    return torch.nn.functional.cross_entropy(scores, classes), {"training": right}
 
 
 # --- digits -----------------------------------------------------------------------------------------------------
@@ -79,8 +85,26 @@ def classify_digits(folder: Path, seed: int, share: float) -> Result:
     data = images.digits(seed)
     model = ImageClassifier(1, data.size, DIGIT_CHANNELS, len(data.classes), dropout=DIGIT_DROPOUT)
     epochs = max(1, round(share * DIGIT_EPOCHS))
-    history = training.train(model, data, epochs, seed)
-    predicted = training.predict(model, data.test_images)
+    generator = torch.Generator().manual_seed(seed)
+    draw = batches(len(data.train_images), DIGIT_BATCH, seed)
+
+    def loss() -> tuple[Tensor, dict[str, float]]:
+        chosen = draw()
+        return _loss(model(images.shifted(data.train_images[chosen], generator)), data.train_labels[chosen])
+
+    @torch.no_grad()
+    def predict() -> Tensor:
+        scores: Tensor = model(data.test_images)
+        return scores.argmax(1)
+
+    def test() -> dict[str, float]:
+        return {"test": (predict() == data.test_labels).double().mean().item()}
+
+    history = fit(
+        model, loss, epochs * len(draw), learning_rate=DIGIT_LEARNING_RATE, weight_decay=DIGIT_WEIGHT_DECAY,
+        max_norm=math.inf, evaluate=test, looks=epochs, name="training on digits",
+    )  # fmt: skip
+    predicted = predict()
 
     from pyseqnet.demo import plots  # matplotlib takes a second to import: the training starts first
 
@@ -96,7 +120,7 @@ def classify_digits(folder: Path, seed: int, share: float) -> Result:
     )
     for name in ("learning_curve", "confusion_matrix", "first_layer_filters"):
         result.pictures[name] = folder / f"digits_{name}.png"
-    plots.learning_curve(history, result.goal, result.pictures["learning_curve"], "epoch", "training, shifted images")
+    plots.learning_curve(history, result.goal, result.pictures["learning_curve"], "training, shifted images")
     plots.confusion_matrix(
         data.test_labels,
         predicted,
@@ -129,20 +153,21 @@ def highlight_python(folder: Path, seed: int, share: float) -> Result:
     symbols, kinds = python_source.windows(sources)
     test_symbols, test_kinds = python_source.windows(held_out)
     generator = torch.Generator().manual_seed(seed)
-    draw = _drawn(len(symbols), TAGGER_BATCH, generator)
+    draw = batches(len(symbols), TAGGER_BATCH, seed)
     glance = torch.randint(0, len(test_symbols), (TAGGER_GLANCE,), generator=generator)
     glance_symbols, glance_kinds = test_symbols[glance], test_kinds[glance]
     model = SequenceTagger(python_source.SYMBOLS, len(python_source.KINDS), **TAGGER)
 
-    def batch() -> tuple[Tensor, Tensor]:
+    def loss() -> tuple[Tensor, dict[str, float]]:
         chosen = draw()
-        return model(symbols[chosen]).flatten(0, 1), kinds[chosen].flatten()
+        return _loss(model(symbols[chosen]).flatten(0, 1), kinds[chosen].flatten())
 
-    def test() -> float:
-        return (model(glance_symbols).argmax(-1) == glance_kinds).double().mean().item()
+    def test() -> dict[str, float]:
+        return {"test": (model(glance_symbols).argmax(-1) == glance_kinds).double().mean().item()}
 
     steps = max(1, round(share * TAGGER_STEPS))
-    history = training.train_in_steps(model, "Python source", steps, TAGGER_LEARNING_RATE, batch, test)
+    name = "training on Python source"
+    history = fit(model, loss, steps, learning_rate=TAGGER_LEARNING_RATE, evaluate=test, looks=LOOKS, name=name)
     predicted = [tag(model, source) for source in held_out]
     truth = torch.cat([source.kinds for source in held_out])
     found = torch.cat(predicted)
@@ -161,7 +186,7 @@ def highlight_python(folder: Path, seed: int, share: float) -> Result:
     )
     for name in ("learning_curve", "confusion_matrix"):
         result.pictures[name] = folder / f"python_{name}.png"
-    plots.learning_curve(history, result.goal, result.pictures["learning_curve"], "step", "training")
+    plots.learning_curve(history, result.goal, result.pictures["learning_curve"], "training")
     names = list(python_source.KINDS)
     title = "Characters of the test files: kind against prediction"
     plots.confusion_matrix(truth, found, names, title, result.pictures["confusion_matrix"])
@@ -212,25 +237,26 @@ def translate_dates(folder: Path, seed: int, share: float) -> Result:
     torch.manual_seed(seed)
     corpus = dates.load(seed, share)
     data = corpus.training
-    draw = _drawn(len(data.iso), TRANSLATOR_BATCH, torch.Generator().manual_seed(seed))
+    draw = batches(len(data.iso), TRANSLATOR_BATCH, seed)
     model = SequenceTranslator(corpus.source_symbols, dates.TARGET_SYMBOLS, **TRANSLATOR)
 
-    def batch() -> tuple[Tensor, Tensor]:
+    def loss() -> tuple[Tensor, dict[str, float]]:
         chosen = draw()
         source, target = data.source[chosen], data.target[chosen]
         source = source[:, : int((source != dates.PADDING).sum(1).max())]
-        return model(source, target[:, :-1]).flatten(0, 1), target[:, 1:].flatten()
+        return _loss(model(source, target[:, :-1]).flatten(0, 1), target[:, 1:].flatten())
 
     def write(count: int) -> list[str]:
         model.eval()
         return dates.read(model.generate(corpus.test.source[:count], dates.TARGET_LENGTH - 1))
 
-    def test() -> float:
+    def test() -> dict[str, float]:
         written = write(TRANSLATOR_GLANCE)
-        return sum(a == b for a, b in zip(written, corpus.test.iso, strict=False)) / len(written)
+        return {"test": sum(a == b for a, b in zip(written, corpus.test.iso, strict=False)) / len(written)}
 
     steps = max(1, round(share * TRANSLATOR_STEPS))
-    history = training.train_in_steps(model, "dates", steps, TRANSLATOR_LEARNING_RATE, batch, test)
+    name = "training on dates"
+    history = fit(model, loss, steps, learning_rate=TRANSLATOR_LEARNING_RATE, evaluate=test, looks=LOOKS, name=name)
     written = write(len(corpus.test.iso))
     right = [a == b for a, b in zip(written, corpus.test.iso, strict=True)]
 
@@ -249,7 +275,7 @@ def translate_dates(folder: Path, seed: int, share: float) -> Result:
     for name in ("learning_curve", "cross_attention"):
         result.pictures[name] = folder / f"dates_{name}.png"
     plots.learning_curve(
-        history, result.goal, result.pictures["learning_curve"], "step", "training, characters", "test, whole dates"
+        history, result.goal, result.pictures["learning_curve"], "training, characters", "test, whole dates"
     )
     shown = max(
         (i for i, locale in enumerate(corpus.test.locales) if locale in MAP_LOCALES),

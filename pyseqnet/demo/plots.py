@@ -18,7 +18,7 @@ import torch
 from matplotlib.figure import Figure
 
 from pyseqnet.demo.speed import Row
-from pyseqnet.demo.training import History
+from pyseqnet.training import History
 
 LOWEST_ACCURACY = 80.0  # the first epochs are off the chart: the end is what is to be seen
 BLUE, ORANGE, GREY = "#2f6f9f", "#d9822b", "#9aa5ad"
@@ -37,17 +37,15 @@ def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
     plt.close(figure)
 
 
-def learning_curve(
-    history: History, goal: float, path: Path, unit: str, training_label: str, test_label: str = "test"
-) -> None:
+def learning_curve(history: History, goal: float, path: Path, training_label: str, test_label: str = "test") -> None:
     with plt.rc_context(STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
         left.plot(history.at, history.loss, color=BLUE)
-        left.set(title="Training loss", xlabel=unit, yscale="log")
-        right.plot(history.at, [100 * a for a in history.train_accuracy], color=GREY, label=training_label)
-        right.plot(history.at, [100 * a for a in history.test_accuracy], color=BLUE, label=test_label)
+        left.set(title="Training loss", xlabel="step", yscale="log")
+        right.plot(history.at, [100 * a for a in history.scores["training"]], color=GREY, label=training_label)
+        right.plot(history.at, [100 * a for a in history.scores["test"]], color=BLUE, label=test_label)
         right.axhline(100 * goal, color=ORANGE, linewidth=1, linestyle="--", label=f"goal {goal:.0%}")
-        right.set(title="Accuracy, %", xlabel=unit, ylim=(LOWEST_ACCURACY, 100.3))
+        right.set(title="Accuracy, %", xlabel="step", ylim=(LOWEST_ACCURACY, 100.3))
         right.legend(frameon=False, loc="lower right")
         _save(figure, path)
 
