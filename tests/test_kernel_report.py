@@ -10,9 +10,8 @@ import pytest
 from support import ROOT
 
 sys.path.insert(0, str(ROOT / "tests" / "cuda_on_cpu"))
-import kernel_report
-
 import build as simulator_build
+import kernel_report
 
 pytestmark = pytest.mark.slow
 

@@ -15,9 +15,13 @@ from typing import cast
 from pyseqnet.training import History
 
 RECIPES = {
+    "babi": "pyseqnet.recipes.babi",
     "digits": "pyseqnet.recipes.digits",
     "fashion": "pyseqnet.recipes.fashion",
+    "graph": "pyseqnet.recipes.graph",
     "mnist": "pyseqnet.recipes.mnist",
+    "sentiment": "pyseqnet.recipes.sentiment",
+    "vqa": "pyseqnet.recipes.vqa",
 }
 
 

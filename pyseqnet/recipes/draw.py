@@ -16,12 +16,15 @@ from torch import Tensor
 from pyseqnet.training import History
 
 COLUMNS = 8
+WIDTH = 10.5  # of a page, inches
 
 
-def images(pictures: Tensor, titles: Sequence[str], path: Path) -> None:
+def images(pictures: Tensor, titles: Sequence[str], path: Path, columns: int = COLUMNS) -> None:
     """Grey (N, H, W) or coloured (N, H, W, 3) pictures in a grid."""
-    rows = max(1, -(-len(pictures) // COLUMNS))
-    figure, axes = plt.subplots(rows, COLUMNS, figsize=(1.3 * COLUMNS, 1.5 * rows), layout="constrained", squeeze=False)
+    rows = max(1, -(-len(pictures) // columns))
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(WIDTH, WIDTH / columns * 1.2 * rows), layout="constrained", squeeze=False
+    )
     for place in axes.flat:
         place.axis("off")
     for place, picture, title in zip(axes.flat, pictures, titles, strict=False):
