@@ -87,12 +87,65 @@ Problem make_problem(const Tensor& q, const Tensor& k, const Tensor& v, int64_t 
   return p;
 }
 
+Tensor kept(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+// (H) float64, the same for every sequence. On the CPU the values are checked.
+Tensor checked_decay(const Tensor& decay, Problem& p, const Tensor& q, bool on_cpu) {
+  require(p.causal, "linear_attention: decay needs causal attention");
+  require(is_shape(decay, {p.H}) && decay.scalar_type() == ScalarType::Double,
+          "linear_attention: decay must be (H,) float64");
+  require(decay.device() == q.device(), "linear_attention: decay must be on the query's device");
+  const Tensor dense_decay = kept(decay);
+  if (on_cpu) {
+    const auto* g = static_cast<const double*>(dense_decay.const_data_ptr());
+    for (int64_t h = 0; h < p.H; h++)
+      require(g[h] >= 0 && g[h] <= 1, "linear_attention: decay must lie between 0 and 1");
+  }
+  p.decayed = true;
+  return dense_decay;
+}
+
+// (N + 1) int32, rising from 0 to the number of positions: the problem then has N sequences, the longest of
+// which the CPU finds.
+Tensor checked_starts(const Tensor& starts, Problem& p, const Tensor& q, bool on_cpu) {
+  require(p.B == 1 && p.L == p.S,
+          "linear_attention: packed query, key and value must be (1, H, L, .) of one L");
+  require(starts.dim() == 1 && starts.size(0) > 0 && starts.scalar_type() == ScalarType::Int,
+          "linear_attention: cu_seqlens must be (N + 1,) int32");
+  require(starts.device() == q.device(), "linear_attention: cu_seqlens must be on the query's device");
+  const Tensor dense_starts = kept(starts);
+  p.packed = true, p.total = p.L, p.B = starts.size(0) - 1;
+  constexpr int64_t most_positions = int64_t(1) << 31;
+  require(p.total < most_positions && (p.B > 0 || p.total == 0),
+          "linear_attention: cu_seqlens must rise from 0 to the number of positions");
+  require(product_fits({p.B, p.H, p.D, p.E + 1}) && product_fits({p.H, p.slots(), p.state_size()}),
+          "linear_attention: the states are too large");
+  if (on_cpu) {
+    const auto* at = static_cast<const int32_t*>(dense_starts.const_data_ptr());
+    bool rises = at[0] == 0 && at[p.B] == p.total;
+    p.L = 0;
+    for (int64_t b = 0; b < p.B; b++) {
+      rises = rises && at[b + 1] >= at[b];
+      p.L = at[b + 1] - at[b] > p.L ? at[b + 1] - at[b] : p.L;
+    }
+    require(rises, "linear_attention: cu_seqlens must rise from 0 to the number of positions");
+    p.S = p.L;
+  }
+  return dense_starts;
+}
+// Packed tensors have no batch to step over.
+void forget_batch(Problem& p) {
+  if (!p.packed) return;
+  for (HeadStrides* s : {&p.q, &p.k, &p.v, &p.out, &p.gout, &p.dq, &p.dk, &p.dv}) s->b = 0;
+}
+
 // (B) int64. On the CPU the values are checked, on CUDA they are clamped, since reading them would wait.
 Tensor checked_lengths(const Tensor& lengths, const Problem& p, const Tensor& q, bool on_cpu) {
   require(is_shape(lengths, {p.B}) && lengths.scalar_type() == ScalarType::Long,
           "linear_attention: key_lengths must be (B,) int64");
   require(lengths.device() == q.device(), "linear_attention: key_lengths must be on the query's device");
-  const Tensor dense_lengths = lengths.is_contiguous() ? lengths : torch::stable::contiguous(lengths);
+  require(!p.packed, "linear_attention: packed sequences have no key_lengths");
+  const Tensor dense_lengths = kept(lengths);
   if (on_cpu) {
     const auto* n = static_cast<const int64_t*>(dense_lengths.const_data_ptr());
     for (int64_t b = 0; b < p.B; b++)
@@ -108,7 +161,25 @@ Tensor checked_state(const Tensor& t, const Problem& p, const Tensor& q, bool is
   require(t.scalar_type() == state_type(p.dtype),
           "linear_attention: states are float32 (float64 for float64 inputs)");
   require(t.device() == q.device(), "linear_attention: states must be on the query's device");
-  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+  return kept(t);
+}
+
+// The shapes of what forward keeps for backward.
+struct SavedShapes {
+  int64_t inverse[3], saved[3];
+  explicit SavedShapes(const Problem& p) {
+    const int64_t states = p.packed && p.causal ? p.slots() : p.saved_states();
+    inverse[0] = p.packed ? 1 : p.B, inverse[1] = p.H, inverse[2] = p.packed ? p.total : p.L;
+    // One dimension for chunks and their numbers: a compiler that knows no length need not ask for one chunk.
+    saved[0] = p.packed && p.causal ? 1 : p.B, saved[1] = p.H, saved[2] = states * p.state_size();
+  }
+};
+bool has_shape(const Tensor& t, const int64_t (&sizes)[3]) {
+  return is_shape(t, {sizes[0], sizes[1], sizes[2]});
+}
+Tensor new_dense(const Tensor& like, const int64_t (&sizes)[3], ScalarType type) {
+  const int64_t steps[] = {sizes[1] * sizes[2], sizes[2], 1};
+  return new_tensor(like, sizes, steps, 3, type);
 }
 
 Tensor new_matrix(const Tensor& like, const Problem& p) {
@@ -126,18 +197,39 @@ bool is_on_cpu(const Tensor& t) {
   return type == aoti_torch_device_type_cpu();
 }
 
+// What a call has besides its tensors, kept alive while it runs.
+struct Constants {
+  Tensor decay, starts;
+  Constants(const std::optional<Tensor>& given_decay, const std::optional<Tensor>& given_starts, Problem& p,
+            Tensors& t, const Tensor& q)
+      : decay(q), starts(q) {  // second references, replaced where given
+    const bool on_cpu = is_on_cpu(q);
+    if (given_decay) {
+      decay = checked_decay(*given_decay, p, q, on_cpu);
+      t.decay = static_cast<const double*>(decay.const_data_ptr());
+    }
+    if (given_starts) {
+      starts = checked_starts(*given_starts, p, q, on_cpu);
+      t.starts = static_cast<const int32_t*>(starts.const_data_ptr());
+    }
+  }
+};
+
 Five forward(const Tensor& query, const Tensor& key, const Tensor& value,
              const std::optional<Tensor>& lengths, const std::optional<Tensor>& state,
              const std::optional<Tensor>& normalizer, int64_t feature_map, bool causal, bool normalize,
-             double scale, double eps, bool with_state, bool with_saved, RunPass run) {
+             double scale, double eps, bool with_state, bool with_saved, const std::optional<Tensor>& decay,
+             const std::optional<Tensor>& starts, RunPass run) {
   Problem p = make_problem(query, key, value, feature_map, causal, normalize, scale);
   p.eps = eps, p.with_saved = with_saved;
+  const int64_t rows = p.L;
   require(state.has_value() == normalizer.has_value(),
           "linear_attention: a state and its normaliser come together");
   const Tensor q = with_unit_rows(query), k = with_unit_rows(key), v = with_unit_rows(value);
   p.q = strides_of(q), p.k = strides_of(k), p.v = strides_of(v);
   Tensors t;
   t.q = q.const_data_ptr(), t.k = k.const_data_ptr(), t.v = v.const_data_ptr();
+  const Constants constants(decay, starts, p, t, q);
   Tensor kept_lengths = q, kept_state = q, kept_normalizer = q;  // second references, replaced where given
   if (lengths) {
     kept_lengths = checked_lengths(*lengths, p, q, is_on_cpu(q));
@@ -148,19 +240,16 @@ Five forward(const Tensor& query, const Tensor& key, const Tensor& value,
     t.state0 = kept_state.const_data_ptr(), t.normalizer0 = kept_normalizer.const_data_ptr();
   }
   const ScalarType type = state_type(p.dtype);
-  Tensor out = new_heads(query, p.L, p.E, query.scalar_type());
+  Tensor out = new_heads(query, rows, p.E, query.scalar_type());
   p.out = strides_of(out);
   t.out = out.mutable_data_ptr();
   Tensor inverse = empty(q, type), saved = empty(q, type), last = empty(q, type), last_z = empty(q, type);
   if (with_saved) {
-    // One dimension for chunks and their numbers: a compiler that knows no length need not ask for one chunk.
-    const int64_t numbers = p.saved_states() * p.state_size();
-    const int64_t sizes[] = {p.B, p.H, numbers}, steps[] = {p.H * numbers, numbers, 1};
-    saved = new_tensor(q, sizes, steps, 3, type);
+    const SavedShapes shapes(p);
+    saved = new_dense(q, shapes.saved, type);
     t.saved = saved.mutable_data_ptr();
     if (normalize) {
-      const int64_t rows[] = {p.B, p.H, p.L}, row_steps[] = {p.H * p.L, p.L, 1};
-      inverse = new_tensor(q, rows, row_steps, 3, type);
+      inverse = new_dense(q, shapes.inverse, type);
       t.inverse = inverse.mutable_data_ptr();
     }
   }
@@ -168,6 +257,7 @@ Five forward(const Tensor& query, const Tensor& key, const Tensor& value,
     last = new_matrix(q, p), last_z = new_normalizer(q, p);
     t.state = last.mutable_data_ptr(), t.normalizer = last_z.mutable_data_ptr();
   }
+  forget_batch(p);
   run(LinearAttentionPass::forward, p, t, q);
   return {out, inverse, saved, last, last_z};
 }
@@ -176,7 +266,8 @@ Five backward(const Tensor& grad_output, const std::optional<Tensor>& grad_state
               const std::optional<Tensor>& grad_normalizer, const Tensor& query, const Tensor& key,
               const Tensor& value, const std::optional<Tensor>& lengths, const Tensor& output,
               const Tensor& inverse, const Tensor& saved, int64_t feature_map, bool causal, bool normalize,
-              double scale, bool need_state, RunPass run) {
+              double scale, bool need_state, const std::optional<Tensor>& decay,
+              const std::optional<Tensor>& starts, RunPass run) {
   Problem p = make_problem(query, key, value, feature_map, causal, normalize, scale);
   p.with_saved = true;
   const ScalarType type = state_type(p.dtype);
@@ -187,17 +278,19 @@ Five backward(const Tensor& grad_output, const std::optional<Tensor>& grad_state
   require(grad_output.device() == query.device() && output.device() == query.device() &&
               saved.device() == query.device() && inverse.device() == query.device(),
           "linear_attention: all tensors must be on the same device");
-  require(is_shape(saved, {p.B, p.H, p.saved_states() * p.state_size()}) && saved.scalar_type() == type &&
-              saved.is_contiguous(),
-          "linear_attention: saved is not what forward made");
-  require(!normalize || (is_shape(inverse, {p.B, p.H, p.L}) && inverse.scalar_type() == type &&
-                         inverse.is_contiguous()),
-          "linear_attention: inverse is not what forward made");
   const Tensor q = with_unit_rows(query), k = with_unit_rows(key), v = with_unit_rows(value);
   const Tensor g = with_unit_rows(grad_output), o = with_unit_rows(output);
   p.q = strides_of(q), p.k = strides_of(k), p.v = strides_of(v), p.gout = strides_of(g),
   p.out = strides_of(o);
   Tensors t;
+  const int64_t rows = p.L;
+  const Constants constants(decay, starts, p, t, q);
+  const SavedShapes shapes(p);
+  require(has_shape(saved, shapes.saved) && saved.scalar_type() == type && saved.is_contiguous(),
+          "linear_attention: saved is not what forward made");
+  require(!normalize || (has_shape(inverse, shapes.inverse) && inverse.scalar_type() == type &&
+                         inverse.is_contiguous()),
+          "linear_attention: inverse is not what forward made");
   t.q = q.const_data_ptr(), t.k = k.const_data_ptr(), t.v = v.const_data_ptr();
   t.gout = g.const_data_ptr(), t.out = const_cast<void*>(o.const_data_ptr());
   t.saved = const_cast<void*>(saved.const_data_ptr());
@@ -215,9 +308,9 @@ Five backward(const Tensor& grad_output, const std::optional<Tensor>& grad_state
     kept_normalizer = checked_state(*grad_normalizer, p, q, false);
     t.gnormalizer = kept_normalizer.const_data_ptr();
   }
-  Tensor dq = new_heads(query, p.L, p.D, query.scalar_type());
-  Tensor dk = new_heads(key, p.S, p.D, query.scalar_type());
-  Tensor dv = new_heads(value, p.S, p.E, query.scalar_type());
+  Tensor dq = new_heads(query, rows, p.D, query.scalar_type());
+  Tensor dk = new_heads(key, key.size(2), p.D, query.scalar_type());
+  Tensor dv = new_heads(value, key.size(2), p.E, query.scalar_type());
   p.dq = strides_of(dq), p.dk = strides_of(dk), p.dv = strides_of(dv);
   t.dq = dq.mutable_data_ptr(), t.dk = dk.mutable_data_ptr(), t.dv = dv.mutable_data_ptr();
   Tensor first = empty(q, type), first_z = empty(q, type);
@@ -225,6 +318,7 @@ Five backward(const Tensor& grad_output, const std::optional<Tensor>& grad_state
     first = new_matrix(q, p), first_z = new_normalizer(q, p);
     t.dstate0 = first.mutable_data_ptr(), t.dnormalizer0 = first_z.mutable_data_ptr();
   }
+  forget_batch(p);
   run(LinearAttentionPass::backward, p, t, q);
   return {dq, dk, dv, first, first_z};
 }
@@ -234,7 +328,8 @@ Five backward(const Tensor& grad_output, const std::optional<Tensor>& grad_state
 std::tuple<Tensor, Tensor, Tensor> step(const Tensor& query, const Tensor& key, const Tensor& value,
                                         const std::optional<Tensor>& state,
                                         const std::optional<Tensor>& normalizer, int64_t feature_map,
-                                        bool normalize, double scale, double eps, RunPass run) {
+                                        bool normalize, double scale, double eps,
+                                        const std::optional<Tensor>& decay, RunPass run) {
   require(query.dim() == 3 && value.dim() == 3,
           "linear_attention_step: query, key and value must have 3 dimensions");
   Problem p;
@@ -260,6 +355,7 @@ std::tuple<Tensor, Tensor, Tensor> step(const Tensor& query, const Tensor& key, 
   p.q = strides(q), p.k = strides(k), p.v = strides(v);
   Tensors t;
   t.q = q.const_data_ptr(), t.k = k.const_data_ptr(), t.v = v.const_data_ptr();
+  const Constants constants(decay, std::nullopt, p, t, q);
   Tensor kept_state = q, kept_normalizer = q;
   if (state) {
     kept_state = checked_state(*state, p, q, true), kept_normalizer = checked_state(*normalizer, p, q, false);
@@ -278,22 +374,25 @@ std::tuple<Tensor, Tensor, Tensor> step(const Tensor& query, const Tensor& key, 
 #define FORWARD_PARAMETERS                                                                             \
   const Tensor &query, const Tensor &key, const Tensor &value, std::optional<Tensor> lengths,          \
       std::optional<Tensor> state, std::optional<Tensor> normalizer, int64_t feature_map, bool causal, \
-      bool normalize, double scale, double eps, bool with_state, bool with_saved
+      bool normalize, double scale, double eps, bool with_state, bool with_saved,                      \
+      std::optional<Tensor> decay, std::optional<Tensor> starts
 #define FORWARD_ARGUMENTS                                                                                \
   query, key, value, lengths, state, normalizer, feature_map, causal, normalize, scale, eps, with_state, \
-      with_saved
-#define STEP_PARAMETERS                                                                     \
-  const Tensor &query, const Tensor &key, const Tensor &value, std::optional<Tensor> state, \
-      std::optional<Tensor> normalizer, int64_t feature_map, bool normalize, double scale, double eps
-#define STEP_ARGUMENTS query, key, value, state, normalizer, feature_map, normalize, scale, eps
+      with_saved, decay, starts
+#define STEP_PARAMETERS                                                                                \
+  const Tensor &query, const Tensor &key, const Tensor &value, std::optional<Tensor> state,            \
+      std::optional<Tensor> normalizer, int64_t feature_map, bool normalize, double scale, double eps, \
+      std::optional<Tensor> decay
+#define STEP_ARGUMENTS query, key, value, state, normalizer, feature_map, normalize, scale, eps, decay
 #define BACKWARD_PARAMETERS                                                                               \
   const Tensor &grad_output, std::optional<Tensor> grad_state, std::optional<Tensor> grad_normalizer,     \
       const Tensor &query, const Tensor &key, const Tensor &value, std::optional<Tensor> lengths,         \
       const Tensor &output, const Tensor &inverse, const Tensor &saved, int64_t feature_map, bool causal, \
-      bool normalize, double scale, bool need_state
+      bool normalize, double scale, bool need_state, std::optional<Tensor> decay,                         \
+      std::optional<Tensor> starts
 #define BACKWARD_ARGUMENTS                                                                                   \
   grad_output, grad_state, grad_normalizer, query, key, value, lengths, output, inverse, saved, feature_map, \
-      causal, normalize, scale, need_state
+      causal, normalize, scale, need_state, decay, starts
 
 void run_pass_on_cpu(LinearAttentionPass pass, const Problem& p, const Tensors& t, const Tensor& like) {
   run_on_cpu("linear_attention", operation_of(pass), linear_attention_cpu_table(pass), p, t, like);

@@ -91,15 +91,19 @@ STABLE_TORCH_LIBRARY(pyseqnet, m) {
       "Tensor? batch_sizes, str cell, int directions, bool has_biases, bool batch_first, bool need_input, "
       "bool need_h0, bool need_c0, bool need_weights, Tensor? zone_h=None, Tensor? zone_c=None, str "
       "options='') -> (Tensor, Tensor, Tensor, Tensor[])");
+  // decay (H) float64; starts (N + 1) int32: packed sequences, query (1, H, L, D), states (N, H, D, E).
   m.def(
       "linear_attention_forward(Tensor query, Tensor key, Tensor value, Tensor? key_lengths, Tensor? state, "
       "Tensor? normalizer, int feature_map, bool causal, bool normalize, float scale, float eps, bool "
-      "with_state, bool with_saved) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "with_state, bool with_saved, Tensor? decay=None, Tensor? starts=None) -> (Tensor, Tensor, Tensor, "
+      "Tensor, "
+      "Tensor)");
   m.def(
       "linear_attention_backward(Tensor grad_output, Tensor? grad_state, Tensor? grad_normalizer, Tensor "
       "query, Tensor key, Tensor value, Tensor? key_lengths, Tensor output, Tensor inverse, Tensor saved, "
-      "int feature_map, bool causal, bool normalize, float scale, bool need_state) -> (Tensor, Tensor, "
-      "Tensor, Tensor, Tensor)");
+      "int feature_map, bool causal, bool normalize, float scale, bool need_state, Tensor? decay=None, "
+      "Tensor? "
+      "starts=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   // One step of one cell for inference: input (B, I), h, c (B, H), None: zeros; the next h and c (empty unless
   // lstm). csrc/recurrent_step.cpp
   m.def(
@@ -107,7 +111,7 @@ STABLE_TORCH_LIBRARY(pyseqnet, m) {
       "b_hh, str cell) -> (Tensor, Tensor)");
   m.def(
       "linear_attention_step(Tensor query, Tensor key, Tensor value, Tensor? state, Tensor? normalizer, int "
-      "feature_map, bool normalize, float scale, float eps) -> (Tensor, Tensor, Tensor)");
+      "feature_map, bool normalize, float scale, float eps, Tensor? decay=None) -> (Tensor, Tensor, Tensor)");
   // CTC (kernels/chain/ctc.h). input (T, B, C): logits or log-probabilities; targets (size) int64, those of sequence b
   // from target_offsets[b] on; longest bounds their lengths; lengths and offsets (B) int64 on the input's device.
   // Results: loss (B) and, empty unless with_gradient, its gradient with respect to logits.

@@ -72,6 +72,8 @@ LINEAR = [
     (1, 3, 5, 130, 33, 16, {"feature_map": "relu"}),
     (2, 1, 65, 65, 64, 64, {"key_lengths": torch.tensor([0, 40]), "normalize": False, "feature_map": "identity"}),
     (1, 1, 1, 1, 1, 1, {"causal": True}),
+    (2, 2, 70, 70, 9, 17, {"causal": True, "decay": [0.5, 0.9], "feature_map": "exp"}),
+    (1, 2, 70, 70, 9, 17, {"causal": True, "decay": 0.9, "cu_seqlens": torch.tensor([0, 65, 65, 70])}),
 ]
 
 

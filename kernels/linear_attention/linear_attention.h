@@ -1,11 +1,19 @@
 // Contract of the linear-attention family (Katharopoulos, Vyas, Pappas, Fleuret: Transformers are RNNs,
 // 2020).
 //
-//   a[i] = phi(scale q[i])   f[j] = phi(k[j])                     phi: identity, elu(x) + 1, max(x, 0)
+//   a[i] = phi(scale q[i])   f[j] = phi(k[j])                     phi: see linear_attention_features.h
 //   S[i] = S0 + sum of f[j] v[j]^T                                over the keys j that query i sees
 //   z[i] = z0 + sum of f[j]
 //   normalised   out[i] = S[i]^T a[i] / (z[i] . a[i] + eps)       as fast-transformers; 0 where that sum is 0
 //   plain        out[i] = S[i]^T a[i]
+//
+// With a decay g of the head, 0 <= g <= 1, causal only (Sun et al.: Retentive network, 2023), the state fades
+// by g before each key enters, z likewise:
+//   S[i] = g S[i-1] + f[i] v[i]^T,  S[-1] = S0                    (g = 1: the sums above)
+// so that key j weighs g^(i-j) with query i. Positions beyond the length are none: there nothing fades.
+//
+// Packed sequences: B sequences stand one behind the other along the rows of tensors without a batch; rows
+// starts[b] .. starts[b + 1] are sequence b's, L = S is the length of the longest.
 //
 // A query sees the keys j < length of its batch; with `causal` (L = S) also j <= i. Keys beyond the length
 // count nowhere and are never read: their gradients are 0, whatever they hold. A query whose output gradient
@@ -20,6 +28,7 @@
 //   dn = gout inverse, dd = -(gout . out) inverse                 (plain: dn = gout, dd = 0)
 //   da[i] = S[i] dn[i] + z[i] dd[i]                               dq = da phi' scale
 //   R[j]  = gS + sum of a[i] dn[i]^T, r[j] = gz + sum of a[i] dd[i]   over the queries i that see key j
+//                                                      (with decay: R[j] = g R[j+1] + a[j] dn[j]^T)
 //   df[j] = R[j] v[j] + r[j]                                      dk = df phi'
 //   dv[j] = R[j]^T f[j]                                           dS0, dz0 = R, r over all queries
 //
@@ -27,20 +36,24 @@
 // b strides.b + h strides.h + row strides.row; everything else is dense.
 //   q, dq (B,H,L,D)   k, dk (B,H,S,D)   v, dv (B,H,S,E)   out, gout (B,H,L,E)    in the problem's dtype
 //   key_lengths (B) int64; values outside 0 .. S count as the nearest of them
+//   decay (H) float64   starts (B + 1) int32, rising from 0; kernels clamp. Packed: q ... gout (1,H,total,.)
 //   state0, state, gstate, dstate0 (B,H,D,E)   normalizer0 ... (B,H,D)           float32, float64 for float64
-//   inverse (B,H,L)   saved (B,H,saved_states()*(D*E + D))                       likewise
+//   inverse (B,H,L)   saved (B,H,saved_states()*(D*E + D))                       likewise; packed:
+//   inverse (1,H,total), causal saved (1,H,slots()*(D*E + D)): a sequence's chunks from first_slot() on
 #pragma once
 #include <string>
 
 #include "common/dispatch.h"
+#include "common/numerics.h"
 #include "common/types.h"
 
 namespace pyseqnet {
 
-enum class FeatureMap : int32_t { identity, elu, relu };
-constexpr int feature_maps = 3;
+enum class FeatureMap : int32_t { identity, elu, relu, exp };
+constexpr int feature_maps = 4;
 constexpr const char* name_of(FeatureMap f) {
-  return f == FeatureMap::identity ? "identity" : f == FeatureMap::elu ? "elu" : "relu";
+  constexpr const char* names[feature_maps] = {"identity", "elu", "relu", "exp"};
+  return names[int(f)];
 }
 
 struct HeadStrides {
@@ -55,7 +68,9 @@ struct LinearAttentionProblem {
   DType dtype = DType::f32;
   int64_t B = 0, H = 0, L = 0, S = 0, D = 1, E = 1;
   FeatureMap feature_map = FeatureMap::elu;
-  bool causal = false, normalize = true;
+  bool causal = false, normalize = true, decayed = false;
+  bool packed = false;
+  int64_t total = 0;        // rows of all packed sequences
   bool with_saved = false;  // forward: whether inverse and saved are written
   double scale = 1, eps = 1e-6;
   HeadStrides q, k, v, out, gout, dq, dk, dv;
@@ -64,15 +79,28 @@ struct LinearAttentionProblem {
   int64_t chunks() const { return (L + chunk_rows - 1) / chunk_rows; }
   int64_t state_size() const { return D * E + D; }
   int64_t saved_states() const { return causal ? chunks() : 1; }
+  // Packed: enough places for the chunks of all sequences, whatever their lengths, that a device need not
+  // look at them to know where a sequence's are.
+  PYSEQNET_HOST_DEVICE static int64_t first_slot(int64_t start, int64_t b) { return start / chunk_rows + b; }
+  PYSEQNET_HOST_DEVICE int64_t slots() const { return first_slot(total, B); }
+};
+
+// The rows of one head: `begin` rows into the caller's tensors, how many, and where its share of what
+// backward needs begins, in rows of `inverse` and states of `saved`.
+struct LinearAttentionRows {
+  int64_t begin, L, S, keys, inverse, saved;
 };
 
 // Pointers of one call; null where the call has no such tensor.
-//   forward   q, k, v [key_lengths, state0 + normalizer0] -> out [inverse + saved, state + normalizer]
-//   backward  gout [gstate, gnormalizer], q, k, v [key_lengths], out, inverse, saved
+//   forward   q, k, v [key_lengths, decay, starts, state0 + normalizer0]
+//             -> out [inverse + saved, state + normalizer]
+//   backward  gout [gstate, gnormalizer], q, k, v [key_lengths, decay, starts], out, inverse, saved
 //             -> dq, dk, dv [dstate0 + dnormalizer0]
 struct LinearAttentionTensors {
   const void *q = nullptr, *k = nullptr, *v = nullptr;
   const int64_t* key_lengths = nullptr;
+  const double* decay = nullptr;
+  const int32_t* starts = nullptr;
   const void *state0 = nullptr, *normalizer0 = nullptr;
   void* out = nullptr;  // read by backward
   void *inverse = nullptr, *saved = nullptr;
@@ -81,10 +109,19 @@ struct LinearAttentionTensors {
   void *dq = nullptr, *dk = nullptr, *dv = nullptr;
   void *dstate0 = nullptr, *dnormalizer0 = nullptr;
 
-  int64_t keys(const LinearAttentionProblem& p, int64_t b) const {
-    if (!key_lengths) return p.S;
-    const int64_t n = key_lengths[b];
-    return n < 0 ? 0 : n > p.S ? p.S : n;
+  PYSEQNET_HOST_DEVICE static int64_t between(int64_t low, int64_t n, int64_t high) {
+    return n < low ? low : n > high ? high : n;
+  }
+  PYSEQNET_HOST_DEVICE LinearAttentionRows rows(const LinearAttentionProblem& p, int64_t b, int64_t h) const {
+    const int64_t head = b * p.H + h;
+    if (!p.packed) {
+      const int64_t keys = key_lengths ? between(0, key_lengths[b], p.S) : p.S;
+      const int64_t states = p.causal ? (p.L + p.chunk_rows - 1) / p.chunk_rows : 1;
+      return {0, p.L, p.S, keys, head * p.L, head * states};
+    }
+    const int64_t begin = between(0, starts[b], p.total);
+    const int64_t n = between(0, starts[b + 1] - begin, p.L < p.total - begin ? p.L : p.total - begin);
+    return {begin, n, n, n, h * p.total + begin, p.causal ? h * p.slots() + p.first_slot(begin, b) : head};
   }
 };
 

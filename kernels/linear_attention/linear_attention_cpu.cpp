@@ -14,6 +14,8 @@
 // Bound: the products run from the first two cache levels at the machine's multiply-add peak; loading,
 // feature maps, transposes and stores take a fifth on top at D = 64.
 //
+// Decay scales rows and states by powers of g between the products; its table is made for each head.
+//
 // A single position (decoding) is not a chunk: the state is read, updated, used and written in one pass,
 // bound by memory.
 #include "linear_attention/linear_attention_head.h"
@@ -79,17 +81,22 @@ WorkPlan plan_backward(const Problem& p) {
 
 // partial[0 .. count): causal, the sum before each in the order of the sweep, from `start`; else all of them
 // in partial[0].
-void combine_partials(const Problem& p, int64_t count, bool reverse, float* partial, float* start) {
+void combine_partials(const Head& head, const Segments& segments, bool reverse, float* partial,
+                      float* start) {
+  const Problem& p = head.p;
   const int64_t size = tile_state_size(p);
-  for (int64_t g = 0; g < count; g++) {
-    float* one = partial + (reverse ? count - 1 - g : g) * size;
+  for (int64_t n = 0; n < segments.count; n++) {
+    const int64_t g = reverse ? segments.count - 1 - n : n;
+    float* one = partial + g * size;
+    const int64_t keys = head.valid_keys(g * segments.rows, segments.rows);
+    const float faded = p.decayed ? float(integer_power(head.t.decay[head.h], keys)) : 1.0f;
     if (!p.causal) {
       add_vectors(size, one, start);
       continue;
     }
     for (int64_t x = 0; x < size; x += VL) {
       const vf before = load(start + x);
-      store(start + x, before + load(one + x));
+      store(start + x, before * faded + load(one + x));
       store(one + x, before);
     }
   }
@@ -102,7 +109,8 @@ void forward_item(const Problem& p, const Head& head, const Cut& cut, int step, 
   const int64_t size = tile_state_size(p);
   if (step == sums) {
     clear(partial + g * size, size);
-    return head.sum_keys(g * cut.keys.rows, smaller(p.S, (g + 1) * cut.keys.rows), partial + g * size);
+    return head.sum_keys(g * cut.keys.rows, smaller(head.rows.S, (g + 1) * cut.keys.rows),
+                         partial + g * size);
   }
   const auto finish_state = [&](const float* state) {
     if (!p.causal && t.saved) write_state(p, state, head.saved(0), head.saved(0) + p.D * p.E);
@@ -110,15 +118,15 @@ void forward_item(const Problem& p, const Head& head, const Cut& cut, int step, 
   };
   if (step == combine) {
     read_state(p, head.matrix(t.state0), head.vector(t.normalizer0), s);
-    combine_partials(p, cut.keys.count, false, partial, s);
+    combine_partials(head, cut.keys, false, partial, s);
     if (!p.causal) finish_state(partial);
     return;
   }
-  const int64_t begin = g * cut.queries.rows, end = smaller(p.L, begin + cut.queries.rows);
+  const int64_t begin = g * cut.queries.rows, end = smaller(head.rows.L, begin + cut.queries.rows);
   if (cut.whole()) {
     if (is_single_position(p)) return head.single_position();
     read_state(p, head.matrix(t.state0), head.vector(t.normalizer0), s);
-    if (!p.causal) head.sum_keys(0, p.S, s), finish_state(s);
+    if (!p.causal) head.sum_keys(0, head.rows.S, s), finish_state(s);
   } else if (p.causal) {
     memcpy(s, partial + g * size, size_t(size) * sizeof(float));
   } else {
@@ -133,21 +141,21 @@ void backward_item(const Problem& p, const Head& head, const Cut& cut, int step,
   float* r = head.m.state;
   const int64_t size = tile_state_size(p);
   if (step == sums) {
-    const int64_t begin = g * cut.queries.rows, end = smaller(p.L, begin + cut.queries.rows);
+    const int64_t begin = g * cut.queries.rows, end = smaller(head.rows.L, begin + cut.queries.rows);
     clear(partial + g * size, size);
     return p.causal ? head.sum_queries(begin, end, partial + g * size)
                     : head.query_gradients(begin, end, partial + g * size);
   }
   if (step == combine) {
     read_state(p, head.matrix(t.gstate), head.vector(t.gnormalizer), r);
-    combine_partials(p, cut.queries.count, true, partial, r);
+    combine_partials(head, cut.queries, true, partial, r);
     if (!p.causal) head.write(partial, t.dstate0, t.dnormalizer0);
     return;
   }
-  const int64_t begin = g * cut.keys.rows, end = smaller(p.S, begin + cut.keys.rows);
+  const int64_t begin = g * cut.keys.rows, end = smaller(head.rows.S, begin + cut.keys.rows);
   if (cut.whole()) {
     read_state(p, head.matrix(t.gstate), head.vector(t.gnormalizer), r);
-    if (!p.causal) head.query_gradients(0, p.L, r), head.write(r, t.dstate0, t.dnormalizer0);
+    if (!p.causal) head.query_gradients(0, head.rows.L, r), head.write(r, t.dstate0, t.dnormalizer0);
   } else if (p.causal) {
     memcpy(r, partial + g * size, size_t(size) * sizeof(float));
   } else {

@@ -27,12 +27,40 @@ namespace {
 
 // ---------------------------------------------------------------- kernels
 
-// Blocks of a kernel: heads, then `second`, then `third`, the last fastest.
+// Rows of queries of all heads, and tiles of rows.
+PYSEQNET_HOST_DEVICE int64_t rows_of(const LinearAttentionProblem& p) {
+  return p.packed ? p.H * p.total : p.heads() * p.L;
+}
+PYSEQNET_HOST_DEVICE int64_t tiles_of(const LinearAttentionProblem& p, int64_t rows) {
+  return p.packed ? p.H * p.slots() : p.heads() * ceil_divide(rows, tile);
+}
+
+// Blocks of a kernel: heads, then `second`, then `third`, the last fastest. Packed sequences whose rows are
+// cut in tiles: a head of all sequences, its slots; a block finds its sequence, no row in spare slots.
 struct BlockIndex {
   int64_t head, second, third;
   PYSEQNET_DEVICE BlockIndex(int64_t seconds, int64_t thirds) {
     const int64_t b = blockIdx.x;
     third = b % thirds, second = b / thirds % seconds, head = b / thirds / seconds;
+  }
+  template <class T>
+  PYSEQNET_DEVICE static BlockIndex of_tiles(const Call<T>& c, int64_t rows, int64_t thirds) {
+    const LinearAttentionProblem& p = c.p;
+    if (!p.packed) return BlockIndex(ceil_divide(rows, tile), thirds);
+    BlockIndex block(p.slots(), thirds);
+    int64_t low = 0, high = p.B - 1;  // the last sequence whose first slot is not behind this one
+    while (low < high) {
+      const int64_t middle = (low + high + 1) / 2;
+      const int64_t start = LinearAttentionTensors::between(0, c.t.starts[middle], p.total);
+      if (p.first_slot(start, middle) <= block.second)
+        low = middle;
+      else
+        high = middle - 1;
+    }
+    const int64_t start = LinearAttentionTensors::between(0, c.t.starts[low], p.total);
+    block.head = low * p.H + block.head;
+    block.second -= p.first_slot(start, low);
+    return block;
   }
 };
 
@@ -40,18 +68,20 @@ struct BlockIndex {
 template <class T>
 __global__ void __launch_bounds__(threads) weigh_rows(const Call<T> c) {
   using Acc = accumulator_t<T>;
-  const int64_t rows = c.heads * c.p.L;
+  const LinearAttentionProblem& p = c.p;
   const int64_t row = int64_t(blockIdx.x) * (threads / 32) + threadIdx.x / 32;
-  if (row >= rows) return;  // a whole warp
+  if (row >= rows_of(p)) return;  // a whole warp
   const int lane = int(threadIdx.x) % 32;
-  const Head<T> head(c, row / c.p.L);
-  const int64_t i = row % c.p.L;
+  const int64_t each_head = p.packed ? p.total : p.L, head = row / each_head, i = row % each_head;
+  const int64_t b = p.packed ? 0 : head / p.H, h = p.packed ? head : head % p.H;
+  const T* gout = Head<T>::at(c.t.gout, p.gout, b, h, i);
+  const T* out = Head<T>::at(c.t.out, p.out, b, h, i);
   Acc dot = 0;
   int any = 0;
   for (int64_t e = lane; e < c.p.E; e += 32) {
-    const Acc g = load(head.gout + i * c.p.gout.row + e);
+    const Acc g = load(gout + e);
     any |= g != Acc(0);
-    if (c.p.normalize) dot += g * load(head.out_read + i * c.p.out.row + e);
+    if (c.p.normalize) dot += g * load(out + e);
   }
   for (int distance = 16; distance > 0; distance /= 2) {
     dot += __shfl_xor_sync(0xffffffffu, dot, distance);
@@ -69,21 +99,28 @@ template <class T, bool backward>
 __global__ void __launch_bounds__(threads) sum_parts(const Call<T> c) {
   using Acc = accumulator_t<T>;
   PYSEQNET_SHARED(Staged<Acc>, staged, [1]);
+  PYSEQNET_SHARED(Powers<Acc>, powers, [1]);
   const int64_t tiles_d = ceil_divide(c.p.D, tile), tiles_e = ceil_divide(c.p.E, tile);
-  const BlockIndex block(c.parts, tiles_d * tiles_e);
+  const BlockIndex block =
+      c.p.causal ? BlockIndex::of_tiles(c, c.p.L, tiles_d * tiles_e) : BlockIndex(c.parts, tiles_d * tiles_e);
   const Head<T> head(c, block.head);
   const int64_t d0 = block.third / tiles_e * tile, e0 = block.third % tiles_e * tile;
-  const int64_t row0 = block.second * c.part_rows, rows = (backward ? c.p.L : c.p.S) - row0;
-  const int64_t K = rows < c.part_rows ? rows : c.part_rows;
+  const int64_t row0 = block.second * c.part_rows, rows = (backward ? head.rows.L : head.rows.S) - row0;
+  if (c.p.causal && rows <= 0) return;
+  const int64_t K = LinearAttentionTensors::between(0, rows, c.part_rows);
+  powers[0].fill(head, row0);
+  const auto weight = [&](int64_t k) {
+    return !c.p.causal ? Acc(1) : backward ? powers[0].of_query(int(k)) : powers[0].of_key(int(k));
+  };
   const auto left = [&](int x, int64_t k) {
     return backward ? head.query(row0 + k, d0 + x) : head.key(row0 + k, d0 + x);
   };
   const auto right = [&](int x, int64_t k) {
-    return backward ? head.output_gradient(row0 + k, e0 + x) : head.value(row0 + k, e0 + x);
+    return (backward ? head.output_gradient(row0 + k, e0 + x) : head.value(row0 + k, e0 + x)) * weight(k);
   };
   Acc sum[each][each] = {};
   add_product<false, false>(staged[0], K, left, right, sum);
-  Acc* state = c.sums + (block.head * c.parts + block.second) * c.state_size;
+  Acc* state = head.part(block.second);
 #pragma unroll
   for (int i = 0; i < each; i++)
 #pragma unroll
@@ -95,34 +132,44 @@ __global__ void __launch_bounds__(threads) sum_parts(const Call<T> c) {
   if (e0 > 0 || threadIdx.x >= tile || d >= c.p.D) return;
   Acc z = 0;
   for (int64_t k = 0; k < K; k++)
-    z += backward ? left(int(threadIdx.x), k) * head.row_weight(row0 + k) : left(int(threadIdx.x), k);
+    z += left(int(threadIdx.x), k) * (backward ? head.row_weight(row0 + k) : Acc(1)) * weight(k);
   state[c.p.D * c.p.E + d] = z;
 }
 
 // One number of each head's state. Causal: sums[part] becomes the sum before it (`reverse`: behind it), from
 // `start`; otherwise all go to `total`. The whole sum goes to `last` where there is such a tensor.
-template <class Acc>
+template <class T>
 __global__ void __launch_bounds__(threads)
-    scan_states(LinearAttentionProblem p, Acc* __restrict__ sums, Acc* __restrict__ total, int64_t parts,
-                bool reverse, const Acc* __restrict__ start, const Acc* __restrict__ start_z,
-                Acc* __restrict__ last, Acc* __restrict__ last_z) {
-  const int64_t matrix = p.D * p.E, size = matrix + p.D;
+    scan_states(const Call<T> c, bool reverse, const accumulator_t<T>* __restrict__ start,
+                const accumulator_t<T>* __restrict__ start_z, accumulator_t<T>* __restrict__ last,
+                accumulator_t<T>* __restrict__ last_z) {
+  using Acc = accumulator_t<T>;
+  const LinearAttentionProblem& p = c.p;
+  const int64_t matrix = p.D * p.E, size = c.state_size;
   const int64_t n = int64_t(blockIdx.x) * threads + threadIdx.x;
-  if (n >= p.B * p.H * size) return;
-  const int64_t head = n / size, x = n % size;
+  if (n >= c.heads * size) return;
+  const Head<T> head(c, n / size);
+  const int64_t x = n % size;
   const bool in_matrix = x < matrix;
-  const int64_t dense = in_matrix ? head * matrix + x : head * p.D + x - matrix;
+  const int64_t dense = in_matrix ? head.index * matrix + x : head.index * p.D + x - matrix;
   const Acc* from = in_matrix ? start : start_z;
   Acc* to = in_matrix ? last : last_z;
   Acc sum = from ? from[dense] : Acc(0);
-  Acc* one = sums + head * parts * size + x;
+  const int64_t parts = p.causal ? ceil_divide(head.rows.S, tile) : c.parts;
+  const double decay = p.decayed ? c.t.decay[head.index % p.H] : 1;
+  const Acc over_chunk = Acc(integer_power(decay, tile));
   for (int64_t k = 0; k < parts; k++) {
-    Acc* part = one + (reverse ? parts - 1 - k : k) * size;
-    const Acc before = sum;
-    sum += *part;
+    const int64_t at = reverse ? parts - 1 - k : k;
+    Acc* part = head.part(at) + x;
+    const Acc before = sum, added = *part;
+    if (p.decayed) {
+      const int keys = head.keys_from(at * tile);
+      sum *= keys == tile ? over_chunk : Acc(integer_power(decay, keys));
+    }
+    sum += added;
     if (p.causal) *part = before;
   }
-  if (!p.causal) total[n] = sum;
+  if (!p.causal) c.total[n] = sum;
   if (to) to[dense] = sum;
 }
 
@@ -131,21 +178,25 @@ __global__ void __launch_bounds__(threads) write_outputs(const Call<T> c) {
   using Acc = accumulator_t<T>;
   PYSEQNET_SHARED(Staged<Acc>, staged, [1]);
   PYSEQNET_SHARED(Scores<Acc>, scores, [1]);
+  PYSEQNET_SHARED(Powers<Acc>, powers, [1]);
   PYSEQNET_SHARED(Acc, inverse, [tile]);
-  const BlockIndex block(ceil_divide(c.p.L, tile), ceil_divide(c.p.E, tile));
+  const BlockIndex block = BlockIndex::of_tiles(c, c.p.L, ceil_divide(c.p.E, tile));
   const Head<T> head(c, block.head);
   const int64_t row0 = block.second * tile, e0 = block.third * tile;
+  if (row0 >= head.rows.L) return;
+  powers[0].fill(head, row0);
   const Acc* state = head.scanned(block.second);
   const auto query = [&](int x, int64_t k) { return head.query(row0 + x, k); };
   if (c.p.causal)
     write_scores(
-        head, staged[0], scores[0], row0, c.p.D, query,
+        powers[0], staged[0], scores[0], c.p.D, query,
         [&](int x, int64_t k) { return head.key(row0 + x, k); }, [](int) { return Acc(0); });
   {  // four threads a row
     const int row = int(threadIdx.x) / 4, lane = int(threadIdx.x) % 4;
     Acc sum = 0;
     if (c.p.normalize) {
       for (int64_t d = lane; d < c.p.D; d += 4) sum += query(row, d) * state[c.p.D * c.p.E + d];
+      if (c.p.causal) sum *= powers[0].of_query(row);
       for (int j = lane; c.p.causal && j < tile; j += 4) sum += scores[0].at[row][j];
     }
     sum += __shfl_xor_sync(0xffffffffu, sum, 1);
@@ -154,25 +205,27 @@ __global__ void __launch_bounds__(threads) write_outputs(const Call<T> c) {
     const Acc factor = !c.p.normalize ? Acc(1) : sum == Acc(0) ? Acc(0) : Acc(1) / sum;
     if (lane == 0) {
       inverse[row] = factor;
-      if (c.t.inverse && e0 == 0 && row0 + row < c.p.L)
-        static_cast<Acc*>(c.t.inverse)[block.head * c.p.L + row0 + row] = factor;
+      if (c.t.inverse && e0 == 0 && row0 + row < head.rows.L)
+        static_cast<Acc*>(c.t.inverse)[head.rows.inverse + row0 + row] = factor;
     }
   }
   __syncthreads();
   Acc sum[each][each] = {};
   add_product<true, false>(
       staged[0], c.p.D, query, [&](int x, int64_t k) { return head.entry(state, k, e0 + x); }, sum);
-  if (c.p.causal)
+  if (c.p.causal) {
+    scale_rows(sum, [&](int row) { return powers[0].of_query(row); });
     add_product<true, false>(
         staged[0], tile, [&](int x, int64_t k) { return scores[0].at[x][k]; },
         [&](int x, int64_t k) { return head.value(row0 + k, e0 + x); }, sum);
+  }
 #pragma unroll
   for (int i = 0; i < each; i++)
 #pragma unroll
     for (int j = 0; j < each; j++) {
       const int64_t row = row0 + my_row() + i, e = e0 + my_column() + j;
       const Acc factor = inverse[my_row() + i];
-      if (row < c.p.L && e < c.p.E)
+      if (row < head.rows.L && e < c.p.E)
         store(head.result(c.t.out, c.p.out, row) + e, factor == Acc(0) ? Acc(0) : sum[i][j] * factor);
     }
 }
@@ -182,17 +235,21 @@ __global__ void __launch_bounds__(threads) write_query_gradients(const Call<T> c
   using Acc = accumulator_t<T>;
   PYSEQNET_SHARED(Staged<Acc>, staged, [1]);
   PYSEQNET_SHARED(Scores<Acc>, scores, [1]);
-  const BlockIndex block(ceil_divide(c.p.L, tile), ceil_divide(c.p.D, tile));
+  PYSEQNET_SHARED(Powers<Acc>, powers, [1]);
+  const BlockIndex block = BlockIndex::of_tiles(c, c.p.L, ceil_divide(c.p.D, tile));
   const Head<T> head(c, block.head);
   const int64_t row0 = block.second * tile, d0 = block.third * tile;
+  if (row0 >= head.rows.L) return;
+  powers[0].fill(head, row0);
   const Acc *state = head.saved(block.second), *z = state + c.p.D * c.p.E;
   const auto gradient = [&](int x, int64_t k) { return head.output_gradient(row0 + x, k); };
   Acc sum[each][each] = {};
   add_product<true, true>(
       staged[0], c.p.E, gradient, [&](int x, int64_t k) { return head.entry(state, d0 + x, k); }, sum);
   if (c.p.causal) {
+    scale_rows(sum, [&](int row) { return powers[0].of_query(row); });
     write_scores(
-        head, staged[0], scores[0], row0, c.p.E, gradient,
+        powers[0], staged[0], scores[0], c.p.E, gradient,
         [&](int x, int64_t k) { return head.value(row0 + x, k); },
         [&](int x) { return head.row_weight(row0 + x); });
     add_product<true, false>(
@@ -204,11 +261,12 @@ __global__ void __launch_bounds__(threads) write_query_gradients(const Call<T> c
 #pragma unroll
     for (int j = 0; j < each; j++) {
       const int64_t row = row0 + my_row() + i, d = d0 + my_column() + j;
-      if (row >= c.p.L || d >= c.p.D) continue;
+      if (row >= head.rows.L || d >= c.p.D) continue;
+      const Acc faded = c.p.causal ? powers[0].of_query(my_row() + i) : Acc(1);
       Acc g = 0;
       if (head.factor[row] != Acc(0))
-        g = (sum[i][j] + z[d] * head.dd[row]) * feature_gradient_of(c.p.feature_map, head.query(row, d)) *
-            Acc(c.p.scale);
+        g = (sum[i][j] + z[d] * head.dd[row] * faded) *
+            feature_gradient_of(c.p.feature_map, head.query(row, d)) * Acc(c.p.scale);
       store(head.result(c.t.dq, c.p.dq, row) + d, g);
     }
 }
@@ -218,17 +276,21 @@ __global__ void __launch_bounds__(threads) write_key_gradients(const Call<T> c) 
   using Acc = accumulator_t<T>;
   PYSEQNET_SHARED(Staged<Acc>, staged, [1]);
   PYSEQNET_SHARED(Scores<Acc>, scores, [1]);
-  const BlockIndex block(ceil_divide(c.p.S, tile), ceil_divide(c.p.D, tile));
+  PYSEQNET_SHARED(Powers<Acc>, powers, [1]);
+  const BlockIndex block = BlockIndex::of_tiles(c, c.p.S, ceil_divide(c.p.D, tile));
   const Head<T> head(c, block.head);
   const int64_t row0 = block.second * tile, d0 = block.third * tile;
+  if (row0 >= head.rows.S) return;
+  powers[0].fill(head, row0);
   const Acc *state = head.scanned(block.second), *r = state + c.p.D * c.p.E;
   const auto value = [&](int x, int64_t k) { return head.value(row0 + x, k); };
   Acc sum[each][each] = {};
   add_product<true, true>(
       staged[0], c.p.E, value, [&](int x, int64_t k) { return head.entry(state, d0 + x, k); }, sum);
   if (c.p.causal) {
+    scale_rows(sum, [&](int row) { return powers[0].of_key(row); });
     write_scores(
-        head, staged[0], scores[0], row0, c.p.E,
+        powers[0], staged[0], scores[0], c.p.E,
         [&](int x, int64_t k) { return head.output_gradient(row0 + x, k); }, value,
         [&](int x) { return head.row_weight(row0 + x); });
     add_product<false, false>(
@@ -240,9 +302,11 @@ __global__ void __launch_bounds__(threads) write_key_gradients(const Call<T> c) 
 #pragma unroll
     for (int j = 0; j < each; j++) {
       const int64_t row = row0 + my_row() + i, d = d0 + my_column() + j;
-      if (row >= c.p.S || d >= c.p.D) continue;
+      if (row >= head.rows.S || d >= c.p.D) continue;
+      const Acc faded = c.p.causal ? powers[0].of_key(my_row() + i) : Acc(1);
       Acc g = 0;
-      if (row < head.keys) g = (sum[i][j] + r[d]) * feature_gradient_of(c.p.feature_map, head.key(row, d));
+      if (row < head.rows.keys)
+        g = (sum[i][j] + r[d] * faded) * feature_gradient_of(c.p.feature_map, head.key(row, d));
       store(head.result(c.t.dk, c.p.dk, row) + d, g);
     }
 }
@@ -252,17 +316,21 @@ __global__ void __launch_bounds__(threads) write_value_gradients(const Call<T> c
   using Acc = accumulator_t<T>;
   PYSEQNET_SHARED(Staged<Acc>, staged, [1]);
   PYSEQNET_SHARED(Scores<Acc>, scores, [1]);
-  const BlockIndex block(ceil_divide(c.p.S, tile), ceil_divide(c.p.E, tile));
+  PYSEQNET_SHARED(Powers<Acc>, powers, [1]);
+  const BlockIndex block = BlockIndex::of_tiles(c, c.p.S, ceil_divide(c.p.E, tile));
   const Head<T> head(c, block.head);
   const int64_t row0 = block.second * tile, e0 = block.third * tile;
+  if (row0 >= head.rows.S) return;
+  powers[0].fill(head, row0);
   const Acc* state = head.scanned(block.second);
   const auto key = [&](int x, int64_t k) { return head.key(row0 + x, k); };
   Acc sum[each][each] = {};
   add_product<true, false>(
       staged[0], c.p.D, key, [&](int x, int64_t k) { return head.entry(state, k, e0 + x); }, sum);
   if (c.p.causal) {
+    scale_rows(sum, [&](int row) { return powers[0].of_key(row); });
     write_scores(
-        head, staged[0], scores[0], row0, c.p.D, [&](int x, int64_t k) { return head.query(row0 + x, k); },
+        powers[0], staged[0], scores[0], c.p.D, [&](int x, int64_t k) { return head.query(row0 + x, k); },
         key, [](int) { return Acc(0); });
     add_product<false, false>(
         staged[0], tile, [&](int x, int64_t k) { return scores[0].at[k][x]; },
@@ -273,8 +341,8 @@ __global__ void __launch_bounds__(threads) write_value_gradients(const Call<T> c
 #pragma unroll
     for (int j = 0; j < each; j++) {
       const int64_t row = row0 + my_row() + i, e = e0 + my_column() + j;
-      if (row < c.p.S && e < c.p.E)
-        store(head.result(c.t.dv, c.p.dv, row) + e, row < head.keys ? sum[i][j] : Acc(0));
+      if (row < head.rows.S && e < c.p.E)
+        store(head.result(c.t.dv, c.p.dv, row) + e, row < head.rows.keys ? sum[i][j] : Acc(0));
     }
 }
 
@@ -301,11 +369,12 @@ struct Workspace {
       numbers += count;
       return at;
     };
-    sums = take(p.heads() * parts_of(p, backward ? p.L : p.S).count * p.state_size());
+    const int64_t rows = backward ? p.L : p.S;
+    sums = take((p.causal ? tiles_of(p, rows) : p.heads() * parts_of(p, rows).count) * p.state_size());
     if (!p.causal) total = take(p.heads() * p.state_size());
     if (!backward) return;
-    factor = take(p.heads() * p.L);
-    dd = take(p.heads() * p.L);
+    factor = take(rows_of(p));
+    dd = take(rows_of(p));
   }
 };
 template <bool backward>
@@ -315,9 +384,9 @@ int64_t workspace_bytes(const LinearAttentionProblem& p) {
 
 Refusal refuses(const LinearAttentionProblem& p) {
   const int64_t tiles = ceil_divide(p.D, tile) * ceil_divide(p.E, tile);
-  const int64_t rows = ceil_divide(p.L > p.S ? p.L : p.S, tile) + 1;
+  const int64_t rows = p.packed ? p.slots() : ceil_divide(p.L > p.S ? p.L : p.S, tile) + 1;
   if (p.heads() > most_blocks / (rows * tiles) || p.heads() * p.state_size() / threads >= most_blocks ||
-      p.heads() * p.L / (threads / 32) >= most_blocks)
+      rows_of(p) / (threads / 32) >= most_blocks)
     return "more tiles than a grid has blocks";
   return accepted;
 }
@@ -335,13 +404,12 @@ int sum_and_scan(const Call<T>& c, bool backward, const void* start, const void*
                  void* last_z, void* stream) {
   using Acc = accumulator_t<T>;
   const int64_t tiles = ceil_divide(c.p.D, tile) * ceil_divide(c.p.E, tile);
-  int error = launch_blocks<T>(c.p.heads() * c.parts * tiles, stream,
-                               backward ? sum_parts<T, true> : sum_parts<T, false>, c);
+  const int64_t parts = c.p.causal ? tiles_of(c.p, c.p.S) : c.p.heads() * c.parts;
+  int error = launch_blocks<T>(parts * tiles, stream, backward ? sum_parts<T, true> : sum_parts<T, false>, c);
   if (error != launch_ok) return error;
-  return launch_blocks<T>(ceil_divide(c.p.heads() * c.p.state_size(), threads), stream, scan_states<Acc>, c.p,
-                          c.sums, c.total, c.parts, backward, static_cast<const Acc*>(start),
-                          static_cast<const Acc*>(start_z), static_cast<Acc*>(last),
-                          static_cast<Acc*>(last_z));
+  return launch_blocks<T>(ceil_divide(c.p.heads() * c.p.state_size(), threads), stream, scan_states<T>, c,
+                          backward, static_cast<const Acc*>(start), static_cast<const Acc*>(start_z),
+                          static_cast<Acc*>(last), static_cast<Acc*>(last_z));
 }
 
 template <class T>
@@ -352,7 +420,7 @@ Call<T> call_of(const LinearAttentionProblem& p, const LinearAttentionTensors& t
   auto* memory = static_cast<accumulator_t<T>*>(workspace);
   Call<T> c;
   c.p = p, c.t = t;
-  c.heads = p.heads(), c.saved_states = p.saved_states(), c.state_size = p.state_size();
+  c.heads = p.heads(), c.state_size = p.state_size();
   c.parts = parts.count, c.part_rows = parts.rows;
   c.sums = memory + w.sums, c.total = memory + w.total;
   if (backward) c.factor = memory + w.factor, c.dd = memory + w.dd;
@@ -368,8 +436,7 @@ int launch_forward(const LinearAttentionProblem& p, const LinearAttentionTensors
     if (t.saved) (p.causal ? c.sums : c.total) = static_cast<Acc*>(t.saved);
     const int error = sum_and_scan<T>(c, false, t.state0, t.normalizer0, t.state, t.normalizer, stream);
     if (error != launch_ok) return error;
-    return launch_blocks<T>(p.heads() * ceil_divide(p.L, tile) * ceil_divide(p.E, tile), stream,
-                            write_outputs<T>, c);
+    return launch_blocks<T>(tiles_of(p, p.L) * ceil_divide(p.E, tile), stream, write_outputs<T>, c);
   });
 }
 
@@ -378,9 +445,8 @@ int launch_backward(const LinearAttentionProblem& p, const LinearAttentionTensor
   return dispatch_dtype(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const Call<T> c = call_of<T>(p, t, workspace, true);
-    const int64_t query_tiles = p.heads() * ceil_divide(p.L, tile),
-                  key_tiles = p.heads() * ceil_divide(p.S, tile);
-    int error = launch_blocks<T>(ceil_divide(p.heads() * p.L, threads / 32), stream, weigh_rows<T>, c);
+    const int64_t query_tiles = tiles_of(p, p.L), key_tiles = tiles_of(p, p.S);
+    int error = launch_blocks<T>(ceil_divide(rows_of(p), threads / 32), stream, weigh_rows<T>, c);
     if (error == launch_ok)
       error = sum_and_scan<T>(c, true, t.gstate, t.gnormalizer, t.dstate0, t.dnormalizer0, stream);
     if (error == launch_ok)

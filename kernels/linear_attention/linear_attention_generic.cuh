@@ -32,12 +32,14 @@ template <class Acc>
 PYSEQNET_DEVICE Acc feature_of(FeatureMap map, Acc x) {
   if (map == FeatureMap::elu) return feature<FeatureMap::elu>(x, Exponential{});
   if (map == FeatureMap::relu) return feature<FeatureMap::relu>(x, Exponential{});
+  if (map == FeatureMap::exp) return feature<FeatureMap::exp>(x, Exponential{});
   return x;
 }
 template <class Acc>
 PYSEQNET_DEVICE Acc feature_gradient_of(FeatureMap map, Acc f) {
   if (map == FeatureMap::elu) return feature_gradient<FeatureMap::elu>(f);
   if (map == FeatureMap::relu) return feature_gradient<FeatureMap::relu>(f);
+  if (map == FeatureMap::exp) return feature_gradient<FeatureMap::exp>(f);
   return Acc(1);
 }
 
@@ -47,7 +49,7 @@ struct Call {
   using Acc = accumulator_t<T>;
   LinearAttentionProblem p;
   LinearAttentionTensors t;
-  int64_t heads = 0, saved_states = 0, state_size = 0;
+  int64_t heads = 0, state_size = 0;
   int64_t parts = 0, part_rows = 0;      // of the sums: keys in forward, queries in backward
   Acc* sums = nullptr;                   // [heads][parts][D*E + D]; causal: after the scan, states
   Acc* total = nullptr;                  // [heads][D*E + D], not causal
@@ -60,55 +62,83 @@ struct Head {
   using Acc = accumulator_t<T>;
   const Call<T>& c;
   const LinearAttentionProblem& p;
-  int64_t index, keys;
+  int64_t index;
+  LinearAttentionRows rows;
   const T *q, *k, *v, *gout, *out_read;
   const Acc *factor, *dd;
 
   PYSEQNET_DEVICE Head(const Call<T>& call, int64_t head) : c(call), p(call.p), index(head) {
     const int64_t b = head / p.H, h = head % p.H;
-    keys = call.t.key_lengths ? call.t.key_lengths[b] : p.S;
-    keys = keys < 0 ? 0 : keys > p.S ? p.S : keys;
-    q = at(call.t.q, p.q, b, h);
-    k = at(call.t.k, p.k, b, h);
-    v = at(call.t.v, p.v, b, h);
-    gout = at(call.t.gout, p.gout, b, h);
-    out_read = at(call.t.out, p.out, b, h);
-    factor = call.factor ? call.factor + head * p.L : nullptr;
-    dd = call.dd ? call.dd + head * p.L : nullptr;
+    rows = call.t.rows(p, b, h);
+    q = at(call.t.q, p.q, b, h, rows.begin);
+    k = at(call.t.k, p.k, b, h, rows.begin);
+    v = at(call.t.v, p.v, b, h, rows.begin);
+    gout = at(call.t.gout, p.gout, b, h, rows.begin);
+    out_read = at(call.t.out, p.out, b, h, rows.begin);
+    factor = call.factor ? call.factor + rows.inverse : nullptr;
+    dd = call.dd ? call.dd + rows.inverse : nullptr;
   }
-  PYSEQNET_DEVICE static const T* at(const void* base, const HeadStrides& s, int64_t b, int64_t h) {
-    return base ? static_cast<const T*>(base) + b * s.b + h * s.h : nullptr;
+  PYSEQNET_DEVICE static const T* at(const void* base, const HeadStrides& s, int64_t b, int64_t h,
+                                     int64_t begin) {
+    return base ? static_cast<const T*>(base) + b * s.b + h * s.h + begin * s.row : nullptr;
   }
   PYSEQNET_DEVICE T* result(void* base, const HeadStrides& s, int64_t row) const {
-    return static_cast<T*>(base) + index / p.H * s.b + index % p.H * s.h + row * s.row;
+    return static_cast<T*>(base) + index / p.H * s.b + index % p.H * s.h + (rows.begin + row) * s.row;
   }
 
   PYSEQNET_DEVICE Acc query(int64_t i, int64_t d) const {
-    if (i >= p.L || d >= p.D || (factor && factor[i] == Acc(0))) return Acc(0);
+    if (i >= rows.L || d >= p.D || (factor && factor[i] == Acc(0))) return Acc(0);
     return feature_of(p.feature_map, load(q + i * p.q.row + d) * Acc(p.scale));
   }
   PYSEQNET_DEVICE Acc key(int64_t j, int64_t d) const {
-    return j < keys && d < p.D ? feature_of(p.feature_map, load(k + j * p.k.row + d)) : Acc(0);
+    return j < rows.keys && d < p.D ? feature_of(p.feature_map, load(k + j * p.k.row + d)) : Acc(0);
   }
   PYSEQNET_DEVICE Acc value(int64_t j, int64_t e) const {
-    return j < keys && e < p.E ? load(v + j * p.v.row + e) : Acc(0);
+    return j < rows.keys && e < p.E ? load(v + j * p.v.row + e) : Acc(0);
   }
   PYSEQNET_DEVICE Acc output_gradient(int64_t i, int64_t e) const {
-    if (i >= p.L || e >= p.E || factor[i] == Acc(0)) return Acc(0);
+    if (i >= rows.L || e >= p.E || factor[i] == Acc(0)) return Acc(0);
     return load(gout + i * p.gout.row + e) * factor[i];
   }
-  PYSEQNET_DEVICE Acc row_weight(int64_t i) const { return i < p.L ? dd[i] : Acc(0); }
+  PYSEQNET_DEVICE Acc row_weight(int64_t i) const { return i < rows.L ? dd[i] : Acc(0); }
   // The state that rows of a chunk read (or the one that all read), as [D*E] then [D].
   PYSEQNET_DEVICE const Acc* saved(int64_t chunk) const {
-    return static_cast<const Acc*>(c.t.saved) +
-           (index * c.saved_states + (p.causal ? chunk : 0)) * c.state_size;
+    return static_cast<const Acc*>(c.t.saved) + (rows.saved + (p.causal ? chunk : 0)) * c.state_size;
   }
   PYSEQNET_DEVICE const Acc* scanned(int64_t chunk) const {
-    return p.causal ? c.sums + (index * c.parts + chunk) * c.state_size : c.total + index * c.state_size;
+    return p.causal ? part(chunk) : c.total + index * c.state_size;
+  }
+  PYSEQNET_DEVICE Acc* part(int64_t n) const {
+    return c.sums + ((p.causal ? rows.saved : index * c.parts) + n) * c.state_size;
+  }
+  // Keys among the rows of a chunk.
+  PYSEQNET_DEVICE int keys_from(int64_t row0) const {
+    return int(LinearAttentionTensors::between(0, rows.keys - row0, tile));
   }
   PYSEQNET_DEVICE Acc entry(const Acc* state, int64_t d, int64_t e) const {
     return d < p.D && e < p.E ? state[d * p.E + e] : Acc(0);
   }
+};
+
+// Powers of a head's decay in shared memory, ones without, and what the rows of a causal chunk with `keys`
+// keys weigh: a query the state at the chunk's start, a key in the state at its end, a key in a query's sum.
+template <class Acc>
+struct Powers {
+  Acc at[tile + 1];
+  int keys;
+
+  template <class T>
+  PYSEQNET_DEVICE void fill(const Head<T>& head, int64_t row0) {
+    const LinearAttentionProblem& p = head.p;
+    const int n = int(threadIdx.x);
+    if (n <= tile) at[n] = p.decayed ? Acc(integer_power(head.c.t.decay[head.index % p.H], n)) : Acc(1);
+    if (n == 0) keys = head.keys_from(row0);
+    __syncthreads();
+  }
+  PYSEQNET_DEVICE int fades(int row) const { return row < keys ? row + 1 : keys; }
+  PYSEQNET_DEVICE Acc of_query(int row) const { return at[fades(row)]; }
+  PYSEQNET_DEVICE Acc of_key(int row) const { return row < keys ? at[keys - 1 - row] : Acc(0); }
+  PYSEQNET_DEVICE Acc of_pair(int query, int key) const { return at[fades(query) - 1 - key]; }
 };
 
 // ---------------------------------------------------------------- the product
@@ -162,9 +192,17 @@ PYSEQNET_DEVICE void add_product(Staged<Acc>& staged, int64_t K, A a, B b, Acc (
     }
   }
 }
-// scores[i][j] = a(i) . b(j) + weight(i) over K features, for j <= i and key row0 + j inside the length.
-template <class T, class Acc, class A, class B, class W>
-PYSEQNET_DEVICE void write_scores(const Head<T>& head, Staged<Acc>& staged, Scores<Acc>& scores, int64_t row0,
+// sum[i] *= weight(my_row() + i)
+template <class Acc, class W>
+PYSEQNET_DEVICE void scale_rows(Acc (&sum)[each][each], W weight) {
+#pragma unroll
+  for (int i = 0; i < each; i++)
+#pragma unroll
+    for (int j = 0; j < each; j++) sum[i][j] *= weight(my_row() + i);
+}
+// scores[i][j] = (a(i) . b(j) + weight(i)) faded over K features, for j <= i and j a key of the chunk.
+template <class Acc, class A, class B, class W>
+PYSEQNET_DEVICE void write_scores(const Powers<Acc>& powers, Staged<Acc>& staged, Scores<Acc>& scores,
                                   int64_t K, A a, B b, W weight) {
   Acc sum[each][each] = {};
   add_product<true, true>(staged, K, a, b, sum);
@@ -173,7 +211,7 @@ PYSEQNET_DEVICE void write_scores(const Head<T>& head, Staged<Acc>& staged, Scor
 #pragma unroll
     for (int j = 0; j < each; j++) {
       const int r = my_row() + i, s = my_column() + j;
-      scores.at[r][s] = s <= r && row0 + s < head.keys ? sum[i][j] + weight(r) : Acc(0);
+      scores.at[r][s] = s <= r && s < powers.keys ? (sum[i][j] + weight(r)) * powers.of_pair(r, s) : Acc(0);
     }
   __syncthreads();
 }

@@ -13,10 +13,10 @@ using Tensors = LinearAttentionTensors;
 // ---------------------------------------------------------------- scratch
 
 // Decoding: one query, one key at most, and nothing kept for backward.
-bool is_single_position(const Problem& p) { return p.L == 1 && p.S == 1 && !p.with_saved; }
+bool is_single_position(const Problem& p) { return p.L == 1 && p.S == 1 && !p.with_saved && !p.packed; }
 
 struct Scratch {
-  float *a, *f, *v, *wide, *weights;
+  float *a, *f, *v, *wide, *weights, *powers;
   float *dn = nullptr, *A = nullptr, *dA = nullptr, *turned = nullptr, *state = nullptr;
   // Backward needs all of it. A single position needs five rows: the rest would cost it a page fault each 4
   // KB.
@@ -29,6 +29,7 @@ struct Scratch {
     v = carver.take<float>(rows * E);
     wide = carver.take<float>(rows * larger(D, E));
     weights = carver.take<float>(rows);
+    powers = carver.take<float>(p.decayed ? 4 * chunk : 0);
     if (single) return;
     state = carver.take<float>(tile_state_size(p));
     A = carver.take<float>(chunk * chunk);
@@ -49,7 +50,8 @@ struct Head {
   const Problem& p;
   const Tensors& t;
   const Scratch& m;
-  int64_t b, h, keys;
+  int64_t b, h;
+  LinearAttentionRows rows;
   int64_t D, E;           // padded
   int64_t ahead = chunk;  // where the next chunk's rows are: behind in a reverse sweep
 
@@ -59,15 +61,19 @@ struct Head {
         m(m_),
         b(index / p_.H),
         h(index % p_.H),
-        keys(t_.keys(p_, b)),
+        rows(t_.rows(p_, b, h)),
         D(padded(p_.D)),
-        E(padded(p_.E)) {}
+        E(padded(p_.E)) {
+    if (p.decayed) write_powers(t.decay[h], m.powers);
+  }
 
   int64_t index() const { return b * p.H + h; }
-  int64_t offset(const HeadStrides& s, int64_t row) const { return b * s.b + h * s.h + row * s.row; }
-  int64_t valid_keys(int64_t row, int64_t n) const { return larger(0, smaller(n, keys - row)); }
+  int64_t offset(const HeadStrides& s, int64_t row) const {
+    return b * s.b + h * s.h + (rows.begin + row) * s.row;
+  }
+  int64_t valid_keys(int64_t row, int64_t n) const { return larger(0, smaller(n, rows.keys - row)); }
   float* saved(int64_t which) const {
-    return static_cast<float*>(t.saved) + (index() * p.saved_states() + which) * p.state_size();
+    return static_cast<float*>(t.saved) + (rows.saved + which) * p.state_size();
   }
   const float* matrix(const void* state) const {
     return state ? static_cast<const float*>(state) + index() * p.D * p.E : nullptr;
@@ -88,8 +94,33 @@ struct Head {
     apply_features(p.feature_map, 1.0f, n, p.D, m.f);
     load_tile(p.dtype, t.v, offset(p.v, row), p.v.row, n, p.E, m.v, ahead);
   }
-  // s += f v^T, z += f: the keys that load_keys has loaded.
+  // g^n, for n up to a chunk.
+  float power(int64_t n) const { return m.powers[n]; }
+  // g^(n-1) .. g^0, then zeros: what n keys weigh at their end.
+  const float* powers_down(int64_t n) const { return m.powers + 3 * chunk - n; }
+  // How often the state has faded when query i of a chunk with nk keys reads it.
+  static int64_t fades(int64_t i, int64_t nk) { return smaller(i + 1, nk); }
+  // A chunk's lower triangular matrix: key j weighs g^(fades - 1 - j) with query i.
+  void fade_scores(int64_t n, int64_t nk, float* A) const {
+    for (int64_t i = 0; i < n; i++) {
+      const float* down = powers_down(fades(i, nk));
+      float* row = A + i * chunk;
+      for (int64_t x = 0; x <= i; x += VL) store(row + x, load(row + x) * load(down + x));
+    }
+  }
+  // Row i of a query's tile, times what the chunk's first state still weighs there.
+  void fade_queries(int64_t n, int64_t nk, int64_t width, float* tile) const {
+    for (int64_t i = 0; i < n; i++) scale_vectors(width, power(fades(i, nk)), tile + i * width);
+  }
+  void fade_keys(int64_t nk, int64_t width, float* tile) const {
+    for (int64_t j = 0; j < nk; j++) scale_vectors(width, power(nk - 1 - j), tile + j * width);
+  }
+  void fade_state(int64_t nk, float* s) const {
+    if (nk > 0) scale_vectors(tile_state_size(p), power(nk), s);
+  }
+  // s fades over n keys; s += f v^T, z += f: the keys that load_keys has loaded. With decay f is spent.
   void add_keys(int64_t n, float* s) const {
+    if (p.decayed) fade_state(n, s), fade_keys(n, D, m.f);
     columns_product(p.D, E, n, m.f, D, m.v, E, s, E, true, false);
     add_rows(n, D, nullptr, m.f, normalizer_of(p, s));
   }
@@ -102,7 +133,7 @@ struct Head {
   // ---------------------------------------------------------------- forward
 
   void sum_keys(int64_t row, int64_t end, float* s) const {
-    for (; row < smaller(end, keys); row += chunk) {
+    for (; row < smaller(end, rows.keys); row += chunk) {
       const int64_t n = valid_keys(row, smaller(chunk, end - row));
       load_keys(row, n);
       add_keys(n, s);
@@ -111,7 +142,7 @@ struct Head {
   // Scales and stores the n rows of numerators in m.wide, whose denominators less eps are in m.weights.
   void store_outputs(int64_t row, int64_t n) const {
     if (p.normalize) {
-      float* inverse = t.inverse ? static_cast<float*>(t.inverse) + index() * p.L + row : nullptr;
+      float* inverse = t.inverse ? static_cast<float*>(t.inverse) + rows.inverse + row : nullptr;
       for (int64_t i = 0; i < n; i++) {
         const float sum = m.weights[i] + float(p.eps), scale = sum == 0 ? 0.0f : 1.0f / sum;
         if (inverse) inverse[i] = scale;
@@ -130,6 +161,7 @@ struct Head {
     load_keys(row, nk);
     transpose_tile(nk, p.D, m.f, D, m.turned, chunk);
     lower_product(n, p.D, m.a, D, m.turned, nullptr, m.A);
+    if (p.decayed) fade_scores(n, nk, m.A), fade_queries(n, nk, D, m.a);
     if (p.normalize)
       for (int64_t i = 0; i < n; i++) {
         vf sum = {};
@@ -158,7 +190,8 @@ struct Head {
   }
   // One query, at most one key: every element of the state is touched once.
   void single_position() const {
-    const int64_t nk = smaller(1, keys);
+    const int64_t nk = smaller(1, rows.keys);
+    const vf faded = set1(p.decayed && nk ? power(1) : 1.0f);
     const float *s0 = matrix(t.state0), *z0 = vector(t.normalizer0);
     float *s1 = const_cast<float*>(matrix(t.state)), *z1 = const_cast<float*>(vector(t.normalizer));
     load_queries(0, 1);
@@ -170,43 +203,45 @@ struct Head {
     for (int64_t x = 0; x < p.D; x += VL) {
       const int left = int(smaller(VL, p.D - x));
       vf z = load(m.f + x);
-      if (z0) z += load_n(z0 + x, left);
+      if (z0) z += load_n(z0 + x, left) * faded;
       if (z1) store_n(z1 + x, z, left);
       sum += load(m.a + x) * z;
     }
     m.weights[0] = hsum(sum);
     if (s0 && s1)
-      single_position_state<true, true>(s0, s1);
+      single_position_state<true, true>(s0, s1, faded);
     else if (s0)
-      single_position_state<true, false>(s0, s1);
+      single_position_state<true, false>(s0, s1, faded);
     else if (s1)
-      single_position_state<false, true>(s0, s1);
+      single_position_state<false, true>(s0, s1, faded);
     else
-      single_position_state<false, false>(s0, s1);
+      single_position_state<false, false>(s0, s1, faded);
     store_outputs(0, 1);
   }
   template <bool reads, bool writes>
-  void single_position_state(const float* s0, float* s1) const {
+  void single_position_state(const float* s0, float* s1, vf faded) const {
     constexpr int64_t panel = 4 * VL;
     int64_t e = 0;
-    for (; e + panel <= p.E; e += panel) single_position_panel<4, reads, writes>(s0, s1, e, VL);
-    for (; e < p.E; e += VL) single_position_panel<1, reads, writes>(s0, s1, e, int(smaller(VL, p.E - e)));
+    for (; e + panel <= p.E; e += panel) single_position_panel<4, reads, writes>(s0, s1, faded, e, VL);
+    for (; e < p.E; e += VL)
+      single_position_panel<1, reads, writes>(s0, s1, faded, e, int(smaller(VL, p.E - e)));
   }
   template <int NV, bool reads, bool writes>
-  PYSEQNET_INLINE void single_position_panel(const float* s0, float* s1, int64_t e, int left) const {
-    const int64_t rows = p.D, width = p.E;
+  PYSEQNET_INLINE void single_position_panel(const float* s0, float* s1, vf faded, int64_t e,
+                                             int left) const {
+    const int64_t width = p.E;
     const float *f = m.f, *a = m.a;
     if (reads) s0 += e;
     if (writes) s1 += e;
     vf v[NV], out[NV] = {};
 #pragma GCC unroll 4
     for (int x = 0; x < NV; x++) v[x] = load(m.v + e + x * VL);
-    for (int64_t d = 0; d < rows; d++, s0 += reads ? width : 0, s1 += writes ? width : 0) {
+    for (int64_t d = 0; d < p.D; d++, s0 += reads ? width : 0, s1 += writes ? width : 0) {
       const vf fd = set1(f[d]), ad = set1(a[d]);
 #pragma GCC unroll 4
       for (int x = 0; x < NV; x++) {
         vf s = v[x] * fd;
-        if (reads) s += NV > 1 ? load(s0 + x * VL) : load_n(s0, left);
+        if (reads) s += (NV > 1 ? load(s0 + x * VL) : load_n(s0, left)) * faded;
         if (writes) NV > 1 ? store(s1 + x * VL, s) : store_n(s1, s, left);
         out[x] += s * ad;
       }
@@ -221,7 +256,7 @@ struct Head {
   // all zero becomes a row of zeros, so that what it holds, NaN too, reaches nothing.
   void load_output_gradients(int64_t row, int64_t n) const {
     load_queries(row, n);
-    const float* inverse = p.normalize ? static_cast<const float*>(t.inverse) + index() * p.L + row : nullptr;
+    const float* inverse = p.normalize ? static_cast<const float*>(t.inverse) + rows.inverse + row : nullptr;
     for (int64_t i = 0; i < n; i++) {
       float* dn = m.dn + i * E;
       float sum = 0;
@@ -275,8 +310,8 @@ struct Head {
     finish_gradient(p.feature_map, float(p.scale), n, D, m.weights, z, m.a, m.wide);
     store_tile(p.dtype, t.dq, offset(p.dq, row), p.dq.row, n, p.D, m.wide);
   }
-  void store_key_gradients(int64_t row, int64_t n, const float* r) const {
-    finish_gradient(p.feature_map, 1.0f, n, D, nullptr, r, m.f, m.wide);
+  void store_key_gradients(int64_t row, int64_t n, const float* r, const float* weights = nullptr) const {
+    finish_gradient(p.feature_map, 1.0f, n, D, weights, r, m.f, m.wide);
     store_tile(p.dtype, t.dk, offset(p.dk, row), p.dk.row, n, p.D, m.wide);
   }
   void store_value_gradients(int64_t row, int64_t n) const {
@@ -288,12 +323,22 @@ struct Head {
     clear_rows(p.dtype, t.dv, offset(p.dv, row), p.dv.row, n, p.E);
   }
 
-  void sum_queries(int64_t row, int64_t end, float* r) const {
-    for (; row < end; row += chunk) {
-      const int64_t n = smaller(chunk, end - row);
+  // The last row first, as the state fades towards the first.
+  void sum_queries(int64_t begin, int64_t end, float* r) const {
+    for (int64_t row = (end - 1) / chunk * chunk; row >= begin && end > begin; row -= chunk) {
+      const int64_t n = smaller(chunk, end - row), nk = valid_keys(row, n);
       load_output_gradients(row, n);
+      if (p.decayed) fade_weights(n, nk), fade_gradients(n, nk, r);
       add_queries(n, r);
     }
+  }
+  // dd and dn as the state at the chunk's start sees them; r fades with them.
+  void fade_weights(int64_t n, int64_t nk) const {
+    for (int64_t i = 0; i < n; i++) m.weights[i] *= power(fades(i, nk));
+  }
+  void fade_gradients(int64_t n, int64_t nk, float* r) const {
+    fade_queries(n, nk, E, m.dn);
+    fade_state(nk, r);
   }
   // One chunk of causal gradients; r sums the queries behind it and becomes the sum with its own.
   void causal_chunk_gradient(int64_t row, int64_t n, float* r) const {
@@ -305,23 +350,28 @@ struct Head {
     lower_product(n, p.D, m.a, D, m.turned, nullptr, m.A);
     transpose_tile(nk, p.E, m.v, E, m.turned, chunk);
     lower_product(n, p.E, m.dn, E, m.turned, p.normalize ? m.weights : nullptr, m.dA);
+    if (p.decayed) fade_scores(n, nk, m.A), fade_scores(n, nk, m.dA), fade_weights(n, nk);
 
     transpose_tile(p.D, p.E, s, p.E, m.turned, D);
-    rows_product(n, D, nk, m.dA, chunk, m.f, D, m.wide, D, false, true);
-    rows_product(n, D, p.E, m.dn, E, m.turned, D, m.wide, D, true, false);
+    rows_product(n, D, p.E, m.dn, E, m.turned, D, m.wide, D, false, false);
+    if (p.decayed) fade_queries(n, nk, D, m.wide);
+    rows_product(n, D, nk, m.dA, chunk, m.f, D, m.wide, D, true, true);
     float* z_row = m.turned;  // free again, and padded as the rows are
     load_tile(DType::f32, z, 0, p.D, 1, p.D, z_row);
     store_query_gradients(row, n, z_row);
 
     transpose_tile(p.D, p.E, r, E, m.turned, D);
-    columns_product(nk, D, n, m.dA, chunk, m.a, D, m.wide, D, false, true);
-    rows_product(nk, D, p.E, m.v, E, m.turned, D, m.wide, D, true, false);
-    store_key_gradients(row, nk, normalizer_of(p, r));
+    rows_product(nk, D, p.E, m.v, E, m.turned, D, m.wide, D, false, false);
+    if (p.decayed) fade_keys(nk, D, m.wide);
+    columns_product(nk, D, n, m.dA, chunk, m.a, D, m.wide, D, true, true);
+    store_key_gradients(row, nk, normalizer_of(p, r), p.decayed ? powers_down(nk) : nullptr);
 
-    columns_product(nk, E, n, m.A, chunk, m.dn, E, m.wide, E, false, true);
-    rows_product(nk, E, p.D, m.f, D, r, E, m.wide, E, true, false);
+    if (p.decayed) fade_keys(nk, D, m.f);
+    rows_product(nk, E, p.D, m.f, D, r, E, m.wide, E, false, false);
+    columns_product(nk, E, n, m.A, chunk, m.dn, E, m.wide, E, true, true);
     store_value_gradients(row, nk);
     clear_key_gradients(row + nk, n - nk);
+    if (p.decayed) fade_gradients(n, nk, r);
     add_queries(n, r);
   }
   void causal_gradient_sweep(int64_t begin, int64_t end, float* r) const {

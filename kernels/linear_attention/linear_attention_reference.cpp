@@ -29,11 +29,13 @@ struct Head {
   const LinearAttentionProblem& p;
   const LinearAttentionTensors& t;
   int64_t b, h;
+  LinearAttentionRows rows = t.rows(p, b, h);
+  double decay = p.decayed ? t.decay[h] : 1.0;
 
   int64_t index() const { return b * p.H + h; }
   template <class P>
   P* at(P* base, const HeadStrides& s, int64_t row) const {
-    return base + b * s.b + h * s.h + row * s.row;
+    return base + b * s.b + h * s.h + (rows.begin + row) * s.row;
   }
   const T* q(int64_t i) const { return at(static_cast<const T*>(t.q), p.q, i); }
   const T* k(int64_t j) const { return at(static_cast<const T*>(t.k), p.k, j); }
@@ -60,12 +62,12 @@ struct Head {
       for (int64_t d = 0; d < p.D; d++) static_cast<A*>(normalizer)[index() * p.D + d] = A(s[matrix + d]);
   }
   void save(int64_t which, const double* s) const {
-    A* to = static_cast<A*>(t.saved) + (index() * p.saved_states() + which) * p.state_size();
+    A* to = static_cast<A*>(t.saved) + (rows.saved + which) * p.state_size();
     for (int64_t x = 0; x < p.state_size(); x++) to[x] = A(s[x]);
   }
 
   void read_saved(double* s) const {
-    const A* from = static_cast<const A*>(t.saved) + index() * p.saved_states() * p.state_size();
+    const A* from = static_cast<const A*>(t.saved) + rows.saved * p.state_size();
     for (int64_t x = 0; x < p.state_size(); x++) s[x] = double(from[x]);
   }
 
@@ -74,6 +76,10 @@ struct Head {
   }
   void key_features(int64_t j, double* f) const {
     for (int64_t d = 0; d < p.D; d++) f[d] = feature_of(p.feature_map, to_double(k(j)[d]));
+  }
+  void fade(double* s) const {
+    if (!p.decayed) return;
+    for (int64_t x = 0; x < p.state_size(); x++) s[x] *= decay;
   }
   void add_key(int64_t j, const double* f, double* s) const {
     for (int64_t d = 0; d < p.D; d++) {
@@ -84,16 +90,15 @@ struct Head {
 
   void forward(double* scratch) const {
     double *s = scratch, *feature = s + p.state_size(), *numerator = feature + p.D;
-    const int64_t keys = t.keys(p, b);
     read_state(t.state0, t.normalizer0, s);
     if (!p.causal) {
-      for (int64_t j = 0; j < keys; j++) key_features(j, feature), add_key(j, feature, s);
+      for (int64_t j = 0; j < rows.keys; j++) key_features(j, feature), add_key(j, feature, s);
       if (t.saved) save(0, s);
     }
-    for (int64_t i = 0; i < p.L; i++) {
+    for (int64_t i = 0; i < rows.L; i++) {
       if (p.causal) {
         if (t.saved && i % p.chunk_rows == 0) save(i / p.chunk_rows, s);
-        if (i < keys) key_features(i, feature), add_key(i, feature, s);
+        if (i < rows.keys) fade(s), key_features(i, feature), add_key(i, feature, s);
       }
       query_features(i, feature);
       for (int64_t e = 0; e < p.E; e++) numerator[e] = 0;
@@ -104,7 +109,7 @@ struct Head {
       }
       const double inverse = !p.normalize ? 1.0 : sum == 0 ? 0.0 : 1.0 / sum;
       for (int64_t e = 0; e < p.E; e++) round_to(out(i)[e], inverse == 0 ? 0.0 : numerator[e] * inverse);
-      if (t.inverse) static_cast<A*>(t.inverse)[index() * p.L + i] = A(inverse);
+      if (t.inverse) static_cast<A*>(t.inverse)[rows.inverse + i] = A(inverse);
     }
     write_state(t.state, t.normalizer, s);
   }
@@ -119,7 +124,7 @@ struct Head {
       if (p.normalize) dot += dn[e] * to_double(out(i)[e]);
     }
     if (!any) return false;
-    const double inverse = p.normalize ? double(static_cast<const A*>(t.inverse)[index() * p.L + i]) : 1.0;
+    const double inverse = p.normalize ? double(static_cast<const A*>(t.inverse)[rows.inverse + i]) : 1.0;
     for (int64_t e = 0; e < p.E; e++) dn[e] = inverse == 0 ? 0.0 : dn[e] * inverse;
     dn[p.E] = p.normalize && inverse != 0 ? -dot * inverse : 0.0;
     return inverse != 0;
@@ -162,21 +167,21 @@ struct Head {
 
   void backward(double* scratch) const {
     double *s = scratch, *feature = s + p.state_size(), *row = feature + p.D;
-    const int64_t keys = t.keys(p, b);
     // Causal: the state before the first key. Otherwise: with all keys in it.
-    if (p.saved_states() > 0) read_saved(s);
-    for (int64_t i = 0; i < p.L; i++) {
-      if (p.causal && i < keys) key_features(i, feature), add_key(i, feature, s);
+    if (rows.L > 0) read_saved(s);
+    for (int64_t i = 0; i < rows.L; i++) {
+      if (p.causal && i < rows.keys) fade(s), key_features(i, feature), add_key(i, feature, s);
       query_gradient(i, s, feature, row);
     }
     double* r = s;
     read_state(t.gstate, t.gnormalizer, r);
     if (!p.causal)
-      for (int64_t i = 0; i < p.L; i++) add_query(i, r, feature, row);
-    for (int64_t j = p.S - 1; j >= 0; j--) {
+      for (int64_t i = 0; i < rows.L; i++) add_query(i, r, feature, row);
+    for (int64_t j = rows.S - 1; j >= 0; j--) {
       if (p.causal) add_query(j, r, feature, row);
-      if (j < keys) {
+      if (j < rows.keys) {
         key_gradient(j, r, feature, row);
+        fade(r);
         continue;
       }
       for (int64_t d = 0; d < p.D; d++) round_to(dk(j)[d], 0.0);

@@ -58,10 +58,10 @@ Table<LinearAttentionCudaKernel> linear_attention_cuda_table(LinearAttentionPass
 
 std::string describe(const LinearAttentionProblem& p) {
   char text[256];
-  std::snprintf(text, sizeof text, "B%lld H%lld L%lld S%lld D%lld E%lld %s%s%s %s", (long long)p.B,
+  std::snprintf(text, sizeof text, "B%lld H%lld L%lld S%lld D%lld E%lld %s%s%s%s%s %s", (long long)p.B,
                 (long long)p.H, (long long)p.L, (long long)p.S, (long long)p.D, (long long)p.E,
                 name_of(p.feature_map), p.causal ? " causal" : "", p.normalize ? " normalised" : "",
-                name_of(p.dtype));
+                p.decayed ? " decayed" : "", p.packed ? " packed" : "", name_of(p.dtype));
   return text;
 }
 

@@ -258,6 +258,18 @@ PYSEQNET_SHARED_CODE void write_state(const LinearAttentionProblem& p, const flo
 PYSEQNET_SHARED_CODE void add_vectors(int64_t n, const float* from, float* to) {
   for (int64_t x = 0; x < n; x += VL) store(to + x, load(to + x) + load(from + x));
 }
+PYSEQNET_INLINE void scale_vectors(int64_t n, float by, float* x) {
+  for (int64_t i = 0; i < n; i += VL) store(x + i, load(x + i) * by);
+}
+// powers[n] = g^n for n up to a chunk; from 2 chunks on g^(chunk-1) .. g^0 and then as many zeros.
+PYSEQNET_INLINE void write_powers(double g, float* powers) {
+  clear(powers, 4 * chunk);
+  double power = 1;
+  for (int64_t n = 0; n <= chunk; n++, power *= g) {
+    powers[n] = float(power);
+    if (n < chunk) powers[3 * chunk - 1 - n] = float(power);
+  }
+}
 // z += sum of weight[i] f[i], or of f[i]
 PYSEQNET_SHARED_CODE void add_rows(int64_t rows, int64_t width, const float* weight, const float* f,
                                    float* z) {

@@ -21,6 +21,7 @@ from pyseqnet.nn.norm import LayerNorm
 from pyseqnet.nn.pool import MaxPool1d, MaxPool2d
 from pyseqnet.nn.position import LearnedPositions, SinusoidalPositions
 from pyseqnet.nn.power_norm import PowerNorm
+from pyseqnet.nn.random_features import PositiveRandomFeatures, RandomFourierFeatures, random_projection
 from pyseqnet.nn.recurrent import GRU, LSTM, RNN, GRUCell, JordanRNN, JordanRNNCell, LSTMCell, RNNCell
 from pyseqnet.nn.sequential import Sequential
 from pyseqnet.nn.transformer import (
@@ -64,9 +65,11 @@ __all__ = [
     "MaxPool2d",
     "MemoryCache",
     "MultiheadAttention",
+    "PositiveRandomFeatures",
     "PowerNorm",
     "PreallocatedCache",
     "RNNCell",
+    "RandomFourierFeatures",
     "RecurrentCache",
     "SelfAttention2d",
     "Sequential",
@@ -77,4 +80,5 @@ __all__ = [
     "TransformerEncoder",
     "TransformerEncoderLayer",
     "TruncatedSelfAttention",
+    "random_projection",
 ]

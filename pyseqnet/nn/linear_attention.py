@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.nn.functional import linear
 from torch.nn.init import constant_, xavier_uniform_
 
 from pyseqnet import functional as F
-from pyseqnet.functional.linear_attention import FeatureMap, State
+from pyseqnet.functional._linear_attention_call import FeatureMap, State, read_decay
 from pyseqnet.nn.cache import RecurrentCache
 
 
@@ -28,8 +29,9 @@ class LinearAttention(Module):
         bias: whether the projections have one.
         kdim, vdim: sizes of the keys and values; None: ``embed_dim``.
         batch_first: tensors are ``(N, L, embed_dim)`` rather than ``(L, N, embed_dim)``.
-        feature_map, causal, normalize, scale, eps: as in `pyseqnet.functional.linear_attention`. A module as
-            ``feature_map`` is registered, and its parameters are trained.
+        feature_map, causal, normalize, decay, scale, eps: as in `pyseqnet.functional.linear_attention`. A module as
+            ``feature_map`` is registered, and its parameters are trained. ``decay`` stays
+            float64 and is not in the state_dict.
 
     Shapes of ``forward(query, key=None, value=None)``; ``key`` defaults to ``query``, ``value`` to ``key``:
         query ``(L, N, embed_dim)``, key ``(S, N, kdim)``, value ``(S, N, vdim)`` -> ``(L, N, embed_dim)``; without the
@@ -49,6 +51,7 @@ class LinearAttention(Module):
     k_proj_weight: Parameter | None
     v_proj_weight: Parameter | None
     in_proj_bias: Parameter | None
+    decay: Tensor | None
 
     def __init__(
         self,
@@ -62,6 +65,7 @@ class LinearAttention(Module):
         feature_map: FeatureMap = "elu",
         causal: bool = False,
         normalize: bool | None = None,
+        decay: float | Sequence[float] | Tensor | None = None,
         scale: float | None = None,
         eps: float = 1e-6,
         device: Any = None,
@@ -80,6 +84,8 @@ class LinearAttention(Module):
         self.batch_first = batch_first
         self.feature_map, self.causal, self.normalize = feature_map, causal, normalize
         self.scale, self.eps = scale, eps
+        # No buffer: casting the layer to half floats would round it, often to 1.
+        self.decay = None if decay is None else read_decay(decay, torch.empty(0), num_heads).clone()
         factory = {"device": device, "dtype": dtype}
         names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
         if self.kdim == embed_dim and self.vdim == embed_dim:
@@ -143,11 +149,14 @@ class LinearAttention(Module):
             x.unflatten(-1, (self.num_heads, self.head_dim)).permute(*((0, 2, 1, 3) if rows else (1, 2, 0, 3)))
             for x in projected
         )
+        if self.decay is not None and self.decay.device != query.device:
+            self.decay = self.decay.to(query.device)
         result = F.linear_attention(
             *heads,
             feature_map=self.feature_map,
             causal=self.causal,
             normalize=self.normalize,
+            decay=self.decay,
             key_lengths=key_lengths,
             initial_state=initial_state,
             return_state=return_state,
@@ -165,6 +174,7 @@ class LinearAttention(Module):
         words = f"{self.embed_dim}, {self.num_heads}"
         words += f", feature_map={map_name!r}" if map_name else ""
         words += ", causal=True" if self.causal else ""
+        words += f", decay={self.decay.tolist()}" if self.decay is not None else ""
         return words + (", batch_first=True" if self.batch_first else "")
 
 

@@ -119,6 +119,7 @@ struct Call {
   DType number;  // of the states
   Array q, k, v, gout, state0, z0, gstate, gz;
   std::vector<int64_t> lengths;
+  std::vector<double> decay;  // of each head
 
   static HeadStrides strides(const Problem& p, int64_t rows, int64_t width, bool rows_first) {
     if (rows_first) return {rows * p.H * width, width, p.H * width};
@@ -147,6 +148,8 @@ struct Call {
         a->set(i, std::fabs(a->at(i)));
     for (int64_t i = 0; i < z0.count; i++) z0.set(i, std::fabs(z0.at(i)));
     for (int64_t b = 0; b < p.B; b++) lengths.push_back(uniform(random, 0, p.S));
+    constexpr double strengths[] = {0, 0.5, 0.9, 0.99, 0.999, 1};
+    for (int64_t h = 0; h < p.H; h++) decay.push_back(strengths[p.decayed ? uniform(random, 0, 5) : 5]);
     for (int64_t b = 0; o.lengths && b < p.B; b++)
       for (int64_t h = 0; h < p.H; h++)
         for (int64_t j = lengths[size_t(b)]; j < p.S; j++) {
@@ -158,6 +161,7 @@ struct Call {
     Tensors t;
     t.q = q.data(), t.k = k.data(), t.v = v.data(), t.gout = gout.data();
     if (o.lengths) t.key_lengths = lengths.data();
+    if (p.decayed) t.decay = decay.data();
     if (o.states) {
       t.state0 = state0.data(), t.normalizer0 = z0.data();
       t.gstate = gstate.data(), t.gnormalizer = gz.data();
@@ -202,7 +206,7 @@ void fail(const Call& c, const char* kernel, const std::string& words) {
 
 void compare(const Call& c, const char* kernel, Results& got, Results& want) {
   const auto found = got.all(), wanted = want.all();
-  // Gradients of queries and keys are differences; where a query sees one key, of equal numbers. What is left
+  // Gradients of queries, keys and z0 are differences; where a query sees one key, of equal numbers. What is left
   // is judged by the size of the gradients that are no differences.
   double gradients = 0;
   for (int64_t i = 0; i < want.dv.count; i++) gradients = std::max(gradients, std::fabs(want.dv.at(i)));
@@ -217,7 +221,9 @@ void compare(const Call& c, const char* kernel, Results& got, Results& want) {
     const double storage = stored_whole ? 0 : a->dtype == DType::bf16 ? 0x1p-7 : 0x1p-10;
     for (int64_t i = 0; i < b->count; i++) {
       const double error = std::fabs(a->at(i) - b->at(i));
-      const double difference = a == &got.dq || a == &got.dk ? (0x1p-18 + storage) * gradients : 0;
+      const double difference = a == &got.dq || a == &got.dk ? (0x1p-18 + storage) * gradients
+                                : a == &got.dz               ? 0x1p-18 * gradients
+                                                             : 0;
       if (error <= 0x1p-16 * largest + (0x1p-18 + storage) * std::fabs(b->at(i)) + difference) continue;
       fail(c, kernel,
            std::string(name) + "[" + std::to_string(i) + "] is " + std::to_string(a->at(i)) + ", wanted " +
@@ -233,6 +239,7 @@ void check_oracle(Call& c, Results& r) {
   const auto phi = [&](double x) {
     return p.feature_map == FeatureMap::elu    ? (x > 0 ? x + 1 : std::exp(x))
            : p.feature_map == FeatureMap::relu ? std::max(x, 0.0)
+           : p.feature_map == FeatureMap::exp  ? std::exp(x)
                                                : x;
   };
   for (int64_t b = 0; b < p.B; b++)
@@ -240,12 +247,14 @@ void check_oracle(Call& c, Results& r) {
       for (int64_t i = 0; i < p.L; i++) {
         std::vector<double> out(size_t(p.E), 0.0);
         double sum = p.eps;
-        for (int64_t j = 0; j < (p.causal ? i + 1 : p.S); j++) {
-          if (c.o.lengths && j >= c.lengths[size_t(b)]) continue;
+        const int64_t keys = c.o.lengths ? c.lengths[size_t(b)] : p.S,
+                      seen = std::min(keys, p.causal ? i + 1 : p.S);
+        for (int64_t j = 0; j < seen; j++) {
           double score = 0;
           for (int64_t d = 0; d < p.D; d++)
             score += phi(p.scale * c.q.at(b * p.q.b + h * p.q.h + i * p.q.row + d)) *
                      phi(c.k.at(b * p.k.b + h * p.k.h + j * p.k.row + d));
+          score *= std::pow(c.decay[size_t(h)], double(seen - 1 - j));
           sum += score;
           for (int64_t e = 0; e < p.E; e++)
             out[size_t(e)] += score * c.v.at(b * p.v.b + h * p.v.h + j * p.v.row + e);
@@ -316,7 +325,7 @@ Problem problem(int64_t B, int64_t H, int64_t L, int64_t S, int64_t D, int64_t E
 int main() {
   Random random(20);
   constexpr DType dtypes[] = {DType::f32, DType::bf16, DType::f16, DType::f64};
-  constexpr FeatureMap maps[] = {FeatureMap::elu, FeatureMap::identity, FeatureMap::relu};
+  constexpr FeatureMap maps[] = {FeatureMap::elu, FeatureMap::identity, FeatureMap::relu, FeatureMap::exp};
   const Problem edges[] = {
       problem(1, 1, 1, 1, 1, 1, true),       problem(0, 2, 3, 3, 4, 4, true),
       problem(2, 0, 3, 3, 4, 4, false),      problem(1, 2, 0, 0, 3, 5, true),
@@ -330,6 +339,7 @@ int main() {
     for (DType dtype : dtypes)
       for (FeatureMap map : maps) {
         p.dtype = dtype, p.feature_map = map, p.normalize = !chance(random, 3);
+        p.decayed = p.causal && chance(random, 2);
         check_problem(p, {chance(random, 2), chance(random, 2), chance(random, 2)}, random);
       }
   for (int n = 0; n < 150; n++) {
@@ -338,8 +348,8 @@ int main() {
     Problem p =
         problem(uniform(random, 1, 2), uniform(random, 1, 3), L, causal ? L : uniform(random, 1, most),
                 uniform(random, 1, 40), uniform(random, 1, 40), causal);
-    p.dtype = dtypes[uniform(random, 0, 3)], p.feature_map = maps[uniform(random, 0, 2)];
-    p.normalize = !chance(random, 3);
+    p.dtype = dtypes[uniform(random, 0, 3)], p.feature_map = maps[uniform(random, 0, 3)];
+    p.normalize = !chance(random, 3), p.decayed = causal && chance(random, 2);
     check_problem(p, {chance(random, 2), chance(random, 2), chance(random, 2)}, random);
   }
   std::printf("%d checks, %d failed\n", checks, failures);

@@ -18,18 +18,20 @@ namespace {
 using Problem = LinearAttentionProblem;
 
 constexpr DType all_dtypes[] = {DType::f32, DType::bf16, DType::f16, DType::f64};
-constexpr FeatureMap all_maps[] = {FeatureMap::identity, FeatureMap::elu, FeatureMap::relu};
+constexpr FeatureMap all_maps[] = {FeatureMap::identity, FeatureMap::elu, FeatureMap::relu, FeatureMap::exp};
 
 struct Options {
   bool lengths, states, rows_first;
+  bool decayed = false, packed = false;  // packed: B sequences, L the length of the longest
 };
 
 std::string label(const Problem& p, const Options& o) {
   char words[300];
-  std::snprintf(words, sizeof words, "%s %s B%lld H%lld L%lld S%lld D%lld E%lld%s%s%s%s%s", name_of(p.dtype),
-                name_of(p.feature_map), (long long)p.B, (long long)p.H, (long long)p.L, (long long)p.S,
-                (long long)p.D, (long long)p.E, p.causal ? " causal" : "", p.normalize ? " normalised" : "",
-                o.lengths ? " lengths" : "", o.states ? " states" : "", o.rows_first ? " rows first" : "");
+  std::snprintf(words, sizeof words, "%s %s B%lld H%lld L%lld S%lld D%lld E%lld%s%s%s%s%s%s%s",
+                name_of(p.dtype), name_of(p.feature_map), (long long)p.B, (long long)p.H, (long long)p.L,
+                (long long)p.S, (long long)p.D, (long long)p.E, p.causal ? " causal" : "",
+                p.normalize ? " normalised" : "", o.lengths ? " lengths" : "", o.states ? " states" : "",
+                o.rows_first ? " rows first" : "", o.decayed ? " decayed" : "", o.packed ? " packed" : "");
   return words;
 }
 
@@ -44,9 +46,9 @@ double largest(const Tensor& t) {
   return most;
 }
 // Sums of float products, rounded once to the storage type.
-std::string wrong(const Tensor& got, const Tensor& want, DType stored, DType computed) {
+std::string wrong(const Tensor& got, const Tensor& want, DType stored, DType computed, double terms = 0) {
   const double sum = computed == DType::f64 ? 0x1p-44 : 0x1p-16;
-  return difference(got, want, sum * largest(want), sum + epsilon_of(stored));
+  return difference(got, want, sum * std::max(largest(want), terms), sum + epsilon_of(stored));
 }
 
 // Beyond a key's length: what must not be read.
@@ -58,21 +60,42 @@ void poison_rows(Tensor& t, const Problem& p, const HeadStrides& s, int64_t widt
   t.upload();
 }
 
+// The first rows of sequences one behind the other, none longer than `longest`, and the end of the last.
+std::vector<int32_t> random_starts(Random& random, int64_t sequences, int64_t longest) {
+  std::vector<int32_t> starts = {0};
+  for (int64_t b = 0; b < sequences; b++) starts.push_back(starts.back() + int32_t(random.in(0, longest)));
+  return starts;
+}
+
 void check_problem(Suite& suite, Problem p, const Options& o) {
   if (!suite.begin(label(p, o))) return;
   p.with_saved = true;
   p.scale = 0.75, p.eps = 1e-2;
+  p.decayed = o.decayed && p.causal, p.packed = o.packed;
+  const std::vector<int32_t> first = random_starts(suite.random, p.B, p.L);
+  const int64_t sequences = p.B, longest = p.L;
+  if (p.packed) p.B = 1, p.L = p.S = p.total = first.back();  // what the tensors hold, for now
   p.q = p.dq = strides_of(p, p.L, p.D, o.rows_first);
   p.k = p.dk = strides_of(p, p.S, p.D, o.rows_first);
   p.v = p.dv = strides_of(p, p.S, p.E, o.rows_first);
   p.out = p.gout = strides_of(p, p.L, p.E, o.rows_first);
+  const int64_t query_rows = p.heads() * p.L, key_rows = p.heads() * p.S;
+  if (p.packed) {
+    p.B = sequences, p.L = p.S = longest;
+    for (HeadStrides* s : {&p.q, &p.k, &p.v, &p.out, &p.gout, &p.dq, &p.dk, &p.dv}) s->b = 0;
+  }
   const Kind element = kind_of(p.dtype);
   const DType accumulation = p.dtype == DType::f64 ? DType::f64 : DType::f32;
   const Kind number = kind_of(accumulation);
   const int64_t heads = p.heads(), matrix = heads * p.D * p.E, vector = heads * p.D;
 
-  Tensor q(element, heads * p.L * p.D, "q"), k(element, heads * p.S * p.D, "k");
-  Tensor v(element, heads * p.S * p.E, "v"), gout(element, heads * p.L * p.E, "gout");
+  Tensor q(element, query_rows * p.D, "q"), k(element, key_rows * p.D, "k");
+  Tensor v(element, key_rows * p.E, "v"), gout(element, query_rows * p.E, "gout");
+  Tensor decay(Kind::f64, p.H, "decay"), starts(Kind::i32, p.B + 1, "starts");
+  constexpr double strengths[] = {0, 0.5, 0.9, 0.99, 0.999, 1};
+  for (int64_t h = 0; h < p.H; h++) decay.set(h, suite.random.any(strengths));
+  for (int64_t b = 0; b <= p.B; b++) starts.set(b, double(first[size_t(b)]));
+  decay.upload(), starts.upload();
   Tensor lengths(Kind::i64, p.B, "lengths"), state0(number, matrix, "state0"), z0(number, vector, "z0");
   Tensor gstate(number, matrix, "gstate"), gz(number, vector, "gz");
   fill(q, suite.random), fill(k, suite.random), fill(v, suite.random), fill(gout, suite.random);
@@ -87,7 +110,7 @@ void check_problem(Suite& suite, Problem p, const Options& o) {
   for (int64_t b = 0; b < p.B; b++) lengths.set(b, double(suite.random.in(-1, p.S + 1)));
   lengths.upload();
   // A query without a gradient may hold anything: the first row of the first head.
-  for (int64_t e = 0; p.L > 0 && heads > 0 && e < p.E; e++) gout.set(e, 0);
+  for (int64_t e = 0; query_rows > 0 && e < p.E; e++) gout.set(e, 0);
   gout.upload();
   if (o.lengths) {
     Tensor inside(Kind::i64, p.B, "inside");
@@ -96,9 +119,10 @@ void check_problem(Suite& suite, Problem p, const Options& o) {
     poison_rows(v, p, p.v, p.E, inside);
   }
 
-  Tensor out(element, heads * p.L * p.E, "out"), want_out(element, out.count(), "want out");
-  Tensor inverse(number, heads * p.L, "inverse"), want_inverse(number, inverse.count(), "want inverse");
-  const int64_t saved_count = heads * p.saved_states() * p.state_size();
+  Tensor out(element, query_rows * p.E, "out"), want_out(element, out.count(), "want out");
+  Tensor inverse(number, query_rows, "inverse"), want_inverse(number, inverse.count(), "want inverse");
+  const int64_t saved_states = p.packed && p.causal ? p.H * p.slots() : heads * p.saved_states();
+  const int64_t saved_count = saved_states * p.state_size();
   Tensor saved(number, saved_count, "saved"), want_saved(number, saved_count, "want saved");
   Tensor state(number, matrix, "state"), want_state(number, matrix, "want state");
   Tensor z(number, vector, "z"), want_z(number, vector, "want z");
@@ -121,12 +145,22 @@ void check_problem(Suite& suite, Problem p, const Options& o) {
     host.key_lengths = static_cast<const int64_t*>(lengths.host());
     device.key_lengths = static_cast<const int64_t*>(lengths.device());
   }
+  if (p.decayed) {
+    host.decay = static_cast<const double*>(decay.host());
+    device.decay = static_cast<const double*>(decay.device());
+  }
+  if (p.packed) {
+    host.starts = static_cast<const int32_t*>(starts.host());
+    device.starts = static_cast<const int32_t*>(starts.device());
+  }
   if (o.states) {
     both(&T::state0, state0, state0), both(&T::normalizer0, z0, z0);
     both(&T::state, want_state, state), both(&T::normalizer, want_z, z);
     both(&T::gstate, gstate, gstate), both(&T::gnormalizer, gz, gz);
     both(&T::dstate0, want_dstate, dstate), both(&T::dnormalizer0, want_dz, dz);
   }
+  // Places that no sequence has are never written, and never read.
+  for (int64_t i = 0; i < saved_count; i++) want_saved.set(i, NAN);
   run_cpu(linear_attention_reference_forward, p, host);
   run_cpu(linear_attention_reference_backward, p, host);
 
@@ -162,8 +196,10 @@ void check_problem(Suite& suite, Problem p, const Options& o) {
   suite.check(
       "backward", gradients, [&] { return run_cuda(linear_attention_backward_cuda, p, device); },
       [&] {
-        std::string words = wrong(dq, want_dq, p.dtype, accumulation);
-        words += wrong(dk, want_dk, p.dtype, accumulation) + wrong(dv, want_dv, p.dtype, accumulation);
+        // Gradients of queries and keys are differences, of terms as large as those of values.
+        const double terms = largest(want_dv);
+        std::string words = wrong(dq, want_dq, p.dtype, accumulation, terms);
+        words += wrong(dk, want_dk, p.dtype, accumulation, terms) + wrong(dv, want_dv, p.dtype, accumulation);
         if (o.states) words += wrong(dstate, want_dstate, accumulation, accumulation);
         return o.states ? words + wrong(dz, want_dz, accumulation, accumulation) : words;
       });
@@ -195,10 +231,23 @@ void check_edges(Suite& suite) {
   for (Problem p : edges) {
     // Every map, dtype and option meets every shape somewhere, not everything everywhere.
     for (DType dtype : {DType::f32, all_dtypes[1 + number % 3]}) {
-      p.dtype = dtype, p.feature_map = all_maps[(number + 1) % 3], p.normalize = number % 4 != 2;
-      check_problem(suite, p, {number % 2 == 1, number % 3 != 1, number % 5 < 2});
+      p.dtype = dtype, p.feature_map = all_maps[(number + 1) % 4], p.normalize = number % 4 != 2;
+      check_problem(suite, p, {number % 2 == 1, number % 3 != 1, number % 5 < 2, number % 4 < 2});
       number++;
     }
+  }
+}
+
+void check_packed(Suite& suite) {
+  const Problem edges[] = {problem(3, 2, 150, 150, 9, 5, true), problem(4, 1, 70, 70, 66, 3, false),
+                           problem(5, 2, 3, 3, 4, 67, true),    problem(0, 2, 3, 3, 4, 4, true),
+                           problem(2, 0, 3, 3, 4, 4, false),    problem(7, 1, 66, 66, 3, 4, true)};
+  int number = 0;
+  for (Problem p : edges) {
+    p.dtype = all_dtypes[number % 4], p.feature_map = all_maps[(number + 1) % 4],
+    p.normalize = number % 3 != 2;
+    check_problem(suite, p, {false, number % 2 == 0, number % 4 < 2, number % 3 < 2, true});
+    number++;
   }
 }
 
@@ -209,7 +258,10 @@ void check_random(Suite& suite) {
     const int64_t L = random.in(1, 150), S = causal ? L : random.in(1, 150);
     Problem p = problem(random.in(1, 2), random.in(1, 2), L, S, random.in(1, 24), random.in(1, 24), causal);
     p.dtype = random.any(all_dtypes), p.feature_map = random.any(all_maps), p.normalize = random.chance(0.7);
-    check_problem(suite, p, {random.chance(0.4), random.chance(0.5), random.chance(0.3)});
+    const bool packed = L == S && random.chance(0.3);
+    check_problem(
+        suite, p,
+        {!packed && random.chance(0.4), random.chance(0.5), random.chance(0.3), random.chance(0.4), packed});
   }
 }
 
@@ -218,6 +270,7 @@ void check_random(Suite& suite) {
 int main(int argc, char** argv) {
   Suite suite(argc, argv);
   check_edges(suite);
+  check_packed(suite);
   check_random(suite);
   return suite.finish();
 }

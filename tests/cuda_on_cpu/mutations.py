@@ -98,7 +98,7 @@ linear = Copy("linear_attention/linear_attention_generic.cu", "f32 elu B2 H1 L65
 header = "linear_attention_generic.cuh"
 linear.drop("tiles are overwritten while they are read", "k0 += depth<Acc>) {", file=header)
 linear.drop("tiles are read before they are written", "stage<b_along_depth>(staged.b", file=header)
-linear.drop("scores are read before they are written", "sum[i][j] + weight(r) : Acc(0);", file=header)
+linear.drop("scores are read before they are written", "powers.of_pair(r, s) : Acc(0);", file=header)
 linear.swap("sees the next key", "scores.at[r][s] = ", "s <= r", "s <= r + 1", file=header)
 linear.swap("a column too many of the state", "sum_parts(const Call<T> c)", "e < c.p.E", "e <= c.p.E")
 

@@ -31,7 +31,7 @@ from torch import Tensor
 import pyseqnet.functional as F
 
 EXAMPLES = 60
-MAPS = ("identity", "elu", "relu")
+MAPS = ("identity", "elu", "relu", "exp")
 VIEWS = ("contiguous", "rows first", "narrowed", "transposed", "offset", "step", "expanded")
 ops = torch.ops.pyseqnet
 
@@ -56,6 +56,7 @@ class Problem:
     normalize: bool = True
     lengths: bool = False
     state: bool = False
+    decayed: bool = False
     dtype: torch.dtype = torch.float32
     view: str = "contiguous"
     gradient_view: str = "contiguous"
@@ -84,27 +85,55 @@ class Problem:
         generator = torch.Generator().manual_seed(self.seed)
         return torch.randint(0, self.S + 1, (self.B,), generator=generator) if self.lengths else None
 
+    def decay(self) -> Tensor | None:
+        """One for each head, of every strength; that of the last head forgets nothing."""
+        if not self.decayed:
+            return None
+        generator = torch.Generator().manual_seed(self.seed)
+        strengths = torch.tensor([0.0, 0.5, 0.9, 0.99, 0.999], dtype=torch.float64)
+        return torch.cat([strengths[torch.randint(0, 5, (self.H,), generator=generator)], strengths.new_ones(1)])[1:]
+
     def options(self) -> dict:
         return {
             "feature_map": self.feature_map, "causal": self.causal, "normalize": self.normalize, "scale": 0.5,
-            "eps": 1e-2,
+            "eps": 1e-2, "decay": self.decay(),
         }  # fmt: skip
+
+
+def weights(p: Problem, lengths: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
+    """decay ** (i - j) for the keys that query i sees, (B, H, L, L), and decay ** (keys seen), (B, H, L, 1)."""
+    at = torch.arange(p.L, dtype=torch.float64, device=device)
+    seen = (at + 1).expand(p.B, -1) if lengths is None else torch.minimum(at + 1, lengths[:, None])
+    seen = seen[:, None, :, None]
+    decay = p.decay()
+    decay = torch.ones(p.H, dtype=torch.float64) if decay is None else decay
+    decay = decay.to(device)[:, None, None]
+    between = seen - 1 - at
+    return torch.where(between >= 0, decay ** between.clamp(min=0), 0.0), decay**seen
 
 
 def in_dtype(p: Problem, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, *state: Tensor) -> tuple[Tensor, ...]:
     """What a user writes in torch, in the dtype of its inputs: the yardstick for rounding."""
     a, f = (
-        {"identity": lambda x: x, "elu": lambda x: torch.nn.functional.elu(x) + 1, "relu": torch.relu}[p.feature_map](x)
+        {
+            "identity": lambda x: x,
+            "elu": lambda x: torch.nn.functional.elu(x) + 1,
+            "relu": torch.relu,
+            "exp": torch.exp,
+        }[p.feature_map](x)
         for x in (q * 0.5, k)
     )
     if lengths is not None:
         f = f * (torch.arange(p.S, device=f.device) < lengths[:, None])[:, None, :, None]
-    total, z = f.transpose(2, 3) @ v, f.sum(2)
+    weight, first = weights(p, lengths, q.device)
+    counted = f * weight[:, :, -1].unsqueeze(3).to(q.dtype) if p.L and p.causal else f
+    total, z = counted.transpose(2, 3) @ v, counted.sum(2)
     start, start_z = (x.to(q.dtype) for x in state) if state else (torch.zeros_like(total), torch.zeros_like(z))
-    total, z = total + start, z + start_z
+    faded = first[:, :, -1:].to(q.dtype) if p.L and p.causal else 1
+    total, z = total + start * faded, z + (start_z.unsqueeze(3) * faded).squeeze(3)
     if p.causal:
-        scores = (a @ f.transpose(2, 3)).tril()
-        out, sums = scores @ v + a @ start, scores.sum(3, keepdim=True) + a @ start_z.unsqueeze(3)
+        scores, b = (a @ f.transpose(2, 3)) * weight.to(q.dtype), a * first.to(q.dtype)
+        out, sums = scores @ v + b @ start, scores.sum(3, keepdim=True) + b @ start_z.unsqueeze(3)
     else:
         out, sums = a @ total, a @ z.unsqueeze(3)
     return (out / (sums + 1e-2) if p.normalize else out), total, z
@@ -185,6 +214,7 @@ def problems(draw: st.DrawFn) -> Problem:
         normalize=draw(st.booleans()),
         lengths=draw(st.booleans()),
         state=draw(st.booleans()),
+        decayed=causal and draw(st.booleans()),
         dtype=draw(dtypes),
         view=draw(st.sampled_from(VIEWS)),
         gradient_view=draw(st.sampled_from(VIEWS)),
@@ -220,6 +250,12 @@ CORNERS = {
     "wider than any": Problem(B=1, H=1, L=40, S=40, D=300, E=5),
     "one head, long": Problem(B=1, H=1, L=1500, S=1500, D=8, E=8, lengths=True, state=True),
     "one head, long, not causal": Problem(B=1, H=1, L=1500, S=1600, D=8, E=8, causal=False, lengths=True, state=True),
+    "one head, long, decayed": Problem(
+        B=1, H=1, L=1500, S=1500, D=8, E=8, lengths=True, state=True, decayed=True, seed=2
+    ),
+    "decayed, no rows": Problem(L=0, S=0, state=True, decayed=True),
+    "decayed, one row": Problem(L=1, S=1, state=True, decayed=True),
+    "decayed, a chunk and a row": Problem(H=5, L=65, S=65, D=17, E=5, state=True, decayed=True),
     "many heads": Problem(B=5, H=13, L=9, S=9, D=4, E=4),
     "rows first": Problem(B=2, H=4, L=100, S=100, view="rows first", gradient_view="rows first"),
 }
@@ -499,8 +535,26 @@ def test_extreme_arguments_of_the_exponential(device: str) -> None:
 
 X = torch.zeros(2, 3, 4, 5)
 STATE = (torch.zeros(2, 3, 5, 5), torch.zeros(2, 3, 5))
+STARTS = torch.tensor([0, 1, 4])
 REFUSED = {
-    "decay": (NotImplementedError, "decay", (X, X, X), {"decay": 0.9}),
+    "decay of all keys": (ValueError, "causal", (X, X, X), {"decay": 0.9}),
+    "decay above one": (ValueError, "between 0 and 1, got 1.5", (X, X, X), {"decay": 1.5, "causal": True}),
+    "decay below zero": (ValueError, "between 0 and 1", (X, X, X), {"decay": torch.full((3,), -1.0), "causal": True}),
+    "decay of nan": (ValueError, "between 0 and 1", (X, X, X), {"decay": [0.5, math.nan, 0.5], "causal": True}),
+    "decay's heads": (ValueError, r"shape \(3,\), got \(2,\)", (X, X, X), {"decay": [0.5, 0.5], "causal": True}),
+    "decay's dtype": (TypeError, "floating", (X, X, X), {"decay": torch.ones(3, dtype=torch.int64), "causal": True}),
+    "decay's type": (TypeError, "str", (X, X, X), {"decay": "0.5", "causal": True}),
+    "trained decay": (ValueError, "detach", (X, X, X), {"decay": torch.ones(3).requires_grad_(), "causal": True}),
+    "starts and lengths": (ValueError, "give one", (X, X, X), {"cu_seqlens": STARTS, "key_lengths": STARTS}),
+    "starts of a batch": (ValueError, "packed", (X, X, X), {"cu_seqlens": STARTS}),
+    "starts of float": (TypeError, "float32", (X[:1], X[:1], X[:1]), {"cu_seqlens": STARTS.float()}),
+    "starts as a list": (TypeError, "list", (X[:1], X[:1], X[:1]), {"cu_seqlens": [0, 4]}),
+    "starts of no dimension": (ValueError, "sequences", (X[:1], X[:1], X[:1]), {"cu_seqlens": STARTS[0]}),
+    "starts beyond": (ValueError, "rise", (X[:1], X[:1], X[:1]), {"cu_seqlens": STARTS + 1}),
+    "starts too few": (ValueError, "rise", (X[:1], X[:1], X[:1]), {"cu_seqlens": STARTS[:-1]}),
+    "starts that fall": (ValueError, "rise", (X[:1], X[:1], X[:1]), {"cu_seqlens": torch.tensor([0, 3, 1, 4])}),
+    "no starts": (ValueError, "rise", (X[:1], X[:1], X[:1]), {"cu_seqlens": STARTS[:1]}),
+    "packed lengths that differ": (ValueError, "packed", (X[:1], X[:1, :, :3], X[:1, :, :3]), {"cu_seqlens": STARTS}),
     "unknown map": (ValueError, "feature_map", (X, X, X), {"feature_map": "cos"}),
     "no map": (ValueError, "feature_map", (X, X, X), {"feature_map": None}),
     "softmax causal": (ValueError, "causal", (X, X, X), {"feature_map": "softmax", "causal": True}),
@@ -572,12 +626,24 @@ def test_hostile_arguments_to_the_raw_operations_raise() -> None:
         return (*good[:at], value, *good[at + 1 :])
 
     for at, value in (
-        (0, X[0]), (0, X.int()), (0, X.double()), (1, X[:, :2]), (2, X[:, :, :3]), (2, X.bfloat16()), (6, 3), (6, -1),
+        (0, X[0]), (0, X.int()), (0, X.double()), (1, X[:, :2]), (2, X[:, :, :3]), (2, X.bfloat16()), (6, 4), (6, -1),
         (3, torch.tensor([1, 2, 3])), (3, torch.tensor([1, 2], dtype=torch.int32)), (3, torch.tensor([1, 2**60])),
         (4, STATE[0]), (5, STATE[1]), (0, X.expand(2, 3, 4, 5)[:, :, :, :0]),
     ):  # fmt: skip
         with pytest.raises((ValueError, RuntimeError, TypeError)):
             forward(*broken(at, value))
+    half, starts = torch.full((3,), 0.5, dtype=torch.float64), torch.tensor([0, 4], dtype=torch.int32)
+    for decay in (half.float(), half[:2], half[None], half + 1, half * torch.nan):
+        with pytest.raises((ValueError, RuntimeError, TypeError)):
+            forward(*good, decay)
+    packed = tuple(t[:1] if isinstance(t, Tensor) else t for t in good)
+    kept = forward(*packed, half, starts)
+    for arguments, wrong in ((good, starts), *((packed, t) for t in (starts.long(), starts[:0], starts + 1, -starts))):
+        with pytest.raises((ValueError, RuntimeError, TypeError)):
+            forward(*arguments, None, wrong)
+    with pytest.raises((ValueError, RuntimeError, TypeError)):  # kept for other sequences
+        backward(kept[0], None, None, *packed[:3], None, *kept[:3], 1, True, True, 1.0, False, half,
+                 torch.tensor([0, 2, 2, 4], dtype=torch.int32))  # fmt: skip
     arguments = (out, None, None, X, X, X, None, out, inverse, saved, 1, True, True, 1.0, True)
     backward(*arguments)
     for at, value in (

@@ -15,7 +15,7 @@ import pyseqnet.functional as F
 import pyseqnet.nn as nn
 
 ops = torch.ops.pyseqnet
-MAPS = ("identity", "elu", "relu", "softmax")
+MAPS = ("identity", "elu", "relu", "exp", "softmax")
 
 
 def inputs(device: str, dtype: torch.dtype = torch.float64, length: int = 5) -> list[Tensor]:
@@ -35,6 +35,11 @@ OPTIONS = [
     {"causal": True, "feature_map": "relu", "normalize": False},
     {"causal": True, "lengths": True, "scale": 0.5},
     {"causal": True, "state": True, "eps": 0.1},
+    {"causal": True, "state": True, "lengths": True, "decay": [0.5, 0.9]},
+    {"causal": True, "normalize": False, "decay": 0.7},
+    {"causal": True, "state": True, "packed": True, "decay": 0.7},
+    {"packed": True, "state": True},
+    {"packed": True, "feature_map": "softmax"},
     {"state": True, "lengths": True},
     {"state": True, "normalize": False, "feature_map": "identity"},
 ]
@@ -44,16 +49,22 @@ def call(options: dict, device: str, function=F.linear_attention):
     """A function of query, key, value [, S, z] and those tensors."""
     options = dict(options)
     lengths = torch.tensor([5, 3], device=device) if options.pop("lengths", False) else None
+    packed = torch.tensor([0, 2, 2, 10], device=device) if options.pop("packed", False) else None
     tensors = inputs(device)
+    if packed is not None:  # (2, 2, 5, 3) -> (1, 2, 10, 3), three sequences, one of them empty
+        tensors = [t.detach().transpose(0, 1).reshape(1, 2, 10, 3).requires_grad_() for t in tensors]
     if options.get("feature_map") == "identity":  # keep sums away from zero
         tensors[:2] = [t.detach().abs().requires_grad_() for t in tensors[:2]]
     with_state = options.pop("state", False)
     if with_state:
         tensors += states(device)
+        if packed is not None:
+            tensors[3:] = [torch.cat([t, t[:1]]).detach().requires_grad_() for t in tensors[3:]]
 
     def run(*t: Tensor):
         start = t[3:] if with_state else None
-        result = function(*t[:3], key_lengths=lengths, initial_state=start, return_state=with_state, **options)
+        result = function(*t[:3], key_lengths=lengths, cu_seqlens=packed, initial_state=start, return_state=with_state,
+                          **options)  # fmt: skip
         return (result[0], *result[1]) if with_state else result
 
     return run, tensors
