@@ -21,7 +21,7 @@ except ImportError as error:
         "or install the package and run Python outside the source folder."
     ) from error
 
-from pyseqnet import functional, nn
+from pyseqnet import _flops, functional, nn
 from pyseqnet.conversion import Conversion, convert
 
 
@@ -35,5 +35,7 @@ def build_info() -> dict[str, Any]:
     """
     return {"version": __version__, **_C.build_info(), "torch": torch.__version__}
 
+
+_flops.register_when_imported()
 
 __all__ = ["Conversion", "__version__", "build_info", "convert", "functional", "nn"]

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from pyseqnet._compilers import constant_result
 from pyseqnet._pattern_tiles import BLOCK, compiled_tiles
@@ -142,7 +143,9 @@ class Pattern(ABC):
         if found is None:
             self._check(int(length), int(keys))
             patterns = [self] if self.heads is None else [self._of_head(h) for h in range(self.heads)]
-            found = tuple(t.to(device) for t in compiled_tiles(patterns, int(length), int(keys)))
+            # Real tensors, made of numbers alone, for whoever traces (torch.export) or counts.
+            with _disable_current_modes():
+                found = tuple(t.to(device) for t in compiled_tiles(patterns, int(length), int(keys)))
         _keep(self._compiled, name, found, _KEPT_A_PATTERN)
         if self._small:
             _keep(_compiled_of_equals, equals, found, _KEPT_IN_ALL)

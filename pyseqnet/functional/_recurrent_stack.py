@@ -80,9 +80,11 @@ def run_layers(
             raise ValueError("Expected sequence length to be larger than 0 in RNN")
         if lengths is not None:
             lengths = _read_lengths(lengths, *data.shape[:2][:: -1 if batch_first else 1])
+    promoted = None
     if torch._C._is_any_autocast_enabled():
         dtype = autocast_dtype(data)
         if dtype is not None:
+            promoted = _promoted_state(mode, data, h_0, c_0, dtype)
             data, params = autocast_cast(data, dtype), [autocast_cast(p, dtype) for p in params]
             h_0 = None if h_0 is None else autocast_cast(h_0, dtype)
             c_0 = None if c_0 is None else autocast_cast(c_0, dtype)
@@ -94,6 +96,11 @@ def run_layers(
         output, h_n, c_n = one_layer(*form, "", None, None, data, h_0, c_0, *params)
     else:
         output, h_n, c_n = _stack(form, num_layers, dropout if training else 0.0, data, h_0, c_0, params, one_layer)
+    if promoted is not None:
+        if mode == "GRU":
+            output, h_n = output.to(promoted), h_n.to(promoted)
+        elif is_lstm and c_n is not None and h_n.shape[2] != c_n.shape[2]:
+            c_n = c_n.to(promoted)
     if training and options.variational[1]:
         output = _drop_features(output, options.variational[1], batch_first, batch_sizes)
     if batch_sizes is not None:
@@ -106,6 +113,17 @@ def run_layers(
         output, h_n = output.squeeze(1), h_n.squeeze(1)
         c_n = c_n.squeeze(1) if is_lstm and c_n is not None else None
     return output, ((h_n, c_n) if is_lstm else h_n)
+
+
+def _promoted_state(
+    mode: str, input: Tensor, h: Tensor | None, c: Tensor | None, low: torch.dtype
+) -> torch.dtype | None:
+    """The dtype of a state that is added to products of autocast's dtype: torch on the CPU autocasts the products of
+    GRU, of single steps and of projections alone. (Its whole LSTM, and all of CUDA's, are cast with their states.)"""
+    if input.device.type != "cpu" or input.dtype == torch.float64:
+        return None
+    kept = c if mode == "LSTM" else h
+    return torch.promote_types(input.dtype if kept is None else kept.dtype, low)
 
 
 def unbatched_state(state: Tensor) -> Tensor:
@@ -255,12 +273,16 @@ def run_cell(
             b_ih if b_ih is not None else w_ih.new_zeros(w_ih.shape[0]),
             b_hh if b_hh is not None else w_hh.new_zeros(w_hh.shape[0]),
         )
+    promoted = None
     if torch._C._is_any_autocast_enabled():
         dtype = autocast_dtype(input)
         if dtype is not None:
+            promoted = _promoted_state(mode, input, h, c, dtype)
             input, weights = autocast_cast(input, dtype), tuple(autocast_cast(w, dtype) for w in weights)
             h, c = None if h is None else autocast_cast(h, dtype), None if c is None else autocast_cast(c, dtype)
     h, c = one_step(mode, input, h, c, *weights)
+    if promoted is not None and mode in ("GRU", "LSTM"):
+        h, c = h.to(promoted), None if c is None else c.to(promoted)
     if not batched:
         h = h.squeeze(0)
         c = c.squeeze(0) if is_lstm and c is not None else None

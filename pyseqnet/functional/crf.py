@@ -101,7 +101,7 @@ def _check_shapes(
 def lengths_of_mask(mask: Tensor | None, emissions: Tensor) -> Tensor:
     """(B) int64: steps that are on. mask (B, T) must be on from the first step and have no holes.
 
-    On CUDA it is not read back: a row that breaks the rule gets length 0, which has a NaN log-likelihood.
+    On CUDA and meta it is not read back: a row that breaks the rule gets length 0, which has a NaN log-likelihood.
     """
     batch, steps, _ = emissions.shape
     if mask is None:
@@ -113,7 +113,7 @@ def lengths_of_mask(mask: Tensor | None, emissions: Tensor) -> Tensor:
     on = mask if mask.dtype == torch.bool else mask != 0
     lengths = on.sum(1)
     unbroken = on.cumprod(1).sum(1) == lengths
-    if emissions.is_cuda or torch.compiler.is_compiling():
+    if emissions.is_cuda or emissions.is_meta or torch.compiler.is_compiling():
         return torch.where(unbroken, lengths, 0)
     if not bool(on[:, 0].all()):
         raise ValueError("mask of the first timestep must all be on")

@@ -109,7 +109,7 @@ def test_compile_other_forms(name: str) -> None:
         assert_same(found(compiled, data, state), found(layer, data, state))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         low = found(compiled, x, hx)
-        assert low[0].dtype == torch.bfloat16
+        assert low[0].dtype == (torch.float32 if name == "GRU" else torch.bfloat16)  # as torch's on the CPU
         assert_same(low, found(layer, x, hx), 1e-2)
     if layers > 1:
         layer.train()
