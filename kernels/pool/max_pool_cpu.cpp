@@ -1,12 +1,13 @@
 // The CPU kernels of max-pooling: which form serves a problem, and what its items are.
 //
-//   planar (NCHW)          lanes are columns    max_pool_planes.h, max_pool_planes_backward.h
+//   planar (NCHW)          lanes are columns    max_pool_planes.h, max_pool_three.h, max_pool_planes_backward.h
 //   channels last (NHWC)   lanes are channels   max_pool_channels.h
 // One channel is the same in both layouts and goes the planar way.
 //
 // Items of the planar forms are bands of rows of a plane, so that one large image still feeds every thread;
 // a band computes from the whole plane and writes its own rows only. float64 is left to the reference.
 #include "pool/max_pool_channels.h"
+#include "pool/max_pool_three.h"
 
 namespace pyseqnet {
 inline namespace PYSEQNET_ISA {
@@ -65,7 +66,7 @@ PYSEQNET_INLINE void forward_planes(const MaxPoolProblem& p, const MaxPoolTensor
   const Extent<T> all = {x, x + p.N * p.C * p.H * p.W};
   uint8_t* narrow = static_cast<uint8_t*>(t.arg);
   int32_t* wide = static_cast<int32_t*>(t.arg);
-  const SmallWindowRows<T> small = small_window<T>(p);
+  const SmallWindowRows<T> of_three = window_of_three<T>(p), small = of_three ? of_three : small_window<T>(p);
   const bool along_taps = better_along_taps(p);
   for (int64_t item = slice.begin; item < slice.end; item++) {
     const int64_t plane = item / bands.count, i0 = item % bands.count * bands.band;
