@@ -14,6 +14,7 @@ from pyseqnet.models import (
     SequenceTagger,
     SequenceTranslator,
     image_classifier,
+    recurrent_translator,
     sequence_tagger,
     sequence_translator,
 )
@@ -35,7 +36,9 @@ def torch_twin(model: ImageClassifier) -> torch.nn.Sequential:
     return torch.nn.Sequential(*layers, torch.nn.Flatten(), head)
 
 
-@pytest.mark.parametrize("module", [image_classifier, sequence_tagger, sequence_translator], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "module", [image_classifier, recurrent_translator, sequence_tagger, sequence_translator], ids=lambda m: m.__name__
+)
 def test_examples(module) -> None:
     results = doctest.testmod(module)
     assert results.attempted

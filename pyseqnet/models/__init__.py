@@ -2,8 +2,16 @@
 
 from pyseqnet.models.go_policy import GoPolicy
 from pyseqnet.models.image_classifier import ImageClassifier
+from pyseqnet.models.recurrent_translator import RecurrentTranslator
 from pyseqnet.models.sequence_tagger import SequenceTagger
 from pyseqnet.models.sequence_translator import SequenceTranslator
 from pyseqnet.models.vision_transformer import VisionTransformer
 
-__all__ = ["GoPolicy", "ImageClassifier", "SequenceTagger", "SequenceTranslator", "VisionTransformer"]
+__all__ = [
+    "GoPolicy",
+    "ImageClassifier",
+    "RecurrentTranslator",
+    "SequenceTagger",
+    "SequenceTranslator",
+    "VisionTransformer",
+]

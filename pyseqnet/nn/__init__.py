@@ -18,6 +18,7 @@ from pyseqnet.nn.linear_attention import LinearAttention, LinearMultiheadAttenti
 from pyseqnet.nn.local_attention import LongformerSelfAttention, TruncatedSelfAttention
 from pyseqnet.nn.locally_connected import LocallyConnected2d
 from pyseqnet.nn.norm import LayerNorm
+from pyseqnet.nn.pointer import PointerGenerator, pointer_log_probs, pointer_loss
 from pyseqnet.nn.pool import MaxPool1d, MaxPool2d
 from pyseqnet.nn.position import LearnedPositions, SinusoidalPositions
 from pyseqnet.nn.power_norm import PowerNorm
@@ -65,6 +66,7 @@ __all__ = [
     "MaxPool2d",
     "MemoryCache",
     "MultiheadAttention",
+    "PointerGenerator",
     "PositiveRandomFeatures",
     "PowerNorm",
     "PreallocatedCache",
@@ -80,5 +82,7 @@ __all__ = [
     "TransformerEncoder",
     "TransformerEncoderLayer",
     "TruncatedSelfAttention",
+    "pointer_log_probs",
+    "pointer_loss",
     "random_projection",
 ]
