@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from pyseqnet._compilers import constant_result
 from pyseqnet._pattern_tiles import BLOCK, compiled_tiles
 
-__all__ = ["Blocks", "Causal", "Dense", "Edges", "Global", "Local", "Pattern", "Strided", "per_head"]
+__all__ = ["Blocks", "Causal", "Dense", "Edges", "Global", "Local", "Pattern", "RandomBlocks", "Strided", "per_head"]
 
 _ALIGNMENTS = ("top_left", "bottom_right")
 _KEPT_A_PATTERN, _KEPT_IN_ALL = 8, 32  # compiled shapes
@@ -391,6 +391,44 @@ class Blocks(Pattern):
         s = self._sums
         count = s[bottom, right] - s[top, right] - s[bottom, left] + s[top, left]
         return count > 0, count == (bottom - top) * (right - left)
+
+
+class RandomBlocks(Pattern):
+    """Each row of blocks sees ``count`` blocks of keys, drawn at random. (BigBird, with ``Local`` and ``Global``.)
+
+    ``seed`` and the number of blocks decide the draw, the same on every machine and device. Where there are no more
+    than ``count`` blocks of keys, all are seen. Blocks of 64, or multiples, cost nothing beyond their pairs.
+    """
+
+    def __init__(self, count: int, block: int = BLOCK, seed: int = 0) -> None:
+        self.count = _integer("count", count, 0)
+        self.block = _integer("block", block, 1)
+        self.seed = _integer("seed", seed, 0)
+        self._drawn: dict[tuple[int, int], Blocks] = {}
+        self._seal()
+
+    def _arguments(self) -> tuple[Any, ...]:
+        return self.count, self.block, self.seed
+
+    def _blocks(self, length: int, keys: int) -> Blocks:
+        rows, columns = -(-length // self.block), -(-keys // self.block)
+        found = self._drawn.get((rows, columns))
+        if found is None:
+            generator = torch.Generator().manual_seed(self.seed)
+            order = torch.rand(rows, columns, generator=generator, dtype=torch.float64).argsort(dim=1, stable=True)
+            layout = torch.zeros(rows, columns, dtype=torch.bool)
+            layout.scatter_(1, order[:, : self.count], True)
+            found = Blocks(layout, self.block)
+            _keep(self._drawn, (rows, columns), found, _KEPT_A_PATTERN)
+        return found
+
+    def _visible(self, i: Tensor, j: Tensor, length: int, keys: int) -> Tensor:
+        return self._blocks(length, keys)._visible(i, j, length, keys)
+
+    def _classify(
+        self, i: tuple[Tensor, Tensor], j: tuple[Tensor, Tensor], length: int, keys: int
+    ) -> tuple[Tensor, Tensor]:
+        return self._blocks(length, keys)._classify(i, j, length, keys)
 
 
 class Dense(Pattern):

@@ -42,6 +42,7 @@ from torch.nn.functional import relu
 from pyseqnet.masks import Pattern
 from pyseqnet.nn.attention import MultiheadAttention, agreed_masks, finite_padding
 from pyseqnet.nn.cache import DecodingState, LayerState
+from pyseqnet.nn.efficient import EFFICIENT
 from pyseqnet.nn.linear_attention import LinearMultiheadAttention
 from pyseqnet.nn.norm import LayerNorm
 from pyseqnet.nn.power_norm import PowerNorm
@@ -51,7 +52,7 @@ Factory = Callable[..., torch.nn.Module]
 
 # What `attention=` and `norm=` may name. A factory of attention is called as MultiheadAttention:
 # factory(d_model, nhead, dropout=, bias=, batch_first=, device=, dtype=); its layer too.
-ATTENTION: dict[str, Factory] = {"softmax": MultiheadAttention, "linear": LinearMultiheadAttention}
+ATTENTION: dict[str, Factory] = {"softmax": MultiheadAttention, "linear": LinearMultiheadAttention, **EFFICIENT}
 NORMS: dict[str, Factory] = {"layer": LayerNorm, "power": PowerNorm}
 MEMORY_LAYERS = ("last", "same", "reverse", "adaptive")
 
