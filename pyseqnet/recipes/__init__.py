@@ -16,11 +16,13 @@ from pyseqnet.training import History
 
 RECIPES = {
     "babi": "pyseqnet.recipes.babi",
+    "detect": "pyseqnet.recipes.detect",
     "digits": "pyseqnet.recipes.digits",
     "fashion": "pyseqnet.recipes.fashion",
     "graph": "pyseqnet.recipes.graph",
     "mnist": "pyseqnet.recipes.mnist",
     "sentiment": "pyseqnet.recipes.sentiment",
+    "speech-digits": "pyseqnet.recipes.speech_digits",
     "vqa": "pyseqnet.recipes.vqa",
 }
 

@@ -1,0 +1,167 @@
+"""The models of the recipes: shapes, what padding may not do, the maths that is theirs."""
+
+from __future__ import annotations
+
+import doctest
+import itertools
+
+import pytest
+import torch
+
+from pyseqnet.data import shapes, speech
+from pyseqnet.data.text import OTHER, Vocabulary, padded, trigrams
+from pyseqnet.models import detr, memory_network, speech_recognizer, text_classifier, visual_question_answerer
+from pyseqnet.models.memory_network import MemoryNetwork
+from pyseqnet.models.speech_recognizer import SpeechRecognizer
+from pyseqnet.models.text_classifier import TextClassifier
+from pyseqnet.recipes import edit_distance
+from pyseqnet.recipes.detect import mean_average_precision
+
+DOCUMENTED = [detr, edit_distance, memory_network, speech_recognizer, text_classifier, visual_question_answerer]
+
+
+@pytest.mark.parametrize("module", DOCUMENTED, ids=lambda module: module.__name__)
+def test_examples(module) -> None:
+    results = doctest.testmod(module)
+    assert results.attempted
+    assert not results.failed
+
+
+def test_vocabulary() -> None:
+    vocabulary = Vocabulary([["a", "b", "b", "c"], ["b", "c", "d"]], least=2, special=("<s>",))
+    assert vocabulary.entries == ["<padding>", "<other>", "<s>", "b", "c"]
+    assert vocabulary.encode(["b", "zebra", "<s>", "<padding>"]).tolist() == [3, OTHER, 2, OTHER]
+    assert vocabulary.decode([4, 3]) == ["c", "b"]
+    batch, lengths = padded([vocabulary.encode(["b", "c", "b"]), vocabulary.encode(["c"])])
+    assert batch.tolist() == [[3, 4, 3], [4, 0, 0]]
+    assert lengths.tolist() == [3, 1]
+    assert trigrams("apple") == ["#ap", "app", "ppl", "ple", "le#"]
+    assert trigrams("a") == ["#a#"]
+
+
+@pytest.mark.parametrize("reader", text_classifier.READERS)
+def test_text_behind_the_end_is_not_read(reader) -> None:
+    model = TextClassifier(20, 3, reader=reader).eval()
+    text = torch.randint(1, 20, (2, 9))
+    lengths = torch.tensor([9, 4])
+    text[1, 4:] = 0
+    alone = model(text[1:, :4], lengths[1:])
+    torch.testing.assert_close(model(text, lengths)[1:], alone)
+    with pytest.raises(ValueError, match="reader must be one of"):
+        TextClassifier(20, 3, reader="eyes")
+
+
+@pytest.mark.parametrize("encoder", speech_recognizer.ENCODERS)
+def test_speech_behind_the_end_is_not_heard(encoder) -> None:
+    model = SpeechRecognizer(5, 4, encoder=encoder).eval()
+    frames = torch.randn(2, 41, 5)
+    frames[1, 22:] = 1e4
+    scores, steps = model(frames, torch.tensor([41, 22]))
+    alone, own = model(frames[1:, :22], torch.tensor([22]))
+    assert steps.tolist() == [11, 6]
+    assert own.tolist() == [6]
+    torch.testing.assert_close(scores[:6, 1:], alone)
+
+
+def test_memory_reading_is_the_papers() -> None:
+    model = MemoryNetwork(12, embedding=6, hops=2, memories=8)
+    story, question = torch.randint(0, 12, (3, 5, 4)), torch.randint(1, 12, (3, 4))
+    count = torch.tensor([5, 2, 1])
+    scores, weights = model(story, question, count, need_weights=True)
+    place = model.position_weights(4, 6)
+
+    def sentences(hop: int) -> torch.Tensor:
+        return (model.words[hop](story) * place).sum(2) + model.times[hop](torch.arange(5))
+
+    state = (model.words[0](question) * place).sum(1)
+    for hop in range(2):
+        logits = torch.einsum("be,bme->bm", state, sentences(hop))
+        wanted = logits.masked_fill(torch.arange(5) >= count[:, None], -torch.inf).softmax(1)
+        torch.testing.assert_close(weights[hop], wanted)
+        state = state + torch.einsum("bm,bme->be", wanted, sentences(hop + 1))
+    torch.testing.assert_close(scores, state @ model.words[2].weight.t())
+    with pytest.raises(ValueError, match="has 9 sentences, memories is 8"):
+        model(torch.ones(1, 9, 4, dtype=torch.int64), question[:1], count[:1])
+
+
+def test_edit_distance_against_enumeration() -> None:
+    generator = torch.Generator().manual_seed(0)
+    words = [torch.randint(0, 3, (n,), generator=generator).tolist() for n in (0, 1, 3, 4, 5)]
+
+    def slow(a: list[int], b: list[int]) -> int:
+        if not a or not b:
+            return len(a) + len(b)
+        return min(slow(a[1:], b) + 1, slow(a, b[1:]) + 1, slow(a[1:], b[1:]) + (a[0] != b[0]))
+
+    for a, b in itertools.product(words, words):
+        assert edit_distance.edits(a, b) == slow(a, b)
+    assert edit_distance.error_rate([[1, 2], [3]], [[1, 2, 3], [4]]) == 0.5
+    with pytest.raises(ValueError, match="no label"):
+        edit_distance.error_rate([[1]], [[]])
+
+
+def test_overlaps_of_boxes() -> None:
+    box = torch.tensor([0.5, 0.5, 0.2, 0.2])
+    iou, general = detr.overlaps(box, torch.tensor([[0.5, 0.5, 0.2, 0.4], [0.6, 0.5, 0.2, 0.2], [0.8, 0.5, 0.2, 0.2]]))
+    torch.testing.assert_close(iou, torch.tensor([0.5, 1 / 3, 0.0]))
+    torch.testing.assert_close(general, torch.tensor([0.5, 1 / 3, -0.2]))  # the gap is a fifth of the hull
+
+
+def test_matching_is_the_cheapest() -> None:
+    kinds, boxes = torch.randn(4, 3), torch.rand(4, 4) * 0.4 + 0.1
+    true_kinds, true_boxes = torch.tensor([1, 0]), torch.rand(2, 4) * 0.4 + 0.1
+
+    def cost(queries: tuple[int, ...]) -> float:
+        chosen = torch.tensor(queries)
+        _, general = detr.overlaps(boxes[chosen], true_boxes)
+        apart = (boxes[chosen] - true_boxes).abs().sum(1)
+        likely = kinds.softmax(1)[chosen, true_kinds]
+        return (detr.BOX_WEIGHT * apart - detr.OVERLAP_WEIGHT * general - likely).sum().item()
+
+    queries, objects = detr.match(kinds, boxes, true_kinds, true_boxes)
+    found = tuple(queries[objects.argsort()].tolist())
+    assert cost(found) == pytest.approx(min(cost(pair) for pair in itertools.permutations(range(4), 2)))
+
+
+def test_average_precision_of_the_truth_and_of_nonsense() -> None:
+    scenes = shapes.scenes(20, torch.Generator().manual_seed(0))
+
+    class Fixed(torch.nn.Module):
+        classes = 3
+
+        def __init__(self, shift: float) -> None:
+            super().__init__()
+            self.shift = shift
+
+        def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            kinds = torch.zeros(len(images), 3, 4)
+            kinds[..., 3] = 10.0
+            boxes = torch.full((len(images), 3, 4), 0.01)
+            for i, (own, own_boxes) in enumerate(zip(scenes.kinds, scenes.boxes, strict=True)):
+                for q, (kind, box) in enumerate(zip(own, own_boxes, strict=True)):
+                    kinds[i, q, 3], kinds[i, q, kind] = 0.0, 10.0
+                    boxes[i, q] = box + self.shift
+            return kinds, boxes
+
+    assert mean_average_precision(Fixed(0.0), scenes) == pytest.approx(1.0)
+    assert mean_average_precision(Fixed(0.9), scenes) == 0.0
+
+
+def test_shapes_fill_their_boxes() -> None:
+    scenes = shapes.scenes(30, torch.Generator().manual_seed(1), most=1)
+    for image, boxes in zip(scenes.images, scenes.boxes, strict=True):
+        bright = (image.amax(0) > 0.2).nonzero()
+        low, high = bright.min(0).values / 64, (bright.max(0).values + 1) / 64
+        left, top, right, bottom = detr.corners(boxes[0]).tolist()
+        assert (low - torch.tensor([top, left])).abs().max() < 0.04
+        assert (high - torch.tensor([bottom, right])).abs().max() < 0.04
+
+
+def test_a_second_has_98_frames() -> None:
+    samples = torch.sin(torch.arange(8000) * 2 * torch.pi * 1000 / 8000)
+    assert speech.log_mel(samples).shape == (98, speech.BANDS)
+    assert speech.log_mel(samples[:10]).shape == (1, speech.BANDS)
+    frames = samples.unfold(0, speech.WINDOW, speech.HOP) * torch.hann_window(speech.WINDOW)
+    energy = torch.fft.rfft(frames).abs().square() @ speech.mel_filters().t()
+    centres = 700 * (10 ** (torch.linspace(0, 2595 * torch.log10(torch.tensor(1 + 4000 / 700)), 42)[1:-1] / 2595) - 1)
+    assert abs(centres[energy.mean(0).argmax()] - 1000) < 60  # the band of 1 kHz
