@@ -398,6 +398,15 @@ std::tuple<Tensor, Tensor> forward_cpu(const Tensor& query, const Tensor& key, c
   measure_sequences(extras, query, key);
   return forward(query, key, value, extras, run_pass_on_cpu);
 }
+Extras no_extras(bool causal, double scale) {
+  Extras extras{};
+  extras.causal = causal, extras.scale = scale;
+  return extras;
+}
+std::tuple<Tensor, Tensor> plain_cpu(const Tensor& query, const Tensor& key, const Tensor& value, bool causal,
+                                     double scale) {
+  return forward(query, key, value, no_extras(causal, scale), run_pass_on_cpu);
+}
 Tensor weights_cpu(const Tensor& query, const Tensor& key, const Tensor& lse, EXTRA_PARAMETERS, OPTIONS) {
   Extras extras = EXTRAS;
   measure_sequences(extras, query, key);
@@ -411,6 +420,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(BACKWARD_PARAMETERS) {
 
 STABLE_TORCH_LIBRARY_IMPL(pyseqnet, CPU, m) {
   m.impl("attention_forward", TORCH_BOX(&forward_cpu));
+  m.impl("attention_plain", TORCH_BOX(&plain_cpu));
   m.impl("attention_weights", TORCH_BOX(&weights_cpu));
   m.impl("attention_backward", TORCH_BOX(&backward_cpu));
 }
@@ -426,6 +436,10 @@ std::tuple<Tensor, Tensor> forward_cuda(const Tensor& query, const Tensor& key, 
                                         EXTRA_PARAMETERS, OPTIONS) {
   return forward(query, key, value, EXTRAS, run_pass_on_cuda);
 }
+std::tuple<Tensor, Tensor> plain_cuda(const Tensor& query, const Tensor& key, const Tensor& value,
+                                      bool causal, double scale) {
+  return forward(query, key, value, no_extras(causal, scale), run_pass_on_cuda);
+}
 Tensor weights_cuda(const Tensor& query, const Tensor& key, const Tensor& lse, EXTRA_PARAMETERS, OPTIONS) {
   return weights(query, key, lse, EXTRAS, run_pass_on_cuda);
 }
@@ -435,6 +449,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cuda(BACKWARD_PARAMETERS) {
 
 STABLE_TORCH_LIBRARY_IMPL(pyseqnet, CUDA, m) {
   m.impl("attention_forward", TORCH_BOX(&forward_cuda));
+  m.impl("attention_plain", TORCH_BOX(&plain_cuda));
   m.impl("attention_weights", TORCH_BOX(&weights_cuda));
   m.impl("attention_backward", TORCH_BOX(&backward_cuda));
 }

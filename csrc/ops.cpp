@@ -47,6 +47,10 @@ STABLE_TORCH_LIBRARY(pyseqnet, m) {
       "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? bias, Tensor? slopes, "
       "Tensor? key_lengths, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor[] pattern, Tensor? seed, int "
       "causal, float scale, float softcap, float dropout_p, int max_q, int max_k) -> (Tensor, Tensor)");
+  // attention_forward with nothing beside: reading eleven arguments fewer is a third of a small call.
+  m.def(
+      "attention_plain(Tensor query, Tensor key, Tensor value, bool causal, float scale) -> (Tensor, "
+      "Tensor)");
   m.def(
       "attention_weights(Tensor query, Tensor key, Tensor lse, Tensor? mask, Tensor? bias, Tensor? slopes, "
       "Tensor? key_lengths, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor[] pattern, Tensor? seed, int "

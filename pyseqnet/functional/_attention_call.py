@@ -40,6 +40,7 @@ class Given(NamedTuple):
 
 
 NOTHING = Given()
+NO_EXTRAS: tuple[Any, ...] = (None, None, None, None, None, None, (), None)
 
 
 def _broadcast(*shapes: Sequence[int]) -> tuple[int, ...]:
@@ -167,7 +168,7 @@ def read(
     factor = 1.0 / math.sqrt(width) if scale is None and width else 1.0 if scale is None else float(scale)
     if mask is None and given is NOTHING:  # spares small calls a few microseconds
         options = (TOP_LEFT if is_causal else NOT_CAUSAL, factor, 0.0, float(dropout_p), 0, 0)
-        return query, key, value, _NO_EXTRAS, options, leading, 0
+        return query, key, value, NO_EXTRAS, options, leading, 0
 
     max_q = max_k = 0
     cu_q = cu_k = None
@@ -195,9 +196,6 @@ def read(
     extras = (mask, bias, slopes, lengths, cu_q, cu_k, tiles, None)
     options = (causal, factor, softcap, float(dropout_p), max_q, max_k)
     return query, key, value, extras, options, leading, packed
-
-
-_NO_EXTRAS = (None, None, None, None, None, None, (), None)
 
 
 def _read_pattern(

@@ -41,13 +41,8 @@ from pyseqnet.nn.power_norm import PowerNorm
 from pyseqnet.nn.random_features import PositiveRandomFeatures, RandomFourierFeatures, random_projection
 from pyseqnet.nn.recurrent import GRU, LSTM, RNN, GRUCell, JordanRNN, JordanRNNCell, LSTMCell, RNNCell
 from pyseqnet.nn.sequential import Sequential
-from pyseqnet.nn.transformer import (
-    Transformer,
-    TransformerDecoder,
-    TransformerDecoderLayer,
-    TransformerEncoder,
-    TransformerEncoderLayer,
-)
+from pyseqnet.nn.transformer import Transformer, TransformerDecoder, TransformerEncoder
+from pyseqnet.nn.transformer_layers import TransformerDecoderLayer, TransformerEncoderLayer
 
 __all__ = [
     "CRF",

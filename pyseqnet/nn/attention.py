@@ -5,126 +5,29 @@ Vaswani et al.: Attention is all you need, 2017.
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
 
 # Bound at import: replacing torch.nn.MultiheadAttention by ours later cannot make the class its own base.
 from torch.nn import MultiheadAttention as _TorchMultiheadAttention
 from torch.nn.functional import linear
-from torch.nn.functional import pad as _torch_pad
 
 from pyseqnet import functional as F
 from pyseqnet.masks import Pattern
+from pyseqnet.nn._attention_masks import (
+    additive_mask,
+    agreed_masks,
+    causal_rows,
+    finite_padding,
+    hidden_prefix,
+    hidden_rows,
+    merged_mask,
+    right_padded_lengths,
+)
 from pyseqnet.nn.cache import KeyValueCache, MemoryCache, PreallocatedCache
-
-
-def agreed_masks(
-    padding: Tensor | None, mask: Tensor | None, padding_name: str, mask_name: str, dtype: torch.dtype
-) -> tuple[Tensor | None, Tensor | None]:
-    """Masks in torch.nn's sense (True = ignore) that can be merged: two bool ones, or two additive ones.
-
-    As torch: AssertionError for other dtypes; two different ones warn, and a bool one among them becomes additive.
-    """
-    for given, name in ((padding, padding_name), (mask, mask_name)):
-        if given is not None and given.dtype != torch.bool and not given.is_floating_point():
-            raise AssertionError(f"only bool and floating types of {name} are supported")
-    if padding is None or mask is None or padding.dtype == mask.dtype:
-        return padding, mask
-    warnings.warn(
-        f"Support for mismatched {padding_name} and {mask_name} is deprecated. Use same type for both instead.",
-        stacklevel=3,
-    )
-    return _additive(padding, dtype), _additive(mask, dtype)
-
-
-def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    if mask.dtype != torch.bool:
-        return mask
-    return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, -math.inf)
-
-
-def _may_be_looked_at(tensor: Tensor) -> bool:
-    """Whether a decision may depend on its values: elsewhere that stops a GPU or a compiler."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not is_fake(tensor)
-
-
-def finite_padding(input: Tensor, padding: Tensor | None, batch_first: bool) -> Tensor:
-    """`input` with zeros where padded positions hold NaN or infinity, and only there.
-
-    No real output sees a padded position. A gradient does: that of a weight sums `0 * input` over the padding, which
-    is NaN for such values. So this is done only where gradients are recorded.
-    """
-    if padding is None or not torch.is_grad_enabled():
-        return input
-    ignored = padding if padding.dtype == torch.bool else padding == -math.inf
-    if ignored.dim() == 2 and not batch_first:
-        ignored = ignored.transpose(0, 1)
-    if ignored.shape != input.shape[:-1]:  # refused later, in torch's words
-        return input
-    if _may_be_looked_at(input) and math.isfinite(input.detach()[ignored].sum().item()):
-        return input
-    return input.masked_fill(ignored.unsqueeze(-1) & ~input.isfinite(), 0.0)
-
-
-def _right_padded_lengths(padding: Tensor) -> Tensor | None:
-    """How many keys each row of `padding` (B, S) leaves, if they are its first ones: whole blocks are then skipped.
-
-    None where it cannot be found out.
-    """
-    if not _may_be_looked_at(padding):
-        return None
-    keys = padding.shape[1]
-    lengths = keys - padding.sum(1)
-    return lengths if torch.equal(padding, torch.arange(keys) >= lengths.unsqueeze(1)) else None
-
-
-def _merged(padding: Tensor | None, mask: Tensor | None, heads: int, extra_keys: int) -> Tensor | None:
-    """One mask for the attention function (True = take part), broadcast over what it does not depend on.
-
-    (B, 1, 1, S), (1, 1, L, S), (B, 1, L, S) or (B, H, L, S). `extra_keys` are appended, visible to all.
-    """
-    if mask is not None:
-        mask = mask[None, None] if mask.dim() == 2 else mask.unflatten(0, (-1, heads))
-    if padding is not None:
-        padding = padding[:, None, None, :]
-    if mask is None or padding is None:
-        merged = padding if mask is None else mask
-    else:
-        merged = mask | padding if mask.dtype == torch.bool else mask + padding
-    if merged is not None and extra_keys:
-        merged = _torch_pad(merged, (0, extra_keys))
-    return ~merged if merged is not None and merged.dtype == torch.bool else merged
-
-
-def _causal_rows(queries: int, keys: int, device: torch.device) -> Tensor | None:
-    """True where the last `queries` of `keys` positions would see a later one; None where none would."""
-    if queries == 1:
-        return None
-    return torch.ones(queries, keys, dtype=torch.bool, device=device).triu(keys - queries + 1)
-
-
-def _hidden_rows(pattern: Pattern, queries: int, positions: int) -> Tensor:
-    """True where the last `queries` of `positions` may not look: (queries, positions), or (heads, ..) of a pattern with
-    heads. On the CPU, and never the whole square."""
-    pattern._check(positions, positions)
-    i, j = torch.arange(positions - queries, positions).unsqueeze(1), torch.arange(positions).unsqueeze(0)
-    of_heads = [pattern] if pattern.heads is None else [pattern._of_head(h) for h in range(pattern.heads)]
-    rows = [~part._visible(i, j, positions, positions).expand(queries, positions) for part in of_heads]
-    return rows[0] if pattern.heads is None else torch.stack(rows)
-
-
-def _hidden_prefix(hidden: Tensor) -> int:
-    """How many of the first positions no row sees: with windows, all but a few."""
-    if torch.compiler.is_compiling():
-        return 0
-    seen = (~hidden).flatten(0, -2).any(0).nonzero()
-    return int(seen[0]) if len(seen) else 0
 
 
 def _on_each(
@@ -308,13 +211,13 @@ class MultiheadAttention(_TorchMultiheadAttention):
         k, v, extra_keys = self._with_extra_keys(k, v)
         lengths = None
         if padding is not None and padding.dtype == torch.bool and not extra_keys:
-            lengths = _right_padded_lengths(padding)
+            lengths = right_padded_lengths(padding)
             padding = padding if lengths is None else None
         result: Any = F.scaled_dot_product_attention(
             q,
             k,
             v,
-            _merged(padding, mask, self.num_heads, extra_keys),
+            merged_mask(padding, mask, self.num_heads, extra_keys),
             self.dropout if self.training else 0.0,
             causal,
             pattern=pattern,
@@ -354,11 +257,11 @@ class MultiheadAttention(_TorchMultiheadAttention):
         length = query.shape[int(batch_first) if batched else 0]
         new = 0 if filled else key.shape[int(batch_first) if batched else 0]
         total = cache.length + new
-        causal = _causal_rows(length, total, query.device) if is_causal and mask is None and grows else None
+        causal = causal_rows(length, total, query.device) if is_causal and mask is None and grows else None
         hidden, first = None, 0
         if self.pattern is not None and grows:
-            hidden = _hidden_rows(self.pattern, length, total)
-            first = _hidden_prefix(hidden)
+            hidden = hidden_rows(self.pattern, length, total)
+            first = hidden_prefix(hidden)
             hidden = hidden.to(query.device)
         if is_causal and mask is None and not grows:
             raise ValueError("is_causal means nothing for the memory of a decoder: give attn_mask")
@@ -396,7 +299,7 @@ class MultiheadAttention(_TorchMultiheadAttention):
                 hidden = hidden.expand(query.shape[0 if batch_first else 1], *hidden.shape).flatten(0, 1)
             additive = [given for given in (padding, mask) if given is not None and given.dtype != torch.bool]
             if additive:
-                hidden = _additive(hidden, additive[0].dtype)
+                hidden = additive_mask(hidden, additive[0].dtype)
             mask = hidden if mask is None else hidden | mask if hidden.dtype == torch.bool else hidden + mask
         call = (need_weights, average_attn_weights, batched, batch_first)
         if first and mask is not None and not need_weights:  # nobody sees what lies before: do not read it

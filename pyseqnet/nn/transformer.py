@@ -23,14 +23,13 @@ Beyond torch's, all by keyword:
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 # Bound at import: replacing torch.nn's classes by ours later cannot make a class its own base.
-from torch.nn import LayerNorm as _TorchLayerNorm
 from torch.nn import MultiheadAttention as _TorchMultiheadAttention
 from torch.nn import Transformer as _TorchTransformer
 from torch.nn import TransformerDecoder as _TorchTransformerDecoder
@@ -39,301 +38,19 @@ from torch.nn import TransformerEncoder as _TorchTransformerEncoder
 from torch.nn import TransformerEncoderLayer as _TorchTransformerEncoderLayer
 from torch.nn.functional import relu
 
-from pyseqnet.masks import Pattern
-from pyseqnet.nn.attention import MultiheadAttention, agreed_masks, finite_padding
-from pyseqnet.nn.cache import DecodingState, LayerState
-from pyseqnet.nn.efficient import EFFICIENT
-from pyseqnet.nn.linear_attention import LinearMultiheadAttention
-from pyseqnet.nn.norm import LayerNorm
-from pyseqnet.nn.power_norm import PowerNorm
-
-Activation = str | Callable[[Tensor], Tensor]
-Factory = Callable[..., torch.nn.Module]
-
-# What `attention=` and `norm=` may name. A factory of attention is called as MultiheadAttention:
-# factory(d_model, nhead, dropout=, bias=, batch_first=, device=, dtype=); its layer too.
-ATTENTION: dict[str, Factory] = {"softmax": MultiheadAttention, "linear": LinearMultiheadAttention, **EFFICIENT}
-NORMS: dict[str, Factory] = {"layer": LayerNorm, "power": PowerNorm}
-MEMORY_LAYERS = ("last", "same", "reverse", "adaptive")
-
-
-def _factory(choice: str | Factory, names: dict[str, Factory], argument: str) -> Factory:
-    if isinstance(choice, str):
-        if choice not in names:
-            raise ValueError(f"{argument} must be one of {', '.join(map(repr, names))}, or a factory; got {choice!r}")
-        return names[choice]
-    if not callable(choice):
-        raise TypeError(f"{argument} must be a name or a factory, got {type(choice).__name__}")
-    return choice
-
-
-def _choose_parts(
-    layer: Any,
-    attention: str | Factory,
-    pattern: Pattern | None,
-    norm: str | Factory,
-    bias: bool,
-    factory: dict[str, Any],
-) -> None:
-    """Replaces what torch's constructor has built by what was asked for."""
-    old = layer.self_attn
-    if attention != "softmax":
-        if pattern is not None:
-            raise ValueError("pattern belongs to softmax attention; give it to the factory of another")
-        layer.self_attn = _factory(attention, ATTENTION, "attention")(
-            old.embed_dim, old.num_heads, dropout=old.dropout, bias=bias, batch_first=old.batch_first, **factory
-        )
-        # Stacks ask for it, and a module from elsewhere may not know it.
-        if getattr(layer.self_attn, "batch_first", None) is None:
-            layer.self_attn.batch_first = old.batch_first
-    elif pattern is not None:
-        layer.self_attn.set_pattern(pattern)
-    if norm != "layer":
-        make = _factory(norm, NORMS, "norm")
-        for name in ("norm1", "norm2", "norm3"):
-            if hasattr(layer, name):
-                setattr(layer, name, make(old.embed_dim, **(factory if norm in NORMS else {})))
-
-
-def _normalised(norm: torch.nn.Module, x: Tensor, padding: Tensor | None, batch_first: bool) -> Tensor:
-    """PowerNorm's statistics leave the padding out; other normalisations see one position at a time."""
-    if not isinstance(norm, PowerNorm) or padding is None:
-        result: Tensor = norm(x)
-        return result
-    ignored = padding if padding.dtype == torch.bool else padding == -torch.inf
-    if ignored.dim() == 2 and not batch_first:
-        ignored = ignored.transpose(0, 1)
-    masked: Tensor = norm(x, ignored)
-    return masked
-
-
-def _new_cache(attention: Any, capacity: int | None, batch_size: int | None, memory: bool = False) -> Any:
-    if not hasattr(attention, "new_cache"):
-        raise TypeError(f"{type(attention).__name__} cannot decode token by token: it has no new_cache()")
-    return attention.new_cache(capacity, batch_size, memory)
-
-
-def _step(attention: Any, x: Tensor, mask: Tensor | None, padding: Tensor | None, state: LayerState) -> Tensor:
-    """Self-attention of new positions, which see those before them."""
-    if mask is not None:
-        raise ValueError("with state, self-attention is causal by itself: the mask must be None")
-    output: Tensor = attention(
-        x, x, x, key_padding_mask=padding, is_causal=True, need_weights=False, cache=state.self_attention
-    )[0]
-    return output
-
-
-def _stack(given: Any, num_layers: int | None, kind: str) -> tuple[Any, int, list[Any] | None]:
-    """One layer and how often, and the list where a list was given."""
-    if isinstance(given, torch.nn.Module) and not isinstance(given, torch.nn.ModuleList):
-        if num_layers is None:
-            raise TypeError(f"num_layers is needed where one {kind} is given")
-        return given, num_layers, None
-    layers = list(given)
-    if not layers:
-        raise ValueError(f"the list of {kind}s must not be empty")
-    if num_layers not in (None, len(layers)):
-        raise ValueError(f"num_layers must be the number of {kind}s given, {len(layers)}; got {num_layers}")
-    return layers[0], 1, layers
-
-
-def _states(stack: Any, state: DecodingState | None) -> Sequence[Any]:
-    if state is None:
-        return [None] * len(stack.layers)
-    if not isinstance(state, DecodingState):
-        raise TypeError(f"state must come from new_state(), got {type(state).__name__}")
-    if len(state) != len(stack.layers):
-        raise ValueError(f"state is of {len(state)} layers; there are {len(stack.layers)}")
-    return state
-
-
-def _take_over(module: torch.nn.Module) -> None:
-    """Every part that torch built becomes ours, with the parameters that it has drawn."""
-    for part in module.modules():
-        if type(part) in _OURS:
-            part.__class__ = _OURS[type(part)]
-
-
-def _finds_causal_mask(mask: Tensor | None, hint: bool | None, length: int) -> bool:
-    """The hint; without one, whether `mask` is the causal one. As torch, but a compiler is not made to look."""
-    if hint is not None or mask is None or torch.compiler.is_compiling():
-        return bool(hint)
-    if mask.shape != (length, length):
-        return False
-    causal = torch.full_like(mask, True if mask.dtype == torch.bool else -torch.inf).triu_(1)
-    return torch.equal(mask, causal)
-
-
-class TransformerEncoderLayer(_TorchTransformerEncoderLayer):
-    """Drop-in for `torch.nn.TransformerEncoderLayer`: self-attention, then two linear layers.
-
-    Each is added to its input and normalised, after the sum or (``norm_first``) before the block.
-
-    >>> layer = TransformerEncoderLayer(512, 8)
-    >>> sum(p.numel() for p in layer.parameters())
-    3152384
-    """
-
-    def __init__(
-        self,
-        d_model: int,
-        nhead: int,
-        dim_feedforward: int = 2048,
-        dropout: float = 0.1,
-        activation: Activation = relu,
-        layer_norm_eps: float = 1e-5,
-        batch_first: bool = False,
-        norm_first: bool = False,
-        bias: bool = True,
-        device: Any = None,
-        dtype: Any = None,
-        *,
-        attention: str | Factory = "softmax",
-        pattern: Pattern | None = None,
-        norm: str | Factory = "layer",
-    ) -> None:
-        super().__init__(
-            d_model,
-            nhead,
-            dim_feedforward,
-            dropout,
-            activation,
-            layer_norm_eps,
-            batch_first,
-            norm_first,
-            bias,
-            device,
-            dtype,
-        )
-        _take_over(self)
-        _choose_parts(self, attention, pattern, norm, bias, {"device": device, "dtype": dtype})
-
-    def forward(
-        self,
-        src: Tensor,
-        src_mask: Tensor | None = None,
-        src_key_padding_mask: Tensor | None = None,
-        is_causal: bool = False,
-        *,
-        state: LayerState | None = None,
-    ) -> Tensor:
-        padding, mask = agreed_masks(src_key_padding_mask, src_mask, "src_key_padding_mask", "src_mask", src.dtype)
-        batch_first = bool(self.self_attn.batch_first)
-        x = finite_padding(src, padding, batch_first) if state is None else src
-        ignored = padding if state is None else None
-
-        def attend(x: Tensor) -> Tensor:
-            if state is None:
-                return self._sa_block(x, mask, padding, is_causal=is_causal)
-            return self.dropout1(_step(self.self_attn, x, mask, padding, state))
-
-        if self.norm_first:
-            x = x + attend(_normalised(self.norm1, x, ignored, batch_first))
-            return x + self._ff_block(_normalised(self.norm2, x, ignored, batch_first))
-        x = _normalised(self.norm1, x + attend(x), ignored, batch_first)
-        return _normalised(self.norm2, x + self._ff_block(x), ignored, batch_first)
-
-    def new_state(self, capacity: int | None = None, batch_size: int | None = None) -> LayerState:
-        """An empty state of this layer for decoding; see `TransformerEncoder.new_state`."""
-        return LayerState(_new_cache(self.self_attn, capacity, batch_size))
-
-
-class TransformerDecoderLayer(_TorchTransformerDecoderLayer):
-    """Drop-in for `torch.nn.TransformerDecoderLayer`: self-attention, attention to `memory`, two linear layers.
-
-    Each is added to its input and normalised, after the sum or (``norm_first``) before the block.
-
-    >>> layer = TransformerDecoderLayer(512, 8)
-    >>> sum(p.numel() for p in layer.parameters())
-    4204032
-    """
-
-    def __init__(
-        self,
-        d_model: int,
-        nhead: int,
-        dim_feedforward: int = 2048,
-        dropout: float = 0.1,
-        activation: Activation = relu,
-        layer_norm_eps: float = 1e-5,
-        batch_first: bool = False,
-        norm_first: bool = False,
-        bias: bool = True,
-        device: Any = None,
-        dtype: Any = None,
-        *,
-        attention: str | Factory = "softmax",
-        pattern: Pattern | None = None,
-        norm: str | Factory = "layer",
-    ) -> None:
-        super().__init__(
-            d_model,
-            nhead,
-            dim_feedforward,
-            dropout,
-            activation,
-            layer_norm_eps,
-            batch_first,
-            norm_first,
-            bias,
-            device,
-            dtype,
-        )
-        _take_over(self)
-        _choose_parts(self, attention, pattern, norm, bias, {"device": device, "dtype": dtype})
-
-    def forward(
-        self,
-        tgt: Tensor,
-        memory: Tensor,
-        tgt_mask: Tensor | None = None,
-        memory_mask: Tensor | None = None,
-        tgt_key_padding_mask: Tensor | None = None,
-        memory_key_padding_mask: Tensor | None = None,
-        tgt_is_causal: bool = False,
-        memory_is_causal: bool = False,
-        *,
-        state: LayerState | None = None,
-    ) -> Tensor:
-        batch_first = bool(self.self_attn.batch_first)
-        x = finite_padding(tgt, tgt_key_padding_mask, batch_first) if state is None else tgt
-        ignored = tgt_key_padding_mask if state is None else None
-
-        def attend(x: Tensor) -> Tensor:
-            if state is None:
-                return self._sa_block(x, tgt_mask, tgt_key_padding_mask, tgt_is_causal)
-            return self.dropout1(_step(self.self_attn, x, tgt_mask, tgt_key_padding_mask, state))
-
-        def look(x: Tensor) -> Tensor:
-            if state is None or state.memory is None:
-                return self._mha_block(x, memory, memory_mask, memory_key_padding_mask, memory_is_causal)
-            output = self.multihead_attn(
-                x,
-                memory,
-                memory,
-                attn_mask=memory_mask,
-                key_padding_mask=memory_key_padding_mask,
-                need_weights=False,
-                cache=state.memory,
-            )[0]
-            return self.dropout2(output)
-
-        def normalised(norm: torch.nn.Module, x: Tensor) -> Tensor:
-            return _normalised(norm, x, ignored, batch_first)
-
-        if self.norm_first:
-            x = x + attend(normalised(self.norm1, x))
-            x = x + look(normalised(self.norm2, x))
-            return x + self._ff_block(normalised(self.norm3, x))
-        x = normalised(self.norm1, x + attend(x))
-        x = normalised(self.norm2, x + look(x))
-        return normalised(self.norm3, x + self._ff_block(x))
-
-    def new_state(self, capacity: int | None = None, batch_size: int | None = None) -> LayerState:
-        """An empty state of this layer for decoding; see `TransformerDecoder.new_state`."""
-        return LayerState(
-            _new_cache(self.self_attn, capacity, batch_size), _new_cache(self.multihead_attn, None, None, memory=True)
-        )
+from pyseqnet.nn._attention_masks import agreed_masks
+from pyseqnet.nn._transformer_parts import (
+    MEMORY_LAYERS,
+    PARTS,
+    Activation,
+    finds_causal_mask,
+    normalised,
+    one_or_list,
+    states_of,
+    take_over,
+)
+from pyseqnet.nn.cache import DecodingState
+from pyseqnet.nn.transformer_layers import TransformerDecoderLayer, TransformerEncoderLayer
 
 
 class TransformerEncoder(_TorchTransformerEncoder):
@@ -357,7 +74,7 @@ class TransformerEncoder(_TorchTransformerEncoder):
         enable_nested_tensor: bool = True,
         mask_check: bool = True,
     ) -> None:
-        layer, count, layers = _stack(encoder_layer, num_layers, "encoder layer")
+        layer, count, layers = one_or_list(encoder_layer, num_layers, "encoder layer")
         if layers is None and isinstance(getattr(layer, "self_attn", None), _TorchMultiheadAttention):
             super().__init__(layer, count, norm, enable_nested_tensor, mask_check)
             return
@@ -381,14 +98,14 @@ class TransformerEncoder(_TorchTransformerEncoder):
         padding, mask = agreed_masks(src_key_padding_mask, mask, "src_key_padding_mask", "mask", src.dtype)
         batch_first = self.layers[0].self_attn.batch_first
         length = src.shape[1 if src.dim() == 3 and batch_first else 0]
-        causal = _finds_causal_mask(mask, is_causal, length)
+        causal = finds_causal_mask(mask, is_causal, length)
         output, outputs = src, []
-        for layer, own in zip(self.layers, _states(self, state), strict=True):
+        for layer, own in zip(self.layers, states_of(self, state), strict=True):
             options = {} if own is None else {"state": own}
             output = layer(output, src_mask=mask, is_causal=causal, src_key_padding_mask=padding, **options)
             outputs.append(output)
         if self.norm is not None:
-            output = outputs[-1] = _normalised(self.norm, output, None if state else padding, batch_first)
+            output = outputs[-1] = normalised(self.norm, output, None if state else padding, batch_first)
         return (output, outputs) if return_layers else output
 
     def new_state(self, capacity: int | None = None, batch_size: int | None = None) -> DecodingState:
@@ -435,7 +152,7 @@ class TransformerDecoder(_TorchTransformerDecoder):
         memory_layers: str = "last",
         num_memory_layers: int | None = None,
     ) -> None:
-        layer, count, layers = _stack(decoder_layer, num_layers, "decoder layer")
+        layer, count, layers = one_or_list(decoder_layer, num_layers, "decoder layer")
         super().__init__(layer, count, norm)
         if layers is not None:
             self.layers = torch.nn.ModuleList(layers)
@@ -495,9 +212,9 @@ class TransformerDecoder(_TorchTransformerDecoder):
     ) -> Tensor:
         batch_first = self.layers[0].self_attn.batch_first
         length = tgt.shape[1 if tgt.dim() == 3 and batch_first else 0]
-        causal = _finds_causal_mask(tgt_mask, tgt_is_causal, length)
+        causal = finds_causal_mask(tgt_mask, tgt_is_causal, length)
         output = tgt
-        for layer, source, own in zip(self.layers, self._memories(memory), _states(self, state), strict=True):
+        for layer, source, own in zip(self.layers, self._memories(memory), states_of(self, state), strict=True):
             options = {} if own is None else {"state": own}
             output = layer(
                 output,
@@ -512,7 +229,7 @@ class TransformerDecoder(_TorchTransformerDecoder):
             )
         if self.norm is None:
             return output
-        return _normalised(self.norm, output, None if state else tgt_key_padding_mask, batch_first)
+        return normalised(self.norm, output, None if state else tgt_key_padding_mask, batch_first)
 
     def new_state(self, capacity: int | None = None, batch_size: int | None = None) -> DecodingState:
         """An empty state for decoding. Memory grows as it must; with ``capacity`` and ``batch_size`` it is allocated
@@ -568,9 +285,9 @@ class Transformer(_TorchTransformer):
             dtype,
         )
         if custom_encoder is None:
-            _take_over(self.encoder)
+            take_over(self.encoder, _OURS)
         if custom_decoder is None:
-            _take_over(self.decoder)
+            take_over(self.decoder, _OURS)
         if memory_layers != "last":
             if custom_encoder is not None or custom_decoder is not None:
                 raise ValueError("memory_layers belongs to a custom_decoder itself: give it there")
@@ -621,8 +338,7 @@ class Transformer(_TorchTransformer):
 
 
 _OURS: dict[type, type] = {
-    _TorchMultiheadAttention: MultiheadAttention,
-    _TorchLayerNorm: LayerNorm,
+    **PARTS,
     _TorchTransformerEncoderLayer: TransformerEncoderLayer,
     _TorchTransformerDecoderLayer: TransformerDecoderLayer,
     _TorchTransformerEncoder: TransformerEncoder,

@@ -273,6 +273,22 @@ def test_later_tokens_change_no_bit(device: str, monkeypatch: pytest.MonkeyPatch
                     assert torch.equal(a[:, :, : t + 1], b[:, :, : t + 1])
 
 
+@pytest.mark.parametrize("keys", [1, 7, 200])
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_plain_call_is_the_general_one(device: str, keys: int, causal: bool) -> None:
+    """Calls with nothing beside query, key and value have a shorter way to the same kernels."""
+    q, k, v = (normal((2, 3, n, 8), n, torch.float32).to(device).requires_grad_() for n in (130, keys, keys))
+    for options in ({}, {"scale": 0.3}):
+        plain = F.scaled_dot_product_attention(q, k, v, is_causal=causal, **options)
+        general = F.scaled_dot_product_attention(q, k, v, is_causal=causal, **options, return_lse=True)[0]
+        assert torch.equal(plain, general)
+        gradient = normal(plain.shape, 5, torch.float32).to(device)
+        for one, other in zip(*(torch.autograd.grad(o, (q, k, v), gradient) for o in (plain, general)), strict=True):
+            assert torch.equal(one, other)
+    only = torch.autograd.grad(F.scaled_dot_product_attention(q.detach(), k, v.detach()).sum(), k)[0]
+    assert only.isfinite().all()
+
+
 def test_step_by_step_is_the_whole(device: str) -> None:
     """E13: decoding with a cache of keys and values."""
     q, k, v = (normal((2, 3, 40, 16), n, torch.float32).to(device) for n in range(3))

@@ -94,7 +94,13 @@ def hostile_calls() -> list[tuple[Any, tuple[Any, ...]]]:
     def extras(**given: Any) -> tuple[Any, ...]:
         return (q, k, v, *none._replace(**given), *options)
 
+    plain = ops.attention_plain
     return [
+        (plain, (q[0], k, v, True, 1.0)),
+        (plain, (q, k[:1], v, True, 1.0)),
+        (plain, (q, k, v[:, :, :3], True, 1.0)),
+        (plain, (q[:, :3], k, v, False, 1.0)),
+        (plain, (q, k, v.half(), False, 1.0)),
         (forward, (q[0], k, v, *none, *options)),
         (forward, (q, k[:1], v, *none, *options)),
         (forward, (q, k, v[:, :, :3], *none, *options)),

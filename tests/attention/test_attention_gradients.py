@@ -183,6 +183,8 @@ def raw_calls(device: str):
         weights = ops.attention_weights(*inputs[:2], lse, *extras, *options)
         yield ops.attention_forward, (*inputs, *extras, *options)
         yield ops.attention_weights, (*inputs[:2], lse, *extras, *options)
+        if options is plain:
+            yield ops.attention_plain, (*inputs, True, 0.5)
         for need in (True, False):
             more = (weights, torch.ones_like(weights), torch.ones_like(lse)) if need else (None, None, None)
             needs = (need, True, need and extras.bias is not None)
@@ -277,20 +279,42 @@ def test_bitwise_equal_for_any_number_of_threads_and_from_run_to_run(dtype: torc
                 assert all(torch.equal(a, b) for a, b in zip(alone, step(), strict=True))
 
 
-def test_memory_is_linear() -> None:
-    """Forward and backward at 16384 positions: the weights alone would take a gigabyte."""
-    code = """
+MEMORY = {
+    "dropout": "dropout_p=0.1, is_causal=True",
+    "bias": "bias=torch.randn(1, 1, 1, n, requires_grad=True), return_lse=True, pattern=masks.Local(64)",
+    "alibi": "alibi_slopes=torch.ones(1), softcap=9.0, pattern=masks.Local(64) | masks.Strided(512) | masks.Global(1)",
+    "packed": "cu_seqlens_q=ends, cu_seqlens_k=ends, is_causal=True",
+}
+
+
+@pytest.mark.parametrize("name", MEMORY)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_memory_is_linear(name: str, dtype: str) -> None:
+    """What forward and what backward add to the peak, at 4096, 8192 and 16384 positions: the weights alone would take
+    64 MB, 256 MB and a gigabyte (half in bfloat16)."""
+    code = f"""
 import resource, torch
 import pyseqnet.functional as F
-q, k, v = (torch.randn(1, 1, 16384, 8, requires_grad=True) for _ in range(3))
-F.scaled_dot_product_attention(q[:, :, :64], k[:, :, :64], v[:, :, :64]).sum().backward()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-F.scaled_dot_product_attention(q, k, v, dropout_p=0.1, is_causal=True).sum().backward()
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+from pyseqnet import masks
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+for n in (64, 4096, 8192, 16384):
+    q, k, v = (torch.randn(1, 1, n, 8, dtype=torch.{dtype}, requires_grad=True) for _ in range(3))
+    ends = torch.tensor([0, n], dtype=torch.int32)
+    before = peak()
+    out = F.scaled_dot_product_attention(q, k, v, {MEMORY[name]})
+    between = peak()
+    sum(o.float().sum() for o in (out if isinstance(out, tuple) else (out,))).backward()
+    if n > 64:
+        print(between - before, peak() - between)
 """
     result = run_python(code, OMP_NUM_THREADS="1")
     assert result.returncode == 0, result.stderr
-    assert float(result.stdout) < 64
+    added = [float(word) for word in result.stdout.split()]
+    assert len(added) == 6
+    for n, forward, backward in zip((4096, 8192, 16384), added[::2], added[1::2], strict=True):
+        assert forward < 8 + n / 1024
+        assert backward < 8 + n / 1024
 
 
 def test_outputs_are_laid_out_for_multi_head_layers(device: str) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import pyseqnet.functional as F
 import pyseqnet.masks as M
+from pyseqnet._pattern import And, Or, compiled_of_equals
 from pyseqnet.functional._attention_reference import dense_pattern
 
 sdpa = torch.nn.functional.scaled_dot_product_attention
@@ -45,9 +46,9 @@ def test_golden_counts(pattern: M.Pattern, count: int) -> None:
 
 
 def by_hand(pattern: M.Pattern, i: int, j: int, length: int, keys: int) -> bool:
-    if isinstance(pattern, M._And):
+    if isinstance(pattern, And):
         return by_hand(pattern.left, i, j, length, keys) and by_hand(pattern.right, i, j, length, keys)
-    if isinstance(pattern, M._Or):
+    if isinstance(pattern, Or):
         return by_hand(pattern.left, i, j, length, keys) or by_hand(pattern.right, i, j, length, keys)
     at = i + (keys - length if getattr(pattern, "align", "") == "bottom_right" else 0)
     if isinstance(pattern, M.Causal):
@@ -159,7 +160,7 @@ def test_what_was_compiled_is_kept() -> None:
     assert len(pattern._compiled) <= 8
     mask = M.Dense(torch.ones(5, 5, dtype=torch.bool))
     mask.compile(5, 5)
-    assert all(token != mask._token for token, _ in M._compiled_of_equals)  # large ones live as long as their pattern
+    assert all(token != mask._token for token, _ in compiled_of_equals)  # large ones live as long as their pattern
 
 
 EVERY_KIND = [

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyseqnet import masks, nn
 from pyseqnet.nn import efficient
-from pyseqnet.nn.transformer import ATTENTION
+from pyseqnet.nn._transformer_parts import ATTENTION
 
 B, T, E, H = 2, 13, 16, 4
 SMALL = {  # options that make something happen at this length

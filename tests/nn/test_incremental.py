@@ -169,6 +169,30 @@ def test_gradients_through_a_growing_cache() -> None:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("memory", [False, True])
+def test_second_derivatives_through_a_cache(memory: bool) -> None:
+    """A gradient penalty on a decoder that runs token by token is that of the whole pass."""
+    layer = nn.MultiheadAttention(E, H, batch_first=True, dtype=torch.float64)
+    x, source = (normal((B, T, E), n, torch.float64).requires_grad_() for n in (5, 6))
+    if memory:
+        whole, _ = layer(x, source, source, need_weights=False)
+    else:
+        whole, _ = layer(x, x, x, attn_mask=causal_mask(T), is_causal=True, need_weights=False)
+    cache = layer.new_cache(memory=memory)
+    steps = []
+    for token in x.split(1, 1):
+        key = source if memory else token
+        steps.append(layer(token, key, key, need_weights=False, cache=cache)[0])
+    leaves = [x, source, *layer.parameters()] if memory else [x, *layer.parameters()]
+
+    def penalised(output: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        slopes = torch.autograd.grad(output.square().sum(), x, create_graph=True)[0]
+        return torch.autograd.grad(slopes.square().sum(), leaves, allow_unused=True, materialize_grads=True)
+
+    for one, other in zip(penalised(torch.cat(steps, 1)), penalised(whole), strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_multihead_errors() -> None:
     layer = nn.MultiheadAttention(E, H, batch_first=True)
     x = torch.zeros(B, 2, E)

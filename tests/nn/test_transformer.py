@@ -97,9 +97,10 @@ def assert_same(ours: list[Tensor], theirs: list[Tensor]) -> None:
 
 
 def test_examples() -> None:
-    found = doctest.testmod(importlib.import_module("pyseqnet.nn.transformer"))
-    assert found.attempted >= 3
-    assert not found.failed
+    for module, examples in (("transformer", 2), ("transformer_layers", 4)):
+        found = doctest.testmod(importlib.import_module(f"pyseqnet.nn.{module}"))
+        assert found.attempted >= examples
+        assert not found.failed
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -11,7 +11,7 @@ from torch.nn import Linear, Module, Parameter
 from torch.nn.functional import linear
 from torch.nn.init import constant_, xavier_uniform_
 
-from pyseqnet.nn.attention import _may_be_looked_at
+from pyseqnet.nn._attention_masks import may_be_looked_at
 
 
 def visible_keys(padding: Tensor | None) -> Tensor | None:
@@ -79,7 +79,7 @@ class TokenMixer(Module):
             self._refuse(f"key_padding_mask must have shape {wanted}; got {tuple(mask.shape)}")
         if mask.dtype != torch.bool:
             hidden = mask == -math.inf
-            if not mask.is_floating_point() or (_may_be_looked_at(mask) and bool((mask.masked_fill(hidden, 0)).any())):
+            if not mask.is_floating_point() or (may_be_looked_at(mask) and bool((mask.masked_fill(hidden, 0)).any())):
                 self._refuse("key_padding_mask must be bool (True = ignore), or hold 0 and -inf only")
             mask = hidden
         return mask if batched else mask.unsqueeze(0)
