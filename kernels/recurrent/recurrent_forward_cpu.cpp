@@ -17,8 +17,7 @@
 // Bound: FMA throughput, 2 * rows * G * H * (I + R) in all; the recurrent weights stream from the second or
 // third level once a step. The cell costs about 100 cycles for VL units and step.
 #include "recurrent/recurrent_few_rows.h"
-#include "recurrent/recurrent_products.h"
-#include "recurrent/recurrent_schedule.h"
+#include "recurrent/recurrent_forward_walk.h"
 
 namespace pyseqnet {
 inline namespace PYSEQNET_ISA {
@@ -37,28 +36,20 @@ using GruTiling = Tiling<GruCell<LaneMath>, 3>;
 
 constexpr int most_slots = 4;
 
-// Sizes that plan() and run() agree on.
-struct Sizes {
+struct Sizes : ForwardSizes {
   bool gated;
   bool few;  // weights are read where they lie
-  int64_t NR, units, panels, slots, projection_panels;
-  int64_t chunk;  // rows of slots made by one product, before the step that exceeds it
-  int64_t batch;
+  int64_t NR, panels, projection_panels;
 
-  explicit Sizes(const RecurrentProblem& p) {
-    constexpr int64_t chunk_floats = 1 << 18, longest_chunk = 384;  // half of a second-level cache
+  explicit Sizes(const RecurrentProblem& p) : ForwardSizes(p, (p.saved() > 0 ? p.saved() : 1) * p.H) {
     gated = p.saved() > 0;
     few = p.T * p.B <= few_rows && !p.P && !(pairs && (p.I % 2 || p.H % 2));
     NR = (p.cell == RecurrentCell::gru ? 3 : 4) * VL;
-    units = gated ? VL : NR;
+    const int64_t units = gated ? VL : NR;
     panels = (p.H + units - 1) / units;
-    slots = gated ? p.saved() : 1;
     projection_panels = (p.P + 4 * VL - 1) / (4 * VL);
-    chunk = chunk_floats / (slots * p.H) + 1;
-    chunk = chunk < longest_chunk ? chunk : longest_chunk;
-    batch = Batch::batch_bound(p);
   }
-  int64_t rows() const { return chunk + batch; }
+  int64_t packing_items(const RecurrentProblem& p) const { return 1 + p.D * (panels + projection_panels); }
 };
 
 // Shared by all threads.
@@ -76,30 +67,13 @@ struct Shared {
   }
 };
 
-struct Scratch {
-  Batch batch;
-  float *h, *h_next, *c, *m, *slots, *x, *h_words;  // h_words: h as products read it
-  const float **x_rows, **a_rows;
-  float **slot_rows, **to_rows;
+struct Scratch : ForwardScratch {
+  float* m;  // what h is a projection of
 
-  Scratch(Carver& scratch, const RecurrentProblem& p, const Sizes& z) : batch(Batch::carve(scratch, p)) {
-    h = scratch.take<float>(z.batch * p.R());
-    h_next = scratch.take<float>(z.batch * p.R());
-    h_words = pairs ? scratch.take<float>(z.batch * words(p.R())) : nullptr;
-    c = scratch.take<float>(p.has_cell() ? z.batch * p.H : 0);
+  Scratch(Carver& scratch, const RecurrentProblem& p, const Sizes& z) : ForwardScratch(scratch, p, z) {
     m = scratch.take<float>(p.P ? z.batch * p.H : 0);
-    slots = scratch.take<float>(p.reserve && p.saved() ? 0 : z.rows() * z.slots * p.H);
-    x = scratch.take<float>(p.dtype == DType::f32 ? 0 : z.rows() * p.I);
-    x_rows = scratch.take<const float*>(z.rows());
-    a_rows = scratch.take<const float*>(z.batch);
-    slot_rows = scratch.take<float*>(z.rows());
-    to_rows = scratch.take<float*>(z.batch);
   }
 };
-int64_t packing_floats(const RecurrentProblem& p) {
-  const int64_t longest = p.I > p.R() ? p.I : p.R();
-  return VL * (longest > p.H ? longest : p.H);
-}
 
 // ---- Phase 0: packing. Items: the schedule, then the panels of each direction. ----
 
@@ -315,9 +289,7 @@ void cells_of_few(const RecurrentProblem& p, const StepRows& at, int64_t n) {
     }
 }
 
-struct Forward {
-  const RecurrentProblem& p;
-  const RecurrentTensors& t;
+struct Forward : ForwardWalk {
   const Sizes& z;
   const Shared& shared;
   Scratch& at;
@@ -334,21 +306,21 @@ struct Forward {
             at.c,
             p.reserve};
   }
-  void input_part(int64_t d, int64_t rows) const {
-    const StepRows step = rows_of(d, at.slot_rows);
+  void input_part(const Batch& q, int64_t rows) const {
+    if (z.few) return;  // the step makes both parts at once
+    const StepRows step = rows_of(q.d, at.slot_rows);
     const int64_t units = z.panels * VL;
     switch (p.cell) {
       case RecurrentCell::lstm:
-        return Gated<LstmTiling>::input_part(step, rows, units, p.I, at.x_rows, shared.w_ih[d]);
+        return Gated<LstmTiling>::input_part(step, rows, units, p.I, at.x_rows, shared.w_ih[q.d]);
       case RecurrentCell::gru:
-        return Gated<GruTiling>::input_part(step, rows, units, p.I, at.x_rows, shared.w_ih[d]);
+        return Gated<GruTiling>::input_part(step, rows, units, p.I, at.x_rows, shared.w_ih[q.d]);
       default:
-        return Plain::input_part(step, rows, units, p.I, at.x_rows, shared.w_ih[d]);
+        return Plain::input_part(step, rows, units, p.I, at.x_rows, shared.w_ih[q.d]);
     }
   }
-  // One step of the first n sequences: h -> h_next (m where h is a projection of it).
-  void step(int64_t d, int64_t n, float* const* slots) const {
-    const StepRows step = rows_of(d, slots);
+  // h -> h_next (m where h is a projection of it).
+  void recurrent_part(const StepRows& step, int64_t n) const {
     switch (p.cell) {
       case RecurrentCell::lstm:
         return Gated<LstmTiling>::step(step, n, z.panels * VL);
@@ -358,127 +330,38 @@ struct Forward {
         return Plain::step(step, n, p.cell == RecurrentCell::rnn_relu);
     }
   }
-
-  void step_of_few(int64_t d, int64_t n, const float* const* x_rows, float* const* slots) const {
-    const StepRows step = rows_of(d, slots);
+  void step_of_few(const StepRows& step, const RecurrentWeights& w, int64_t n,
+                   const float* const* x_rows) const {
     for (int64_t k = 0; k < n; k++) at.a_rows[k] = step.h_words + k * step.depth;
     if (p.dtype == DType::f32 || pairs)
-      sums_of_few<float>(p, t.weights[d], step, n, x_rows, at.a_rows, at.to_rows);
+      sums_of_few<float>(p, w, step, n, x_rows, at.a_rows, at.to_rows);
     else if (p.dtype == DType::bf16)
-      sums_of_few<bfloat16>(p, t.weights[d], step, n, x_rows, at.a_rows, at.to_rows);
+      sums_of_few<bfloat16>(p, w, step, n, x_rows, at.a_rows, at.to_rows);
     else
-      sums_of_few<float16>(p, t.weights[d], step, n, x_rows, at.a_rows, at.to_rows);
+      sums_of_few<float16>(p, w, step, n, x_rows, at.a_rows, at.to_rows);
     cells_of_few(p, step, n);
   }
-
-  // Where rows of the slots and of x lie for step s.
-  void place_rows(const Batch& q, int64_t s, int64_t n, int64_t first) const {
-    const int64_t width = z.slots * p.H;
-    float* reserve = p.reserve && p.saved() ? static_cast<float*>(t.gates) : nullptr;
-    for (int64_t k = 0; k < n; k++) {
-      const int64_t b = q.sequence[k], step = p.step(s, b, q.d), row = first + k;
-      at.x_rows[row] = word_row(p.dtype, t.x, p.x_at(step, b), p.I, at.x + row * p.I);
-      at.slot_rows[row] =
-          reserve ? reserve + (q.d * p.rows() + p.row(step, b)) * width : at.slots + row * width;
-    }
-  }
-  void project(const Batch& q, int64_t n) const {
+  void project(int64_t d, int64_t n) const {
     for (int64_t k = 0; k < n; k++) at.a_rows[k] = at.m + k * p.H, at.to_rows[k] = at.h_next + k * p.P;
-    multiply_rows(n, p.P, p.H, at.a_rows, shared.w_hr[q.d], at.to_rows, false);
+    multiply_rows(n, p.P, p.H, at.a_rows, shared.w_hr[d], at.to_rows, false);
   }
-  void store_final(const Batch& q, int64_t k) const {
-    const int64_t state = q.d * p.B + q.sequence[k];
-    store_row(p.dtype, at.h + k * p.R(), t.h_n, state * p.R(), p.R());
-    if (p.has_cell()) store_row(p.dtype, at.c + k * p.H, t.c_n, state * p.H, p.H);
-  }
-  // The state of sequence k as the next step's product reads it.
-  void round_state(int64_t k) const {
-    if (!pairs) return;
-    const int64_t R = p.R();
-    bfloat16* row = reinterpret_cast<bfloat16*>(at.h_words + k * words(R));
-    store_row(DType::bf16, at.h + k * R, row, 0, R);
-    if (R % 2) row[R] = {};
-  }
-  // Results of step s; at.h is the new state.
-  void store_step(const Batch& q, int64_t s, int64_t n) const {
-    const int64_t R = p.R();
-    for (int64_t k = 0; k < n; k++) {
-      const int64_t b = q.sequence[k], step = p.step(s, b, q.d);
-      store_row(p.dtype, at.h + k * R, t.y, p.y_at(step, b) + q.d * R, R);
-      if (p.has_cell() && p.reserve)
-        memcpy(static_cast<float*>(t.cells) + (q.d * p.rows() + p.row(step, b)) * p.H, at.c + k * p.H,
-               size_t(p.H) * sizeof(float));
-      round_state(k);
-      if (q.length[k] == s + 1) store_final(q, k);
-    }
-  }
-
-  void run(const Batch& q) const {
-    const int64_t R = p.R();
-    for (int64_t k = 0; k < q.n; k++) {
-      const int64_t b = q.sequence[k], state = q.d * p.B + b;
-      load_row(p.dtype, t.h0, state * R, R, at.h + k * R);
-      if (p.has_cell()) load_row(p.dtype, t.c0, state * p.H, p.H, at.c + k * p.H);
-      round_state(k);
-      if (q.length[k] == 0) store_final(q, k);
-      for (int64_t step = q.length[k]; !p.packed() && step < p.T; step++)
-        zero_row(p.dtype, t.y, p.y_at(step, b) + q.d * R, R);
-    }
-    int64_t ahead = q.n, n = q.n;
-    for (int64_t s = 0; s < q.steps();) {
-      int64_t rows = 0, end = s;
-      for (; end < q.steps() && rows < z.chunk; end++) {
-        ahead = q.active(end, ahead);
-        place_rows(q, end, ahead, rows);
-        rows += ahead;
-      }
-      if (!z.few) input_part(q.d, rows);
-      for (int64_t row = 0; s < end; s++, row += n) {
-        n = q.active(s, n);
-        if (z.few)
-          step_of_few(q.d, n, at.x_rows + row, at.slot_rows + row);
-        else
-          step(q.d, n, at.slot_rows + row);
-        if (p.P) project(q, n);
-        float* spare = at.h;
-        at.h = at.h_next, at.h_next = spare;
-        store_step(q, s, n);
-      }
-    }
+  void step(const Batch& q, int64_t, int64_t n, int64_t row) const {
+    const StepRows step = rows_of(q.d, at.slot_rows + row);
+    if (z.few)
+      step_of_few(step, t.weights[q.d], n, at.x_rows + row);
+    else
+      recurrent_part(step, n);
+    if (p.P) project(q.d, n);
   }
 };
 
-WorkPlan plan_forward(const RecurrentProblem& p) {
-  constexpr int64_t elements_worth_a_thread = 20000;
-  const Sizes z(p);
-  WorkPlan plan;
-  plan.add_phase(1 + p.D * (z.panels + z.projection_panels),
-                 1 + elements_worth_a_thread / (z.NR * (p.I + p.R() + 1)));
-  plan.add_phase(p.D * p.B, sequence_grain(p));
-  Carver shared(nullptr), scratch(nullptr), packing(nullptr);
-  Shared(shared, p, z);
-  Scratch(scratch, p, z);
-  packing.take<float>(packing_floats(p));
-  plan.shared_bytes = shared.used();
-  plan.thread_bytes = scratch.used() > packing.used() ? scratch.used() : packing.used();
-  return plan;
-}
-
-void run_forward(const RecurrentProblem& p, const RecurrentTensors& t, const WorkSlice& slice) {
-  const FlushSmall guard(p.dtype);
-  const Sizes z(p);
-  Carver shared_memory(slice.shared), scratch_memory(slice.scratch);
-  const Shared shared(shared_memory, p, z);
-  if (slice.phase == 0) {
-    float* copy = scratch_memory.take<float>(packing_floats(p));
-    for (int64_t item = slice.begin; item < slice.end; item++) pack_item(p, t, z, item, shared, copy);
-    return;
-  }
-  Scratch scratch(scratch_memory, p, z);
-  const Forward forward{p, t, z, shared, scratch};
-  for_batches(p, shared.schedule, slice.begin, slice.end, scratch.batch,
-              [&](const Batch& q) { forward.run(q); });
-}
+struct Fused {
+  using Sizes = recurrent::Sizes;
+  using Shared = recurrent::Shared;
+  using Scratch = recurrent::Scratch;
+  using Walk = Forward;
+  static constexpr auto pack = pack_item;
+};
 
 Refusal refuses_fused(const RecurrentProblem& p) {
   return is_plain(p) ? refuses_products(p) : "only the plain cells are fused";
@@ -489,7 +372,8 @@ Refusal refuses_fused(const RecurrentProblem& p) {
 
 extern const RecurrentCpuKernel recurrent_forward;
 const RecurrentCpuKernel recurrent_forward = {"fused_" PYSEQNET_ISA_NAME, this_isa, recurrent::refuses_fused,
-                                              recurrent::plan_forward, recurrent::run_forward};
+                                              recurrent::plan_forward<recurrent::Fused>,
+                                              recurrent::run_forward<recurrent::Fused>};
 
 }  // namespace PYSEQNET_ISA
 }  // namespace pyseqnet

@@ -60,9 +60,9 @@ PYSEQNET_INLINE void tile_of_rows(int64_t K, const float* const* a, const float*
 }
 template <int R, int NV>
 PYSEQNET_INLINE void tile_of_columns(int64_t K, const float* a, int64_t a_stride, const float* b,
-                                     vf (&c)[R][NV]) {
+                                     int64_t b_stride, vf (&c)[R][NV]) {
 #if defined(__AVX512BF16__)
-  for (int64_t k = 0; k < K; ++k, a += a_stride, b += NV * VL) {
+  for (int64_t k = 0; k < K; ++k, a += a_stride, b += b_stride) {
     __m512bh bv[NV];
 #pragma GCC unroll 8
     for (int j = 0; j < NV; ++j) bv[j] = (__m512bh)load(b + j * VL);
@@ -74,43 +74,57 @@ PYSEQNET_INLINE void tile_of_columns(int64_t K, const float* a, int64_t a_stride
     }
   }
 #else
-  mk_cols<R, NV>(K, a, a_stride, b, NV * VL, c);
+  mk_cols<R, NV>(K, a, a_stride, b, b_stride, c);
 #endif
 }
 
-// Walks all register tiles of an M x N product, panels of B (`panel_step` words apart) outside, rows split
-// evenly.
-template <int NV, class Tile, class Epi>
+// Register tiles of `vectors` columns of vectors over M rows, which are split evenly among them.
+template <int vectors, int MR, class Tile, class Epi>
+PYSEQNET_INLINE void for_rows_of_tiles(int64_t M, const float* b, int64_t column, int64_t columns,
+                                       Tile&& tile, Epi&& epi) {
+  const int64_t blocks = (M + MR - 1) / MR;
+  int64_t i0 = 0;
+  for (int64_t k = 0; k < blocks; ++k) {
+    const int rows = int((M - i0 + blocks - k - 1) / (blocks - k));
+    with_rows<MR>(rows, [&](auto height) PYSEQNET_LAMBDA {
+      constexpr int R = decltype(height)::value;
+      vf c[R][vectors];
+      zero(c);
+      tile(Int<R>{}, i0, b, c);
+      epi(Int<R>{}, Int<vectors>{}, i0, column, columns, c);
+    });
+    i0 += rows;
+  }
+}
+// Walks all register tiles of an M x N product, panels of B (`panel_step` words apart) outside. With `narrows`
+// the last panel's tiles have no more vectors than it needs: an epilogue must take any number of them.
+template <int NV, bool narrows = false, class Tile, class Epi>
 PYSEQNET_INLINE void for_tiles(int64_t M, int64_t N, const float* b, int64_t panel_step, Tile&& tile,
                                Epi&& epi) {
   constexpr int NR = NV * VL, MR = mr<NV>();
-  const int64_t blocks = (M + MR - 1) / MR;
   for (int64_t j0 = 0; j0 < N; j0 += NR, b += panel_step) {
-    int64_t i0 = 0;
-    for (int64_t k = 0; k < blocks; ++k) {
-      const int rows = int((M - i0 + blocks - k - 1) / (blocks - k));
-      with_rows<MR>(rows, [&](auto height) PYSEQNET_LAMBDA {
-        constexpr int R = decltype(height)::value;
-        vf c[R][NV];
-        zero(c);
-        tile(Int<R>{}, i0, b, c);
-        epi(Int<R>{}, Int<NV>{}, i0, j0, N - j0 < NR ? N - j0 : NR, c);
-      });
-      i0 += rows;
-    }
+    const int64_t left = N - j0;
+    if constexpr (narrows)
+      if (left <= NR - VL) {
+        with_rows<NV - 1>(int((left + VL - 1) / VL), [&](auto vectors) PYSEQNET_LAMBDA {
+          for_rows_of_tiles<decltype(vectors)::value, MR>(M, b, j0, left, tile, epi);
+        });
+        return;
+      }
+    for_rows_of_tiles<NV, MR>(M, b, j0, left < NR ? left : NR, tile, epi);
   }
 }
 // epi(A * B): A by row pointers, row(i) -> K words; B packed in panels of NV vectors (or laid out as said).
-template <int NV, class Row, class Epi>
+template <int NV, bool narrows = false, class Row, class Epi>
 PYSEQNET_INLINE void product_of_rows(int64_t M, int64_t N, int64_t K, Row&& row, const float* b,
                                      int64_t b_stride, int64_t panel_step, Epi&& epi) {
-  for_tiles<NV>(
+  for_tiles<NV, narrows>(
       M, N, b, panel_step,
       [&](auto height, int64_t i0, const float* panel, auto& c) PYSEQNET_LAMBDA {
         constexpr int R = decltype(height)::value;
         const float* a[R];
         for (int i = 0; i < R; ++i) a[i] = row(i0 + i);
-        tile_of_rows<R, NV>(K, a, panel, b_stride, c);
+        tile_of_rows(K, a, panel, b_stride, c);
       },
       epi);
 }
@@ -122,10 +136,10 @@ PYSEQNET_INLINE void product_of_rows(int64_t M, int64_t N, int64_t K, Row&& row,
 template <int NV, class Epi>
 PYSEQNET_INLINE void product_of_columns(int64_t M, int64_t N, int64_t K, const float* a, int64_t a_stride,
                                         const float* b, Epi&& epi) {
-  for_tiles<NV>(
+  for_tiles<NV, true>(
       M, N, b, K * NV * VL,
-      [&](auto height, int64_t i0, const float* panel, auto& c)
-          PYSEQNET_LAMBDA { tile_of_columns<decltype(height)::value, NV>(K, a + i0, a_stride, panel, c); },
+      [&](auto, int64_t i0, const float* panel, auto& c)
+          PYSEQNET_LAMBDA { tile_of_columns(K, a + i0, a_stride, panel, NV * VL, c); },
       epi);
 }
 
@@ -226,7 +240,7 @@ __attribute__((noinline)) inline void multiply_rows(int64_t M, int64_t N, int64_
                                                     Panels panels = Panels::packed) {
   constexpr int64_t NR = 4 * VL;
   const int64_t stride = panels == Panels::packed ? NR : N, step = panels == Panels::packed ? K * NR : NR;
-  product_of_rows<4>(M, N, K, [&](int64_t i) { return a[i]; }, b, stride, step, StoreRows{rows, add});
+  product_of_rows<4, true>(M, N, K, [&](int64_t i) { return a[i]; }, b, stride, step, StoreRows{rows, add});
 }
 
 // A cell whose sums and states are all that a unit needs.

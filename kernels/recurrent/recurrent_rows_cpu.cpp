@@ -9,8 +9,7 @@
 // Bound: FMA throughput, as the fused kernel; in addition a row of G * H sums is written and read once a step,
 // in the first or second level.
 #include "recurrent/recurrent_few_rows.h"
-#include "recurrent/recurrent_products.h"
-#include "recurrent/recurrent_schedule.h"
+#include "recurrent/recurrent_forward_walk.h"
 
 namespace pyseqnet {
 inline namespace PYSEQNET_ISA {
@@ -20,21 +19,19 @@ namespace {
 constexpr int64_t panel = 4 * VL;
 int64_t panels_of(int64_t columns) { return (columns + panel - 1) / panel; }
 
-// Sizes that plan() and run() agree on.
-struct Sizes {
+struct Sizes : ForwardSizes {
   CellFacts facts;
   bool few;  // weights are read where they lie
-  int64_t gates, slots, chunk, batch;
+  int64_t gates;
 
-  explicit Sizes(const RecurrentProblem& p) : facts(p.facts()) {
-    constexpr int64_t chunk_floats = 1 << 18, longest_chunk = 384;  // half of a second-level cache
+  explicit Sizes(const RecurrentProblem& p) : ForwardSizes(p, p.facts().slots * p.H), facts(p.facts()) {
     few = p.T * p.B <= few_rows;
-    gates = facts.gates * p.H, slots = facts.slots * p.H;
-    chunk = chunk_floats / (slots + 1) + 1;
-    chunk = chunk < longest_chunk ? chunk : longest_chunk;
-    batch = Batch::batch_bound(p);
+    gates = facts.gates * p.H;
   }
-  int64_t rows() const { return chunk + batch; }
+  int64_t packing_items_of_direction(const RecurrentProblem& p) const {
+    return 1 + (few ? 0 : (facts.feeds_cell ? 3 : 2) * panels_of(gates) + panels_of(p.P));
+  }
+  int64_t packing_items(const RecurrentProblem& p) const { return 1 + p.D * packing_items_of_direction(p); }
 };
 
 // Weights as products read them: (columns, depth) each.
@@ -63,30 +60,16 @@ struct Shared {
   }
 };
 
-struct Scratch {
-  Batch batch;
-  float *h, *h_next, *c, *m, *sums, *y, *slots, *recurrent, *x;
-  const float **x_rows, **a_rows, **c_rows;
-  float **slot_rows, **to_rows;
+struct Scratch : ForwardScratch {
+  float *m, *sums, *recurrent;
+  const float** c_rows;
 
-  Scratch(Carver& scratch, const RecurrentProblem& p, const Sizes& z) : batch(Batch::carve(scratch, p)) {
-    const int64_t n = z.batch;
-    h = scratch.take<float>(n * p.R()), h_next = scratch.take<float>(n * p.R());
-    c = scratch.take<float>(p.has_cell() ? n * p.H : 0);
-    m = scratch.take<float>(n * p.H), sums = scratch.take<float>(n * p.P);
-    y = scratch.take<float>(p.is_jordan() ? n * p.P : 0);
-    slots = scratch.take<float>(p.reserve && p.saved() ? 0 : z.rows() * z.slots);
-    recurrent = scratch.take<float>(n * z.gates);
-    x = scratch.take<float>(p.dtype == DType::f32 ? 0 : z.rows() * p.I);
-    x_rows = scratch.take<const float*>(z.rows()), slot_rows = scratch.take<float*>(z.rows());
-    a_rows = scratch.take<const float*>(n), c_rows = scratch.take<const float*>(n);
-    to_rows = scratch.take<float*>(n);
+  Scratch(Carver& scratch, const RecurrentProblem& p, const Sizes& z) : ForwardScratch(scratch, p, z) {
+    m = scratch.take<float>(z.batch * p.H), sums = scratch.take<float>(z.batch * p.P);
+    recurrent = scratch.take<float>(z.batch * z.gates);
+    c_rows = scratch.take<const float*>(z.batch);
   }
 };
-int64_t packing_floats(const RecurrentProblem& p) {
-  const int64_t longest = p.I > p.R() ? p.I : p.R();
-  return VL * (longest > p.H ? longest : p.H) + p.H;
-}
 
 // ---- Phase 0: packing. Items: the schedule; for each direction its vectors, then the panels of its weights. ----
 
@@ -118,13 +101,10 @@ void pack_panel(DType dtype, const void* w, int64_t columns, int64_t depth, int6
         copy);
   }
 }
-int64_t packing_items(const RecurrentProblem& p, const Sizes& z) {
-  return 1 + (z.few ? 0 : (z.facts.feeds_cell ? 3 : 2) * panels_of(z.gates) + panels_of(p.P));
-}
 void pack_item(const RecurrentProblem& p, const RecurrentTensors& t, const Sizes& z, int64_t item,
                const Shared& shared, float* copy) {
   if (item == 0) return shared.schedule.make(p);
-  const int64_t each = packing_items(p, z), d = (item - 1) / each, of_gates = panels_of(z.gates);
+  const int64_t each = z.packing_items_of_direction(p), d = (item - 1) / each, of_gates = panels_of(z.gates);
   int64_t which = (item - 1) % each;
   const RecurrentWeights& w = t.weights[d];
   const Packed& to = shared.packed[d];
@@ -161,9 +141,7 @@ void multiply_few(const Factors* of, int count, int64_t n, int64_t columns, floa
   dot_rows(terms, count, n, columns, to);
 }
 
-struct Forward {
-  const RecurrentProblem& p;
-  const RecurrentTensors& t;
+struct Forward : ForwardWalk {
   const Sizes& z;
   const Shared& shared;
   Scratch& at;
@@ -180,20 +158,10 @@ struct Forward {
       multiply_few<float16>(of, count, n, columns, to);
   }
 
-  int64_t row_at(const Batch& q, int64_t k, int64_t s) const {
-    const int64_t b = q.sequence[k];
-    return q.d * p.rows() + p.row(p.step(s, b, q.d), b);
+  void input_part(const Batch& q, int64_t rows) const {
+    const Factors of = {at.x_rows, shared.packed[q.d].w_ih, t.weights[q.d].w_ih, p.I};
+    multiply(&of, 1, rows, z.gates, at.slot_rows);
   }
-  // Where rows of the slots and of x lie for step s.
-  void place_rows(const Batch& q, int64_t s, int64_t n, int64_t first) const {
-    float* reserve = p.reserve && p.saved() ? static_cast<float*>(t.gates) : nullptr;
-    for (int64_t k = 0; k < n; k++) {
-      const int64_t b = q.sequence[k], step = p.step(s, b, q.d), row = first + k;
-      at.x_rows[row] = float_row(p.dtype, t.x, p.x_at(step, b), p.I, at.x + row * p.I);
-      at.slot_rows[row] = reserve ? reserve + row_at(q, k, s) * z.slots : at.slots + row * z.slots;
-    }
-  }
-
   // Sums and cells of the first n sequences: m, and c in place.
   void cells(const Batch& q, int64_t s, int64_t n, float* const* slots) const {
     const Packed& w = shared.packed[q.d];
@@ -235,87 +203,20 @@ struct Forward {
       row.zone = t.zone_h ? t.zone_h + row_at(q, k, s) * R : nullptr;
       output_row(LaneRow{}, R, row);
     }
-    float* spare = at.h;
-    at.h = at.h_next, at.h_next = spare;
   }
-
-  void store_final(const Batch& q, int64_t k) const {
-    const int64_t state = q.d * p.B + q.sequence[k];
-    store_row(p.dtype, at.h + k * p.R(), t.h_n, state * p.R(), p.R());
-    if (p.has_cell()) store_row(p.dtype, at.c + k * p.H, t.c_n, state * p.H, p.H);
-  }
-  void store_step(const Batch& q, int64_t s, int64_t n) const {
-    const int64_t R = p.R(), width = p.cell_width();
-    for (int64_t k = 0; k < n; k++) {
-      const int64_t b = q.sequence[k], step = p.step(s, b, q.d);
-      store_row(p.dtype, (p.is_jordan() ? at.y : at.h) + k * R, t.y, p.y_at(step, b) + q.d * R, R);
-      if (width && p.reserve)
-        memcpy(static_cast<float*>(t.cells) + row_at(q, k, s) * width,
-               (p.is_jordan() ? at.h : at.c) + k * width, size_t(width) * sizeof(float));
-      if (q.length[k] == s + 1) store_final(q, k);
-    }
-  }
-
-  void run(const Batch& q) const {
-    const int64_t R = p.R();
-    for (int64_t k = 0; k < q.n; k++) {
-      const int64_t b = q.sequence[k], state = q.d * p.B + b;
-      load_row(p.dtype, t.h0, state * R, R, at.h + k * R);
-      if (p.has_cell()) load_row(p.dtype, t.c0, state * p.H, p.H, at.c + k * p.H);
-      if (q.length[k] == 0) store_final(q, k);
-      for (int64_t step = q.length[k]; !p.packed() && step < p.T; step++)
-        zero_row(p.dtype, t.y, p.y_at(step, b) + q.d * R, R);
-    }
-    int64_t ahead = q.n, n = q.n;
-    for (int64_t s = 0; s < q.steps();) {
-      int64_t rows = 0, end = s;
-      for (; end < q.steps() && rows < z.chunk; end++) {
-        ahead = q.active(end, ahead);
-        place_rows(q, end, ahead, rows);
-        rows += ahead;
-      }
-      const Factors of = {at.x_rows, shared.packed[q.d].w_ih, t.weights[q.d].w_ih, p.I};
-      multiply(&of, 1, rows, z.gates, at.slot_rows);
-      for (int64_t row = 0; s < end; s++, row += n) {
-        n = q.active(s, n);
-        cells(q, s, n, at.slot_rows + row);
-        outputs(q, s, n);
-        store_step(q, s, n);
-      }
-    }
+  void step(const Batch& q, int64_t s, int64_t n, int64_t row) const {
+    cells(q, s, n, at.slot_rows + row);
+    outputs(q, s, n);
   }
 };
 
-WorkPlan plan_forward(const RecurrentProblem& p) {
-  constexpr int64_t elements_worth_a_thread = 20000;
-  const Sizes z(p);
-  WorkPlan plan;
-  plan.add_phase(1 + p.D * packing_items(p, z), 1 + elements_worth_a_thread / (panel * (p.I + p.R() + 1)));
-  plan.add_phase(p.D * p.B, sequence_grain(p));
-  Carver shared(nullptr), scratch(nullptr), packing(nullptr);
-  Shared(shared, p, z);
-  Scratch(scratch, p, z);
-  packing.take<float>(packing_floats(p));
-  plan.shared_bytes = shared.used();
-  plan.thread_bytes = scratch.used() > packing.used() ? scratch.used() : packing.used();
-  return plan;
-}
-
-void run_forward(const RecurrentProblem& p, const RecurrentTensors& t, const WorkSlice& slice) {
-  const FlushSmall guard(p.dtype);
-  const Sizes z(p);
-  Carver shared_memory(slice.shared), scratch_memory(slice.scratch);
-  const Shared shared(shared_memory, p, z);
-  if (slice.phase == 0) {
-    float* copy = scratch_memory.take<float>(packing_floats(p));
-    for (int64_t item = slice.begin; item < slice.end; item++) pack_item(p, t, z, item, shared, copy);
-    return;
-  }
-  Scratch scratch(scratch_memory, p, z);
-  const Forward forward{p, t, z, shared, scratch};
-  for_batches(p, shared.schedule, slice.begin, slice.end, scratch.batch,
-              [&](const Batch& q) { forward.run(q); });
-}
+struct Rows {
+  using Sizes = recurrent::Sizes;
+  using Shared = recurrent::Shared;
+  using Scratch = recurrent::Scratch;
+  using Walk = Forward;
+  static constexpr auto pack = pack_item;
+};
 
 Refusal refuses_rows(const RecurrentProblem& p) {
   return p.dtype == DType::f64 ? "float64 runs on the reference" : accepted;
@@ -325,9 +226,9 @@ Refusal refuses_rows(const RecurrentProblem& p) {
 }  // namespace recurrent
 
 extern const RecurrentCpuKernel recurrent_rows_forward;
-const RecurrentCpuKernel recurrent_rows_forward = {"rows_" PYSEQNET_ISA_NAME, this_isa,
-                                                   recurrent::refuses_rows, recurrent::plan_forward,
-                                                   recurrent::run_forward};
+const RecurrentCpuKernel recurrent_rows_forward = {
+    "rows_" PYSEQNET_ISA_NAME, this_isa, recurrent::refuses_rows, recurrent::plan_forward<recurrent::Rows>,
+    recurrent::run_forward<recurrent::Rows>};
 
 }  // namespace PYSEQNET_ISA
 }  // namespace pyseqnet
