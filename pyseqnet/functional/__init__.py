@@ -35,21 +35,23 @@ from pyseqnet.functional.locally_connected import locally_connected2d, locally_c
 from pyseqnet.functional.pool import max_pool1d, max_pool1d_reference, max_pool2d, max_pool2d_reference
 from pyseqnet.functional.recurrent import (
     gru,
-    gru_cell,
-    gru_cell_reference,
     gru_reference,
     jordan,
-    jordan_cell,
-    jordan_cell_reference,
     jordan_reference,
     lstm,
-    lstm_cell,
-    lstm_cell_reference,
     lstm_reference,
     rnn,
+    rnn_reference,
+)
+from pyseqnet.functional.recurrent_cell import (
+    gru_cell,
+    gru_cell_reference,
+    jordan_cell,
+    jordan_cell_reference,
+    lstm_cell,
+    lstm_cell_reference,
     rnn_cell,
     rnn_cell_reference,
-    rnn_reference,
 )
 
 __all__ = [

@@ -133,7 +133,7 @@ def _check_shapes(
     batch_first: bool,
     lengths: Any,
 ) -> None:
-    """ValueError naming the first argument that does not fit the others."""
+    """ValueError naming the first argument that does not fit the others; RuntimeError for the input's features."""
 
     def expect(argument: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
         if tuple(tensor.shape) != shape:
@@ -158,6 +158,10 @@ def _check_shapes(
     hidden, rest = divmod(rows, reference.GATES[mode])
     if rest:
         raise ValueError(f"pyseqnet {name}: params[0]: expected a multiple of {reference.GATES[mode]} rows, got {rows}")
+    if params[0].dim() == 2 and data.shape[-1] != params[0].shape[1]:
+        raise RuntimeError(  # torch's words
+            f"input.size(-1) must be equal to input_size. Expected {params[0].shape[1]}, got {data.shape[-1]}"
+        )
     first = reference.by_direction(mode, params, sets)[0]
     features = hidden if first.w_hr is None else first.w_hr.shape[0]
     for number in range(sets):

@@ -1,4 +1,4 @@
-"""Recurrent networks: lstm, gru, rnn (Elman), jordan, and single steps of them.
+"""Recurrent networks: lstm, gru, rnn (Elman) and jordan. Single steps of them are in recurrent_cell.py.
 
 Elman: Finding structure in time, 1990. Jordan: Serial order, 1986. Hochreiter & Schmidhuber: Long short-term memory,
 1997. Gers, Schmidhuber & Cummins: Learning to forget, 2000. Sak, Senior & Beaufays (projection), 2014. Cho et al.
@@ -14,79 +14,20 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from pyseqnet.functional._recurrent_layer import plain_layer, plain_step
-from pyseqnet.functional._recurrent_reference import Options as CellOptions
-from pyseqnet.functional._recurrent_reference import by_direction
-from pyseqnet.functional._recurrent_refusals import REFUSALS, explain, explain_cell
-from pyseqnet.functional._recurrent_stack import NO_OPTIONS, Options, run_cell, run_layers
-
-Rate = float | tuple[float, float]
+from pyseqnet.functional._recurrent_layer import plain_layer
+from pyseqnet.functional._recurrent_options import Rate, check_projection, elman_mode, layer_options, lstm_mode
+from pyseqnet.functional._recurrent_refusals import REFUSALS, explain
+from pyseqnet.functional._recurrent_stack import run_layers
 
 
-def _call(mode: str, *arguments: Any) -> Any:
+def call(mode: str, *arguments: Any) -> Any:
+    """`run_layers` by the kernels; a refusal is explained."""
     if torch.compiler.is_compiling():
         return run_layers(mode, *arguments)
     try:
         return run_layers(mode, *arguments)
     except REFUSALS as error:
         explain(error, mode, *arguments)
-
-
-def _call_cell(mode: str, *arguments: Any) -> Any:
-    if torch.compiler.is_compiling():
-        return run_cell(mode, *arguments)
-    try:
-        return run_cell(mode, *arguments)
-    except REFUSALS as error:
-        explain_cell(error, mode, *arguments)
-
-
-def _rate(name: str, value: float) -> float:
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name}: expected a probability between 0 and 1, got {value}")
-    return float(value)
-
-
-def _rates(name: str, value: Rate) -> tuple[float, float]:
-    first, second = value if isinstance(value, (tuple, list)) else (value, value)
-    return _rate(name, first), _rate(name, second)
-
-
-def layer_options(
-    clip: float | None = None,
-    zoneout: Rate = 0.0,
-    recurrent_dropout: float = 0.0,
-    variational_dropout: Rate = 0.0,
-    output: str = "identity",
-    decay: float = 0.0,
-    has_cell: bool = False,
-) -> Options:
-    """The options of a call, checked; `NO_OPTIONS` where there are none."""
-    if clip is not None and not clip > 0:
-        raise ValueError(f"clip: expected a positive limit or None, got {clip}")
-    if output not in ("identity", "tanh", "relu", "sigmoid"):
-        raise ValueError(f"output_nonlinearity: expected identity, tanh, relu or sigmoid, got {output!r}")
-    rates = _rates("zoneout", zoneout)
-    cell = CellOptions(output, float(decay), float(clip or 0.0))
-    options = Options(
-        cell.words(),
-        cell._replace(zone_h=rates[0], zone_c=rates[1] if has_cell else 0.0).words(),
-        rates,
-        _rate("recurrent_dropout", recurrent_dropout),
-        _rates("variational_dropout", variational_dropout),
-    )
-    return NO_OPTIONS if options == NO_OPTIONS else options
-
-
-def lstm_mode(peephole: str | None, layer_norm: bool) -> str:
-    """The mode of an LSTM with these options; ValueError for a combination that does not exist."""
-    if peephole not in (None, "diagonal", "full"):
-        raise ValueError(f"peephole: expected None, 'diagonal' or 'full', got {peephole!r}")
-    if layer_norm:
-        if peephole is not None:
-            raise ValueError("layer_norm: not together with peephole; no published LSTM has both")
-        return "LSTM_LAYER_NORM"
-    return {None: "LSTM", "diagonal": "LSTM_PEEPHOLE", "full": "LSTM_FULL_PEEPHOLE"}[peephole]
 
 
 def lstm(
@@ -160,9 +101,9 @@ def lstm(
     """
     mode = lstm_mode(peephole, layer_norm)
     if proj_size is not None:
-        _check_projection(mode, params, num_layers * (2 if bidirectional else 1), proj_size)
+        check_projection(mode, params, num_layers * (2 if bidirectional else 1), proj_size)
     options = layer_options(cell_clip, zoneout, recurrent_dropout, variational_dropout, has_cell=True)
-    return _call(mode, input, hx, params, num_layers, bidirectional, dropout, training, batch_first, lengths, options)
+    return call(mode, input, hx, params, num_layers, bidirectional, dropout, training, batch_first, lengths, options)
 
 
 def gru(
@@ -199,7 +140,7 @@ def gru(
     Paper: Cho et al., Learning phrase representations using RNN encoder-decoder, 2014.
     """
     options = layer_options(None, zoneout, recurrent_dropout, variational_dropout)
-    return _call("GRU", input, hx, params, num_layers, bidirectional, dropout, training, batch_first, lengths, options)
+    return call("GRU", input, hx, params, num_layers, bidirectional, dropout, training, batch_first, lengths, options)
 
 
 def rnn(
@@ -233,9 +174,9 @@ def rnn(
 
     Paper: Elman, Finding structure in time, 1990.
     """
-    mode = _elman_mode(nonlinearity)
+    mode = elman_mode(nonlinearity)
     options = layer_options(clip, zoneout, recurrent_dropout, variational_dropout)
-    return _call(mode, input, hx, params, num_layers, bidirectional, dropout, training, batch_first, lengths, options)
+    return call(mode, input, hx, params, num_layers, bidirectional, dropout, training, batch_first, lengths, options)
 
 
 def jordan(
@@ -279,9 +220,9 @@ def jordan(
 
     Paper: Jordan, Serial order: a parallel distributed processing approach, 1986.
     """
-    mode = _elman_mode(nonlinearity).replace("RNN", "JORDAN")
+    mode = elman_mode(nonlinearity).replace("RNN", "JORDAN")
     options = layer_options(clip, zoneout, recurrent_dropout, variational_dropout, output_nonlinearity, decay)
-    return _call(mode, input, hx, params, num_layers, bidirectional, dropout, training, batch_first, lengths, options)
+    return call(mode, input, hx, params, num_layers, bidirectional, dropout, training, batch_first, lengths, options)
 
 
 def jordan_reference(
@@ -304,23 +245,10 @@ def jordan_reference(
     clip: float | None = None,
 ) -> Any:
     """`jordan` in plain torch: its definition, and what its double backward differentiates."""
-    mode = _elman_mode(nonlinearity).replace("RNN", "JORDAN")
+    mode = elman_mode(nonlinearity).replace("RNN", "JORDAN")
     options = layer_options(clip, zoneout, recurrent_dropout, variational_dropout, output_nonlinearity, decay)
     form = num_layers, bidirectional, dropout, training, batch_first, lengths, options
     return run_layers(mode, input, hx, params, *form, plain_layer)
-
-
-def _elman_mode(nonlinearity: str) -> str:
-    if nonlinearity not in ("tanh", "relu"):
-        raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
-    return "RNN_TANH" if nonlinearity == "tanh" else "RNN_RELU"
-
-
-def _check_projection(mode: str, params: Sequence[Tensor], sets: int, proj_size: int) -> None:
-    w_hr = by_direction(mode, params, max(1, sets))[0].w_hr
-    found = 0 if w_hr is None else w_hr.shape[0]
-    if proj_size != found:
-        raise ValueError(f"proj_size: params hold a projection to {found} features (0: none), got {proj_size}")
 
 
 def lstm_reference(
@@ -345,7 +273,7 @@ def lstm_reference(
     """`lstm` in plain torch: its definition, and what its double backward differentiates."""
     mode = lstm_mode(peephole, layer_norm)
     if proj_size is not None:
-        _check_projection(mode, params, num_layers * (2 if bidirectional else 1), proj_size)
+        check_projection(mode, params, num_layers * (2 if bidirectional else 1), proj_size)
     options = layer_options(cell_clip, zoneout, recurrent_dropout, variational_dropout, has_cell=True)
     form = num_layers, bidirectional, dropout, training, batch_first, lengths, options
     return run_layers(mode, input, hx, params, *form, plain_layer)
@@ -390,204 +318,7 @@ def rnn_reference(
     clip: float | None = None,
 ) -> Any:
     """`rnn` in plain torch: its definition, and what its double backward differentiates."""
-    mode = _elman_mode(nonlinearity)
+    mode = elman_mode(nonlinearity)
     options = layer_options(clip, zoneout, recurrent_dropout, variational_dropout)
     form = num_layers, bidirectional, dropout, training, batch_first, lengths, options
     return run_layers(mode, input, hx, params, *form, plain_layer)
-
-
-def one_step(mode: str, input: Tensor, hx: Any, params: Sequence[Tensor], options: Options, training: bool) -> Any:
-    """A layer's step on ``(B, I)`` or ``(I)``: the output and h, in an LSTM the output and (h, c)."""
-    state: Any = None
-    if hx is not None:
-        state = tuple(s.unsqueeze(0) for s in hx) if mode.startswith("LSTM") else hx.unsqueeze(0)
-    form = 1, False, 0.0, training, False, None, options
-    output, state = _call(mode, input.unsqueeze(0), state, params, *form)
-    last = tuple(s.squeeze(0) for s in state) if mode.startswith("LSTM") else state.squeeze(0)
-    return output.squeeze(0), last
-
-
-def lstm_cell(
-    input: Tensor,
-    hx: tuple[Tensor, Tensor] | None,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None = None,
-    b_hh: Tensor | None = None,
-    *,
-    w_hr: Tensor | None = None,
-    w_ch: Tensor | None = None,
-    layer_norm: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
-    zoneout: Rate = 0.0,
-    training: bool = False,
-    cell_clip: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """One step of `lstm`: ``(B, I)`` and ``(h, c)``, ``(B, H)`` each (or without B), to the next ``(h, c)``.
-
-    Equivalent to::
-
-        torch.lstm_cell(input, hx, w_ih, w_hh, b_ih, b_hh)
-
-    None for `hx` is zeros. Keywords: a projection w_hr ``(P, H)``, peepholes w_ch ``(3H)`` or ``(4H, H)``, the gains
-    and bias of layer normalisation, and the options of `lstm` that a single step has.
-    """
-    result: tuple[Tensor, Tensor]
-    if w_hr is None and w_ch is None and layer_norm is None and cell_clip is None and not zoneout:
-        result = _call_cell("LSTM", input, hx, w_ih, w_hh, b_ih, b_hh)
-        return result
-    peephole = None if w_ch is None else "diagonal" if w_ch.dim() == 1 else "full"
-    params = [w for w in (w_ih, w_hh, b_ih, b_hh, w_hr, w_ch, *(layer_norm or ())) if w is not None]
-    options = layer_options(cell_clip, zoneout, has_cell=True)
-    _, result = one_step(lstm_mode(peephole, layer_norm is not None), input, hx, params, options, training)
-    return result
-
-
-def gru_cell(
-    input: Tensor,
-    hx: Tensor | None,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None = None,
-    b_hh: Tensor | None = None,
-) -> Tensor:
-    """One step of `gru`: ``(B, I)`` and ``(B, H)`` (or without B) to the next ``(B, H)``.
-
-    Equivalent to::
-
-        torch.gru_cell(input, hx, w_ih, w_hh, b_ih, b_hh)
-
-    None for `hx` is zeros.
-    """
-    result: Tensor = _call_cell("GRU", input, hx, w_ih, w_hh, b_ih, b_hh)
-    return result
-
-
-def rnn_cell(
-    input: Tensor,
-    hx: Tensor | None,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None = None,
-    b_hh: Tensor | None = None,
-    *,
-    nonlinearity: str = "tanh",
-) -> Tensor:
-    """One step of `rnn`: ``(B, I)`` and ``(B, H)`` (or without B) to the next ``(B, H)``.
-
-    Equivalent to::
-
-        torch.rnn_tanh_cell(input, hx, w_ih, w_hh, b_ih, b_hh)  # or torch.rnn_relu_cell
-
-    None for `hx` is zeros.
-    """
-    result: Tensor = _call_cell(_elman_mode(nonlinearity), input, hx, w_ih, w_hh, b_ih, b_hh)
-    return result
-
-
-def jordan_cell(
-    input: Tensor,
-    hx: Tensor | None,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    w_ho: Tensor,
-    b_ih: Tensor | None = None,
-    b_hh: Tensor | None = None,
-    b_ho: Tensor | None = None,
-    *,
-    nonlinearity: str = "tanh",
-    output_nonlinearity: str = "identity",
-    decay: float = 0.0,
-    zoneout: float = 0.0,
-    training: bool = False,
-    clip: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """One step of `jordan`: ``(B, I)`` and s ``(B, P)`` (or without B) to the output y and the next s, ``(B, P)`` each.
-
-    Equivalent to::
-
-        y = torch.tanh(input @ w_ih.T + b_ih + hx @ w_hh.T + b_hh) @ w_ho.T + b_ho
-        y, decay * hx + y
-
-    Either all biases are given or none. None for `hx` is zeros.
-    """
-    params = [w for w in (w_ih, w_hh, b_ih, b_hh, w_ho, b_ho) if w is not None]
-    if len(params) not in (3, 6):
-        raise ValueError("b_ih, b_hh, b_ho: expected all three biases or none")
-    mode = _elman_mode(nonlinearity).replace("RNN", "JORDAN")
-    options = layer_options(clip, zoneout, output=output_nonlinearity, decay=decay)
-    result: tuple[Tensor, Tensor] = one_step(mode, input, hx, params, options, training)
-    return result
-
-
-def jordan_cell_reference(
-    input: Tensor,
-    hx: Tensor | None,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    w_ho: Tensor,
-    b_ih: Tensor | None = None,
-    b_hh: Tensor | None = None,
-    b_ho: Tensor | None = None,
-    *,
-    nonlinearity: str = "tanh",
-    output_nonlinearity: str = "identity",
-    decay: float = 0.0,
-    zoneout: float = 0.0,
-    training: bool = False,
-    clip: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`jordan_cell` in plain torch: `jordan_reference` of a sequence of one step."""
-    params = [w for w in (w_ih, w_hh, b_ih, b_hh, w_ho, b_ho) if w is not None]
-    output, state = jordan_reference(
-        input.unsqueeze(0),
-        None if hx is None else hx.unsqueeze(0),
-        params,
-        training=training,
-        nonlinearity=nonlinearity,
-        output_nonlinearity=output_nonlinearity,
-        decay=decay,
-        zoneout=zoneout,
-        clip=clip,
-    )
-    return output.squeeze(0), state.squeeze(0)
-
-
-def lstm_cell_reference(
-    input: Tensor,
-    hx: tuple[Tensor, Tensor] | None,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None = None,
-    b_hh: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`lstm_cell` in plain torch."""
-    result: tuple[Tensor, Tensor] = run_cell("LSTM", input, hx, w_ih, w_hh, b_ih, b_hh, plain_step)
-    return result
-
-
-def gru_cell_reference(
-    input: Tensor,
-    hx: Tensor | None,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None = None,
-    b_hh: Tensor | None = None,
-) -> Tensor:
-    """`gru_cell` in plain torch."""
-    result: Tensor = run_cell("GRU", input, hx, w_ih, w_hh, b_ih, b_hh, plain_step)
-    return result
-
-
-def rnn_cell_reference(
-    input: Tensor,
-    hx: Tensor | None,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None = None,
-    b_hh: Tensor | None = None,
-    *,
-    nonlinearity: str = "tanh",
-) -> Tensor:
-    """`rnn_cell` in plain torch."""
-    result: Tensor = run_cell(_elman_mode(nonlinearity), input, hx, w_ih, w_hh, b_ih, b_hh, plain_step)
-    return result

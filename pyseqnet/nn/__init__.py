@@ -39,7 +39,8 @@ from pyseqnet.nn.pool import MaxPool1d, MaxPool2d
 from pyseqnet.nn.position import LearnedPositions, SinusoidalPositions
 from pyseqnet.nn.power_norm import PowerNorm
 from pyseqnet.nn.random_features import PositiveRandomFeatures, RandomFourierFeatures, random_projection
-from pyseqnet.nn.recurrent import GRU, LSTM, RNN, GRUCell, JordanRNN, JordanRNNCell, LSTMCell, RNNCell
+from pyseqnet.nn.recurrent import GRU, LSTM, RNN, JordanRNN
+from pyseqnet.nn.recurrent_cell import GRUCell, JordanRNNCell, LSTMCell, RNNCell
 from pyseqnet.nn.sequential import Sequential
 from pyseqnet.nn.transformer import Transformer, TransformerDecoder, TransformerEncoder
 from pyseqnet.nn.transformer_layers import TransformerDecoderLayer, TransformerEncoderLayer

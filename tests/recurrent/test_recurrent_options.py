@@ -205,6 +205,9 @@ CELLS = {
     "layer norm, projected": lambda **o: nn.LSTMCell(I, H, layer_norm=True, proj_size=P, **o),
     "zoneout": lambda **o: nn.LSTMCell(I, H, zoneout=(0.2, 0.4), **o),
     "clipped peephole, zoneout": lambda **o: nn.LSTMCell(I, H, peephole="diagonal", zoneout=0.3, cell_clip=0.3, **o),
+    "gru zoneout": lambda **o: nn.GRUCell(I, H, zoneout=0.3, **o),
+    "elman zoneout": lambda **o: nn.RNNCell(I, H, zoneout=0.3, **o),
+    "clipped relu": lambda **o: nn.RNNCell(I, H, nonlinearity="relu", clip=0.4, **o),
     "jordan": lambda **o: nn.JordanRNNCell(I, H, P, **o),
     "jordan decay": lambda **o: nn.JordanRNNCell(I, H, P, output_nonlinearity="tanh", decay=0.5, **o),
     "jordan relu": lambda **o: nn.JordanRNNCell(I, H, 7, nonlinearity="relu", output_nonlinearity="sigmoid", **o),
@@ -224,7 +227,7 @@ def test_streaming_is_the_sequence(device: str, name: str, unbatched: bool) -> N
     outputs = []
     for step in x:
         result = cell(step, state)
-        y, state = result if isinstance(layer, nn.JordanRNN) else (result[0], result)
+        y, state = result if isinstance(layer, nn.JordanRNN) else (flat(result)[0], result)
         outputs.append(y)
     for a, b in zip([torch.stack(outputs), *flat(state)], expected, strict=True):
         torch.testing.assert_close(a, b.reshape(a.shape))
@@ -439,7 +442,10 @@ BAD_OPTIONS = {
     "output": (lambda: nn.JordanRNN(I, H, P, output_nonlinearity="softmax"), "output_nonlinearity: expected identity"),
     "nonlinearity": (lambda: nn.JordanRNN(I, H, P, nonlinearity="gelu"), "Unknown nonlinearity 'gelu'"),
     "size": (lambda: nn.JordanRNN(I, 0, P), "hidden_size: expected a positive integer, got 0"),
-    "features": (lambda: nn.LSTM(I, H, peephole="full")(torch.zeros(T, B, 9)), r"params\[0\]: .* shape \(20, 9\)"),
+    "features": (
+        lambda: nn.LSTM(I, H, peephole="full")(torch.zeros(T, B, 9)),
+        f"input.size\\(-1\\) must be equal to input_size. Expected {I}, got 9",
+    ),
     "state": (lambda: nn.JordanRNN(I, H, P)(torch.zeros(T, B, I), torch.zeros(1, B, H)), r"hx: expected the shape"),
     "lengths": (
         lambda: nn.LSTM(I, H, layer_norm=True)(torch.zeros(T, B, I), lengths=torch.tensor([1, 2, 3, 99])),
@@ -452,8 +458,27 @@ BAD_OPTIONS = {
 @pytest.mark.parametrize("case", BAD_OPTIONS)
 def test_wrong_options_are_named(case: str) -> None:
     call, words = BAD_OPTIONS[case]
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((ValueError, RuntimeError), match=words):
         call()
+
+
+BAD_STEPS = {  # shapes of the input and the state
+    "dimensions": ((2, 2, I), None, "input must have 1 or 2 dimensions, got 3"),
+    "features": ((2, 9), None, f"input has inconsistent input_size: got 9 expected {I}"),
+    "batch": ((2, I), (3, H), "Input batch size 2 doesn't match hidden0 batch size 3"),
+    "size": ((2, I), (2, 9), f"hidden0 has inconsistent hidden_size: got 9, expected {H}"),
+    "unbatched state": ((2, I), (H,), "hx: expected as many dimensions"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_STEPS)
+@pytest.mark.parametrize("name", ["diagonal peephole", "layer norm", "zoneout", "gru zoneout", "clipped relu"])
+def test_steps_refuse_in_the_words_of_torchs_cells(name: str, case: str) -> None:
+    cell = CELLS[name]()
+    shape, of_state, words = BAD_STEPS[case]
+    hx = None if of_state is None else torch.zeros(of_state)
+    with pytest.raises((ValueError, RuntimeError), match=words):
+        cell(torch.zeros(shape), (hx, hx) if hx is not None and isinstance(cell, nn.LSTMCell) else hx)
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -479,3 +504,51 @@ def test_one_step_of_jordan_agrees_with_its_reference(shape: tuple[int, ...]) ->
         for ours, theirs in zip(*found, strict=True):
             assert ours.shape == theirs.shape
             assert torch.allclose(ours, theirs, rtol=0, atol=1e-12)
+
+
+STEPS = {  # weights beside w_ih, w_hh and the biases, and options
+    "lstm_cell": [
+        ({"w_hr": (3, 5)}, {}),
+        ({"w_ch": (15,)}, {"cell_clip": 0.3}),
+        ({"w_ch": (20, 5)}, {"zoneout": (0.2, 0.4)}),
+        ({}, {"zoneout": 0.3}),
+    ],
+    "gru_cell": [({}, {"zoneout": 0.3})],
+    "rnn_cell": [({}, {"zoneout": 0.3, "clip": 0.4}), ({}, {"clip": 0.2, "nonlinearity": "relu"})],
+}
+
+
+@pytest.mark.parametrize("biases", ["both", "b_ih", "b_hh", "none"])
+@pytest.mark.parametrize("name", STEPS)
+def test_one_step_with_options_agrees_with_its_reference(device: str, name: str, biases: str) -> None:
+    gates = {"lstm_cell": 4, "gru_cell": 3, "rnn_cell": 1}[name]
+    step, reference = getattr(F, name), getattr(F, f"{name}_reference")
+    for extra, options in STEPS[name]:
+        width = extra.get("w_hr", (5,))[0]
+        h, c = normal((2, width), 1).to(device), normal((2, 5), 2).to(device)
+        shapes = {"input": (2, 4), "w_ih": (gates * 5, 4), "w_hh": (gates * 5, width), **extra}
+        shapes |= {b: (gates * 5,) for b in ("b_ih", "b_hh") if biases in ("both", b)}
+        given = {key: normal(shape, seed).to(device) for seed, (key, shape) in enumerate(shapes.items(), 3)}
+        results = []
+        for function in (step, reference):
+            leaves = {key: value.clone().requires_grad_() for key, value in given.items()}
+            found = flat(function(hx=(h, c) if name == "lstm_cell" else h, **leaves, **options))
+            gradients = torch.autograd.grad(sum(t.square().sum() for t in found), list(leaves.values()))
+            results.append([*found, *gradients])
+        for ours, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["LSTMCell", "GRUCell", "RNNCell"])
+def test_a_cells_zoneout_draws_in_training_and_mixes_in_evaluation(device: str, name: str) -> None:
+    cell = getattr(nn, name)(I, 400, zoneout=0.3, device=device, dtype=torch.float64)
+    plain = getattr(nn, name)(I, 400, device=device, dtype=torch.float64)
+    plain.load_state_dict(cell.state_dict())
+    x, h, c = (normal((B, size), seed).to(device) for seed, size in enumerate((I, 400, 400)))
+    hx = (h, c) if name == "LSTMCell" else h
+    new, drawn = flat(plain(x, hx))[0], flat(cell(x, hx))[0]
+    kept = drawn == h
+    assert kept.double().mean().item() == pytest.approx(0.3, abs=0.05)
+    torch.testing.assert_close(drawn, torch.where(kept, h, new))
+    torch.testing.assert_close(flat(cell.eval()(x, hx))[0], 0.3 * h + 0.7 * new)
+    assert "zoneout=0.3" in repr(cell)
