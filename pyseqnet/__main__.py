@@ -25,6 +25,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--threads", type=int, default=1, help="CPU threads, default 1")
     train.add_argument("--out", type=Path, help="folder of pictures and tables, default recipe_NAME")
+    train.add_argument("--resume", type=Path, metavar="FOLDER", help="keep checkpoints there and go on from them")
     train.add_argument("--json", action="store_true", help="print the scores as JSON, no progress bar")
     train.add_argument("--record", type=Path, metavar="FILE", help="also put the scores into this table (JSON)")
     return parser
@@ -58,7 +59,7 @@ def _train(options: argparse.Namespace) -> int:
         run = recipes.find(options.recipe)
         out = options.out or Path(f"recipe_{options.recipe}")
         out.mkdir(parents=True, exist_ok=True)
-        settings = recipes.Settings(options.seed, options.quick, out, not options.json)
+        settings = recipes.Settings(options.seed, options.quick, out, not options.json, options.resume)
         start = time.perf_counter()
         scores = run(settings)
     except (KeyError, MissingData) as error:

@@ -14,10 +14,21 @@ from pyseqnet.models import (
     SequenceTagger,
     SequenceTranslator,
     image_classifier,
+    language_model,
     recurrent_translator,
     sequence_tagger,
     sequence_translator,
+    word_tagger,
 )
+
+EXAMPLES = [
+    image_classifier,
+    language_model,
+    recurrent_translator,
+    sequence_tagger,
+    sequence_translator,
+    word_tagger,
+]
 
 
 def torch_twin(model: ImageClassifier) -> torch.nn.Sequential:
@@ -36,9 +47,7 @@ def torch_twin(model: ImageClassifier) -> torch.nn.Sequential:
     return torch.nn.Sequential(*layers, torch.nn.Flatten(), head)
 
 
-@pytest.mark.parametrize(
-    "module", [image_classifier, recurrent_translator, sequence_tagger, sequence_translator], ids=lambda m: m.__name__
-)
+@pytest.mark.parametrize("module", EXAMPLES, ids=lambda m: m.__name__)
 def test_examples(module) -> None:
     results = doctest.testmod(module)
     assert results.attempted

@@ -20,9 +20,12 @@ RECIPES = {
     "digits": "pyseqnet.recipes.digits",
     "fashion": "pyseqnet.recipes.fashion",
     "graph": "pyseqnet.recipes.graph",
+    "lm": "pyseqnet.recipes.lm",
     "mnist": "pyseqnet.recipes.mnist",
     "sentiment": "pyseqnet.recipes.sentiment",
+    "slots": "pyseqnet.recipes.slots",
     "speech-digits": "pyseqnet.recipes.speech_digits",
+    "tagging": "pyseqnet.recipes.tagging",
     "vqa": "pyseqnet.recipes.vqa",
 }
 
@@ -35,6 +38,11 @@ class Settings:
     quick: bool = False  # a falling loss in well under a minute, not the goals
     out: Path = Path("recipe")  # pictures and tables; it exists
     progress: bool = True
+    resume: Path | None = None  # checkpoints are kept there, and an interrupted run goes on from them
+
+    def checkpoints(self, name: str) -> Path | None:
+        """The folder of one training's checkpoints, for `pyseqnet.training.fit`; None for none."""
+        return None if self.resume is None else self.resume / name.replace(" ", "_").replace(",", "")
 
     def steps(self, full: int, quick: int) -> int:
         return quick if self.quick else full

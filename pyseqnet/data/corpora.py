@@ -1,0 +1,88 @@
+"""Readers of text corpora: tiny Shakespeare, UD English EWT (tags), SNIPS (slots), CMUdict (pronunciations)."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from typing import NamedTuple
+
+from pyseqnet import data
+from pyseqnet.data.text import words
+
+_GITHUB = "https://raw.githubusercontent.com"
+SHAKESPEARE = f"{_GITHUB}/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+EWT = f"{_GITHUB}/UniversalDependencies/UD_English-EWT/master"
+SNIPS = f"{_GITHUB}/snipsco/nlu-benchmark/master/2017-06-custom-intent-engines"
+CMUDICT = f"{_GITHUB}/cmusphinx/cmudict/master/cmudict.dict"
+INTENTS = (
+    "AddToPlaylist", "BookRestaurant", "GetWeather", "PlayMusic", "RateBook", "SearchCreativeWork",
+    "SearchScreeningEvent",
+)  # fmt: skip
+WORD_COLUMN, UPOS_COLUMN = 1, 3  # of CoNLL-U
+
+
+class Tagged(NamedTuple):
+    """A sentence, each word with its tag."""
+
+    words: list[str]
+    tags: list[str]
+
+
+def _text(name: str, url: str, origin: str) -> str:
+    """A file of the data folder, compressed or not; UTF-8, or Latin-1 where it is not that."""
+    packed = data.folder() / f"{name}.gz"
+    raw = gzip.decompress(packed.read_bytes()) if packed.exists() else data.find(name, url, origin).read_bytes()
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return raw.decode("latin-1")
+
+
+def shakespeare() -> str:
+    """A megabyte of plays, one text (Karpathy's char-rnn)."""
+    return _text("tinyshakespeare/input.txt", SHAKESPEARE, "github.com/karpathy/char-rnn")
+
+
+def ewt(part: str) -> list[Tagged]:
+    """Sentences of the English Web Treebank with universal parts of speech; part: "train", "dev" or "test"."""
+    name = f"en_ewt-ud-{part}.conllu"
+    text = _text(f"ud_ewt/{name}", f"{EWT}/{name}", "github.com/UniversalDependencies/UD_English-EWT")
+    sentences = []
+    for block in text.split("\n\n"):
+        rows = [line.split("\t") for line in block.splitlines() if line and not line.startswith("#")]
+        rows = [row for row in rows if row[0].isdigit()]  # not 3-4 (a contraction) and 5.1 (an ellipsis)
+        if rows:
+            sentences.append(Tagged([row[WORD_COLUMN] for row in rows], [row[UPOS_COLUMN] for row in rows]))
+    return sentences
+
+
+def snips(part: str) -> list[Tagged]:
+    """Requests to an assistant with BIO tags of their slots; part: "train" (13784) or "validate" (700).
+
+    Coucke et al., Snips voice platform, 2018.
+    """
+    requests = []
+    for intent in INTENTS:
+        name = f"train_{intent}_full.json" if part == "train" else f"{part}_{intent}.json"
+        text = _text(f"snips_cc0/{name}", f"{SNIPS}/{intent}/{name}", "github.com/snipsco/nlu-benchmark")
+        for request in json.loads(text)[intent]:
+            found = Tagged([], [])
+            for piece in request["data"]:
+                inside = words(piece["text"])
+                slot = piece.get("entity")
+                found.words.extend(inside)
+                found.tags.extend(["O" if slot is None else f"{'I' if i else 'B'}-{slot}" for i in range(len(inside))])
+            if found.words:
+                requests.append(found)
+    return requests
+
+
+def cmudict() -> list[tuple[str, list[str]]]:
+    """Words and their phones without stress marks, the first pronunciation of each; no digits or punctuation."""
+    entries = []
+    for line in _text("cmudict/cmudict.dict", CMUDICT, "github.com/cmusphinx/cmudict").splitlines():
+        word, *phones = line.split("#")[0].split()
+        if word.isalpha() and word.isascii():
+            entries.append((word, [re.sub(r"\d", "", phone) for phone in phones]))
+    return entries
