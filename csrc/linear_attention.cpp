@@ -6,6 +6,7 @@
 
 #include <optional>
 #include <tuple>
+#include <utility>
 
 #include "run_on_cpu.h"
 #if defined(PYSEQNET_WITH_CUDA)
@@ -133,10 +134,19 @@ Tensor checked_starts(const Tensor& starts, Problem& p, const Tensor& q, bool on
   }
   return dense_starts;
 }
-// Packed tensors have no batch to step over.
-void forget_batch(Problem& p) {
-  if (!p.packed) return;
-  for (HeadStrides* s : {&p.q, &p.k, &p.v, &p.out, &p.gout, &p.dq, &p.dk, &p.dv}) s->b = 0;
+// What strides and pointers say last. Packed tensors have no batch to step over.
+void place(Problem& p, const Tensors& t) {
+  const int64_t element = bytes_of(p.dtype);
+  constexpr int64_t line = 16;
+  p.lines_aligned = true;
+  const std::pair<HeadStrides*, const void*> all[] = {{&p.q, t.q},     {&p.k, t.k},       {&p.v, t.v},
+                                                      {&p.out, t.out}, {&p.gout, t.gout}, {&p.dq, t.dq},
+                                                      {&p.dk, t.dk},   {&p.dv, t.dv}};
+  for (const auto& [s, at] : all) {
+    if (p.packed) s->b = 0;
+    for (int64_t step : {s->b, s->h, s->row}) p.lines_aligned &= step * element % line == 0;
+    p.lines_aligned &= reinterpret_cast<uintptr_t>(at) % line == 0;
+  }
 }
 
 // (B) int64. On the CPU the values are checked, on CUDA they are clamped, since reading them would wait.
@@ -257,7 +267,7 @@ Five forward(const Tensor& query, const Tensor& key, const Tensor& value,
     last = new_matrix(q, p), last_z = new_normalizer(q, p);
     t.state = last.mutable_data_ptr(), t.normalizer = last_z.mutable_data_ptr();
   }
-  forget_batch(p);
+  place(p, t);
   run(LinearAttentionPass::forward, p, t, q);
   return {out, inverse, saved, last, last_z};
 }
@@ -318,7 +328,7 @@ Five backward(const Tensor& grad_output, const std::optional<Tensor>& grad_state
     first = new_matrix(q, p), first_z = new_normalizer(q, p);
     t.dstate0 = first.mutable_data_ptr(), t.dnormalizer0 = first_z.mutable_data_ptr();
   }
-  forget_batch(p);
+  place(p, t);
   run(LinearAttentionPass::backward, p, t, q);
   return {dq, dk, dv, first, first_z};
 }
@@ -367,6 +377,7 @@ std::tuple<Tensor, Tensor, Tensor> step(const Tensor& query, const Tensor& key, 
   p.out = {p.H * p.E, p.E, 0};
   t.out = out.mutable_data_ptr(), t.state = last.mutable_data_ptr();
   t.normalizer = last_z.mutable_data_ptr();
+  place(p, t);
   run(LinearAttentionPass::forward, p, t, q);
   return {out, last, last_z};
 }

@@ -61,6 +61,7 @@ EXPECTED: dict[tuple[str, str], tuple[str, ...]] = {
     ("attention_forward_mma", "any"): (r"\bHMMA\b", r"\bLDGSTS\b", r"\bLDSM\b"),
     ("attention_forward_wgmma", "90a"): (r"\bHGMMA\b", r"\bUTMALDG\b", r"\bUTMASTG\b", r"\bUSETMAXREG\b"),
     ("attention_backward_mma", "any"): (r"\bHMMA\b", r"\bLDGSTS\b", r"\bLDSM\b"),
+    ("sweep_chunks", "any"): (r"\bHMMA\b", r"\bLDGSTS\b", r"\bLDSM\b"),
     ("recurrent_mma_product", "any"): (r"\bHMMA\b", r"\bLDGSTS\b", r"\bLDSM\b"),
     # fragments of h are read as vectors; for sm_80 the kernels of clusters are empty
     ("recurrent_persistent", "90a"): (r"\bHMMA\b", r"\bLDS\.128"),

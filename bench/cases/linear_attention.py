@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as torch_F
@@ -36,6 +37,26 @@ def causal_masked(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """What is written first: the whole matrix of scores."""
     scores = (_features(query) @ _features(key).transpose(2, 3)).tril()
     return scores @ value / (scores.sum(-1, keepdim=True) + EPS)
+
+
+def retention_in_chunks(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Retention's chunkwise form (Sun et al., 2023): powers of the decay inside chunks, a loop over states between."""
+    b, h, n, _ = query.shape
+    q, k, v = (x.view(b, h, n // CHUNK, CHUNK, -1) for x in (query, key, value))
+    g, at = _decays(h)[:, None, None, None], torch.arange(CHUNK, dtype=torch.float32)
+    within = (g ** (at[:, None] - at).clamp(min=0)).tril()
+    sums = (k * g ** (CHUNK - 1 - at)[:, None]).transpose(3, 4) @ v
+    states, state = [], torch.zeros_like(sums[:, :, 0])
+    for part in sums.unbind(2):
+        states.append(state)
+        state = state * g[:, 0] ** CHUNK + part
+    out = (q @ k.transpose(3, 4) * within) @ v + q * g ** (at + 1)[:, None] @ torch.stack(states, 2)
+    return out.view(b, h, n, -1)
+
+
+def _decays(heads: int) -> Tensor:
+    """Those of RetNet: 1 - 2^-5, 1 - 2^-6, ..."""
+    return 1 - 2.0 ** -torch.arange(5, 5 + heads)
 
 
 def over_all_keys(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -119,6 +140,52 @@ def step(name: str, batch: int, heads: int, d: int) -> Case:
     )
 
 
+def retention(name: str, shape: tuple[int, int, int, int]) -> Case:
+    """Causal, with decay, not normalised."""
+    decay = _decays(shape[1]).double()
+
+    def ours(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return F.linear_attention(query, key, value, causal=True, decay=decay, feature_map="identity", normalize=False)
+
+    case = attention(name, shape, causal=True, devices=("cpu",))
+    return replace(case, shapes=case.shapes + ", decay", ours=ours, torch=retention_in_chunks)
+
+
+def packed(name: str, lengths: tuple[int, ...], heads: int, d: int) -> Case:
+    """Sequences one behind the other, beside the same padded to the longest."""
+    total, longest = sum(lengths), max(lengths)
+    starts = torch.tensor((0, *lengths)).cumsum(0).to(torch.int32)
+    inside = torch.arange(longest) < torch.tensor(lengths)[:, None]
+
+    def ours(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return F.linear_attention(query, key, value, causal=True, cu_seqlens=starts)
+
+    def theirs(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        def padded(x: Tensor) -> Tensor:
+            return x.new_zeros(len(lengths), longest, heads, d).index_put((inside,), x).transpose(1, 2)
+
+        return causal_in_chunks(padded(query), padded(key), padded(value)).transpose(1, 2)[inside]
+
+    def make(generator: torch.Generator) -> Inputs:
+        return {name: torch.randn((total, heads, d), generator=generator) for name in ("query", "key", "value")}
+
+    product, elements = 2.0 * total * heads * d * CHUNK, total * heads * d
+    return Case(
+        family="linear_attention",
+        name=name,
+        shapes=f"{len(lengths)} sequences, {total} positions, H{heads} D{d}, causal",
+        make=make,
+        ours=ours,
+        torch=theirs,
+        forward=Cost(4 * product, 4 * elements),
+        backward=Cost(9 * product, 8 * elements, 2 * (total // CHUNK) * heads * (d * d + d) * 4),
+        gradients=("query", "key", "value"),
+        tolerance=lambda dtype: Tolerance(),
+        dtypes=("f32",),
+        devices=("cpu",),
+    )
+
+
 CASES = [
     attention("causal_2048", (1, 8, 2048, 64), causal=True, dtypes=("f32", "bf16")),
     attention("causal_2048_masked", (1, 8, 2048, 64), causal=True, user=Rival("masked matrix", causal_masked)),
@@ -129,6 +196,8 @@ CASES = [
     attention("all_keys_2048", (1, 8, 2048, 64), causal=False, dtypes=("f32", "bf16")),
     attention("all_keys_8192", (1, 8, 8192, 64), causal=False),
     attention("all_keys_short_128", (16, 8, 128, 32), causal=False),
+    retention("retention_2048", (1, 8, 2048, 64)),
+    packed("packed_8x256", (64, 1024, 128, 192, 320, 64, 128, 128), 8, 64),
     step("step_1", 1, 8, 64),
     step("step_16", 16, 8, 64),
     # a GPU's size

@@ -74,10 +74,11 @@ struct LinearAttentionProblem {
   bool with_saved = false;  // forward: whether inverse and saved are written
   double scale = 1, eps = 1e-6;
   HeadStrides q, k, v, out, gout, dq, dk, dv;
+  bool lines_aligned = false;  // every row begins at a multiple of 16 bytes
 
   int64_t heads() const { return B * H; }
   int64_t chunks() const { return (L + chunk_rows - 1) / chunk_rows; }
-  int64_t state_size() const { return D * E + D; }
+  PYSEQNET_HOST_DEVICE int64_t state_size() const { return D * E + D; }
   int64_t saved_states() const { return causal ? chunks() : 1; }
   // Packed: enough places for the chunks of all sequences, whatever their lengths, that a device need not
   // look at them to know where a sequence's are.

@@ -1,11 +1,9 @@
 // What the generic CUDA kernels of linear attention are made of: a call's operands as functions of row and
 // depth, and the product of 64 x 64 results that all of them share (linear_attention_generic.cu says why).
 #pragma once
-#include <cmath>
-
 #include "common/cuda_numerics.cuh"
 #include "linear_attention/linear_attention.h"
-#include "linear_attention/linear_attention_features.h"
+#include "linear_attention/linear_attention_features.cuh"
 
 namespace pyseqnet {
 namespace {
@@ -23,25 +21,6 @@ template <class Acc>
 constexpr int depth = sizeof(Acc) == 8 ? 8 : 16;
 
 PYSEQNET_HOST_DEVICE int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-struct Exponential {
-  PYSEQNET_HOST_DEVICE float operator()(float x) const { return expf(x); }
-  PYSEQNET_HOST_DEVICE double operator()(double x) const { return exp(x); }
-};
-template <class Acc>
-PYSEQNET_DEVICE Acc feature_of(FeatureMap map, Acc x) {
-  if (map == FeatureMap::elu) return feature<FeatureMap::elu>(x, Exponential{});
-  if (map == FeatureMap::relu) return feature<FeatureMap::relu>(x, Exponential{});
-  if (map == FeatureMap::exp) return feature<FeatureMap::exp>(x, Exponential{});
-  return x;
-}
-template <class Acc>
-PYSEQNET_DEVICE Acc feature_gradient_of(FeatureMap map, Acc f) {
-  if (map == FeatureMap::elu) return feature_gradient<FeatureMap::elu>(f);
-  if (map == FeatureMap::relu) return feature_gradient<FeatureMap::relu>(f);
-  if (map == FeatureMap::exp) return feature_gradient<FeatureMap::exp>(f);
-  return Acc(1);
-}
 
 // What every kernel is given.
 template <class T>

@@ -42,10 +42,12 @@ Table<LinearAttentionCpuKernel> linear_attention_cpu_table(LinearAttentionPass p
 }
 
 #if defined(PYSEQNET_WITH_CUDA)
-extern const LinearAttentionCudaKernel linear_attention_forward_cuda, linear_attention_backward_cuda;
+extern const LinearAttentionCudaKernel linear_attention_forward_sm80, linear_attention_forward_cuda,
+    linear_attention_backward_cuda;
 
 namespace {
-constexpr const LinearAttentionCudaKernel* cuda_forward[] = {&linear_attention_forward_cuda};
+constexpr const LinearAttentionCudaKernel* cuda_forward[] = {&linear_attention_forward_sm80,
+                                                             &linear_attention_forward_cuda};
 constexpr const LinearAttentionCudaKernel* cuda_backward[] = {&linear_attention_backward_cuda};
 }  // namespace
 

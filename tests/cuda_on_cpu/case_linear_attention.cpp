@@ -1,13 +1,17 @@
 // Every CUDA kernel of linear attention against the oracle: forward (outputs, states, what backward needs)
 // and backward from the oracle's own forward; all dtypes, feature maps and options, both orders of heads and
 // rows, padding full of NaN.
-// Sources: linear_attention/linear_attention_generic.cu linear_attention/linear_attention_reference.cpp
+// Sources: linear_attention/linear_attention_generic.cu
+// Sources: linear_attention/linear_attention_forward_sm80.cu
+// Sources: linear_attention/linear_attention_reference.cpp
+#include "common/residency.cuh"
 #include "harness.h"
 #include "linear_attention/linear_attention.h"
 
 namespace pyseqnet {
 extern const LinearAttentionCpuKernel linear_attention_reference_forward, linear_attention_reference_backward;
-extern const LinearAttentionCudaKernel linear_attention_forward_cuda, linear_attention_backward_cuda;
+extern const LinearAttentionCudaKernel linear_attention_forward_cuda, linear_attention_backward_cuda,
+    linear_attention_forward_sm80;
 }  // namespace pyseqnet
 
 using namespace pyseqnet;
@@ -92,8 +96,8 @@ void check_problem(Suite& suite, Problem p, const Options& o) {
   Tensor q(element, query_rows * p.D, "q"), k(element, key_rows * p.D, "k");
   Tensor v(element, key_rows * p.E, "v"), gout(element, query_rows * p.E, "gout");
   Tensor decay(Kind::f64, p.H, "decay"), starts(Kind::i32, p.B + 1, "starts");
-  constexpr double strengths[] = {0, 0.5, 0.9, 0.99, 0.999, 1};
-  for (int64_t h = 0; h < p.H; h++) decay.set(h, suite.random.any(strengths));
+  constexpr double strengths[] = {0.9, 0.5, 0.99, 1, 0, 0.999};
+  for (int64_t h = 0; h < p.H; h++) decay.set(h, strengths[h % 6]);
   for (int64_t b = 0; b <= p.B; b++) starts.set(b, double(first[size_t(b)]));
   decay.upload(), starts.upload();
   Tensor lengths(Kind::i64, p.B, "lengths"), state0(number, matrix, "state0"), z0(number, vector, "z0");
@@ -176,6 +180,26 @@ void check_problem(Suite& suite, Problem p, const Options& o) {
         if (o.states) words += wrong(state, want_state, accumulation, accumulation);
         return o.states ? words + wrong(z, want_z, accumulation, accumulation) : words;
       });
+  p.lines_aligned = p.D % 8 == 0 && p.E % 8 == 0;
+  const bool on_tensor_cores = !linear_attention_forward_sm80.refuses(p);
+  // Features, states and scores are rounded to 16 bits before they are multiplied.
+  const auto roughly = [&](const Tensor& got, const Tensor& want) {
+    return difference(got, want, 0x1p-7 * largest(want), 0x1p-7);
+  };
+  const auto rough_words = [&] {
+    std::string words = roughly(out, want_out) + roughly(saved, want_saved);
+    if (p.normalize) words += roughly(inverse, want_inverse);
+    if (o.states) words += roughly(state, want_state) + roughly(z, want_z);
+    return words;
+  };
+  constexpr int large_device = 232448, small_device = 101376;
+  for (int shared_bytes : {large_device, small_device}) {
+    if (!on_tensor_cores) break;
+    simulated_device().shared_bytes = shared_bytes;
+    suite.check(
+        shared_bytes == large_device ? "tensor cores" : "tensor cores, little memory", outputs,
+        [&] { return run_cuda(linear_attention_forward_sm80, p, device); }, rough_words);
+  }
   // Without anything kept for backward the states live in the workspace.
   Problem forgetful = p;
   forgetful.with_saved = false;
@@ -184,6 +208,11 @@ void check_problem(Suite& suite, Problem p, const Options& o) {
   suite.check(
       "inference", {&out}, [&] { return run_cuda(linear_attention_forward_cuda, forgetful, only); },
       [&] { return wrong(out, want_out, p.dtype, accumulation); });
+  if (on_tensor_cores)
+    suite.check(
+        "inference on tensor cores", {&out},
+        [&] { return run_cuda(linear_attention_forward_sm80, forgetful, only); },
+        [&] { return roughly(out, want_out); });
 
   // Independent of forward: from the oracle's own results.
   const auto copy = [](Tensor& to, const Tensor& from) {
@@ -251,6 +280,27 @@ void check_packed(Suite& suite) {
   }
 }
 
+void check_tensor_cores(Suite& suite) {
+  const Problem edges[] = {
+      problem(1, 2, 64, 64, 64, 64, true),    problem(2, 1, 65, 65, 16, 24, true),
+      problem(1, 1, 140, 140, 128, 72, true), problem(1, 1, 1100, 1100, 32, 8, true),  // segments
+      problem(1, 2, 20, 20, 8, 128, true),    problem(1, 2, 0, 0, 8, 8, true),
+      problem(1, 1, 1090, 1090, 72, 8, true),
+  };
+  int number = 0;
+  for (Problem p : edges) {
+    p.dtype = DType::bf16;
+    for (bool decayed : {false, true}) {
+      p.feature_map = all_maps[number % 4], p.normalize = number % 3 != 1;
+      check_problem(suite, p, {number % 4 >= 2, number % 3 != 0, number % 2 == 0, decayed});
+      number++;
+    }
+  }
+  Problem p = problem(3, 2, 150, 150, 64, 32, true);
+  p.dtype = DType::bf16;
+  check_problem(suite, p, {false, true, true, true, true});
+}
+
 void check_random(Suite& suite) {
   Random& random = suite.random;
   for (int k = 0; k < suite.random_problems; k++) {
@@ -271,6 +321,7 @@ int main(int argc, char** argv) {
   Suite suite(argc, argv);
   check_edges(suite);
   check_packed(suite);
+  check_tensor_cores(suite);
   check_random(suite);
   return suite.finish();
 }

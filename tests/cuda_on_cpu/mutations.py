@@ -102,6 +102,22 @@ linear.drop("scores are read before they are written", "powers.of_pair(r, s) : A
 linear.swap("sees the next key", "scores.at[r][s] = ", "s <= r", "s <= r + 1", file=header)
 linear.swap("a column too many of the state", "sum_parts(const Call<T> c)", "e < c.p.E", "e <= c.p.E")
 
+label = "f32 elu B3 H2 L150"  # decayed, packed
+linear.swap("a query fades a step too little", "int fades(int row)", "row + 1", "row", file=header, label=label)
+linear.swap("a key fades a step too much", "of_key(int row)", "keys - 1 - row", "keys - row", file=header, label=label)
+linear.swap("the state does not fade over a part", "scan_states(", "p.decayed", "false", label=label)
+
+label = "bf16 elu B1 H1 L140"  # decayed
+sweep_80 = Copy("linear_attention/linear_attention_forward_sm80.cu", label)
+sweep_80.drop("a chunk is overwritten while it is read", "row < end; row += chunk) {")
+sweep_80.drop("features are read before they are written", "feature_of(p.feature_map, x) : 0.f;\n    });")
+sweep_80.drop("a row's sum is read before it is written", "block.multiply_normalizer(a_tile);")
+sweep_80.drop("the state is overwritten while it is read", "outputs.compute(block, a_address")
+sweep_80.drop("keys are read before they have faded", "x * block.powers[block.keys - 1 - row] : 0.f;\n      });")
+sweep_80.drop("outputs are stored before they are written", "__syncwarp();\n    constexpr int across", "__syncwarp();")
+sweep_80.swap("a key too many", "const int key = n * 8", "key < fades", "key <= fades")
+sweep_80.swap("the state fades a step too much", "state.scale(", "block.powers[block.keys]", "block.powers[chunk]")
+
 attention = Copy("attention/attention_generic.cu", "f32 B3 H2/1 L14")
 scores, tile = "attention_scores.cuh", "attention_tile.cuh"
 attention.drop("seen keys are read before they are cleared", "memory.any_seen[t] = 0;", file=scores)
@@ -282,7 +298,7 @@ MUTATIONS: dict[str, list[Mutation]] = {
     "case_conv_relu_pool": block.mutations,
     "case_conv_sm80": gemm_80.mutations + pack.mutations,
     "case_conv_sm90a": gemm_90.mutations + weights_90.mutations,
-    "case_linear_attention": linear.mutations,
+    "case_linear_attention": linear.mutations + sweep_80.mutations,
     "case_max_pool": pool.mutations,
     "case_recurrent": recurrent.mutations,
     "case_recurrent_persistent": grid.mutations + cluster.mutations + over_time.mutations,

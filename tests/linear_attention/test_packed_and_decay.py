@@ -187,6 +187,29 @@ def test_padding_does_not_fade_the_state(device: str) -> None:
     torch.testing.assert_close(z[1:], wanted_z, atol=1e-13, rtol=1e-13)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("decay", [None, 0.99])
+def test_a_stream_of_a_million_tokens_is_the_parallel_form(decay: float | None) -> None:
+    """Token by token in float32: finite to the end, equal to the form that sees all at once, in constant memory."""
+    length, kept = 1_000_000, 1000
+    q, k, v = (normal((1, 1, length, 4), i, torch.float32) for i in range(3))
+    decay = None if decay is None else torch.tensor([decay], dtype=torch.float64)
+    with torch.no_grad():
+        whole, last = F.linear_attention(q, k, v, causal=True, decay=decay, return_state=True)
+        state, outs = None, []
+        for i in range(length):
+            out, state = F.linear_attention_step(q[:, :, i], k[:, :, i], v[:, :, i], state, decay=decay)
+            if i % kept == kept - 1:
+                outs.append(out)
+    steps = torch.stack(outs, 2)
+    assert steps.isfinite().all()
+    exact = F.linear_attention(q.double(), k.double(), v.double(), causal=True, decay=decay)[:, :, kept - 1 :: kept]
+    for found in (steps, whole[:, :, kept - 1 :: kept]):
+        torch.testing.assert_close(found.double(), exact, atol=1e-3, rtol=1e-3)
+    for a, b in zip(state, last, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-3 * b.abs().max().item(), rtol=1e-3)
+
+
 def test_layer_with_decay(device: str) -> None:
     decay = [0.5, 0.999999]
     layer = nn.LinearAttention(8, 2, causal=True, decay=decay, batch_first=True, dtype=torch.float64, device=device)
