@@ -334,12 +334,12 @@ Five backward(const Tensor& grad_output, const std::optional<Tensor>& grad_state
 }
 
 // One position: query and key (B, H, D), value (B, H, E). An operation of its own because a decoder calls it
-// for every token: it makes three tensors where forward makes five.
+// for every token: it makes three tensors where forward makes five, and one where the state is updated in place.
 std::tuple<Tensor, Tensor, Tensor> step(const Tensor& query, const Tensor& key, const Tensor& value,
                                         const std::optional<Tensor>& state,
                                         const std::optional<Tensor>& normalizer, int64_t feature_map,
                                         bool normalize, double scale, double eps,
-                                        const std::optional<Tensor>& decay, RunPass run) {
+                                        const std::optional<Tensor>& decay, bool in_place, RunPass run) {
   require(query.dim() == 3 && value.dim() == 3,
           "linear_attention_step: query, key and value must have 3 dimensions");
   Problem p;
@@ -372,8 +372,10 @@ std::tuple<Tensor, Tensor, Tensor> step(const Tensor& query, const Tensor& key, 
     t.state0 = kept_state.const_data_ptr(), t.normalizer0 = kept_normalizer.const_data_ptr();
   }
   const int64_t sizes[] = {p.B, p.H, p.E}, steps[] = {p.H * p.E, p.E, 1};
-  Tensor out = new_tensor(q, sizes, steps, 3, q.scalar_type()), last = new_matrix(q, p);
-  Tensor last_z = new_normalizer(q, p);
+  require(!in_place || (state && state->is_contiguous() && normalizer->is_contiguous()),
+          "linear_attention_step: a state that is updated in place must be contiguous");
+  Tensor out = new_tensor(q, sizes, steps, 3, q.scalar_type());
+  Tensor last = in_place ? *state : new_matrix(q, p), last_z = in_place ? *normalizer : new_normalizer(q, p);
   p.out = {p.H * p.E, p.E, 0};
   t.out = out.mutable_data_ptr(), t.state = last.mutable_data_ptr();
   t.normalizer = last_z.mutable_data_ptr();
@@ -409,13 +411,17 @@ void run_pass_on_cpu(LinearAttentionPass pass, const Problem& p, const Tensors& 
   run_on_cpu("linear_attention", operation_of(pass), linear_attention_cpu_table(pass), p, t, like);
 }
 Five forward_cpu(FORWARD_PARAMETERS) { return forward(FORWARD_ARGUMENTS, run_pass_on_cpu); }
-std::tuple<Tensor, Tensor, Tensor> step_cpu(STEP_PARAMETERS) { return step(STEP_ARGUMENTS, run_pass_on_cpu); }
+std::tuple<Tensor, Tensor, Tensor> step_cpu(STEP_PARAMETERS) {
+  return step(STEP_ARGUMENTS, false, run_pass_on_cpu);
+}
+Tensor step_in_place_cpu(STEP_PARAMETERS) { return std::get<0>(step(STEP_ARGUMENTS, true, run_pass_on_cpu)); }
 Five backward_cpu(BACKWARD_PARAMETERS) { return backward(BACKWARD_ARGUMENTS, run_pass_on_cpu); }
 
 STABLE_TORCH_LIBRARY_IMPL(pyseqnet, CPU, m) {
   m.impl("linear_attention_forward", TORCH_BOX(&forward_cpu));
   m.impl("linear_attention_backward", TORCH_BOX(&backward_cpu));
   m.impl("linear_attention_step", TORCH_BOX(&step_cpu));
+  m.impl("linear_attention_step_", TORCH_BOX(&step_in_place_cpu));
 }
 
 #if defined(PYSEQNET_WITH_CUDA)
@@ -424,7 +430,10 @@ void run_pass_on_cuda(LinearAttentionPass pass, const Problem& p, const Tensors&
 }
 Five forward_cuda(FORWARD_PARAMETERS) { return forward(FORWARD_ARGUMENTS, run_pass_on_cuda); }
 std::tuple<Tensor, Tensor, Tensor> step_cuda(STEP_PARAMETERS) {
-  return step(STEP_ARGUMENTS, run_pass_on_cuda);
+  return step(STEP_ARGUMENTS, false, run_pass_on_cuda);
+}
+Tensor step_in_place_cuda(STEP_PARAMETERS) {
+  return std::get<0>(step(STEP_ARGUMENTS, true, run_pass_on_cuda));
 }
 Five backward_cuda(BACKWARD_PARAMETERS) { return backward(BACKWARD_ARGUMENTS, run_pass_on_cuda); }
 
@@ -432,6 +441,7 @@ STABLE_TORCH_LIBRARY_IMPL(pyseqnet, CUDA, m) {
   m.impl("linear_attention_forward", TORCH_BOX(&forward_cuda));
   m.impl("linear_attention_backward", TORCH_BOX(&backward_cuda));
   m.impl("linear_attention_step", TORCH_BOX(&step_cuda));
+  m.impl("linear_attention_step_", TORCH_BOX(&step_in_place_cuda));
 }
 #endif
 

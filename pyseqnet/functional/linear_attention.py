@@ -33,6 +33,7 @@ __all__ = [
 _forward = torch.ops.pyseqnet.linear_attention_forward.default
 _backward = torch.ops.pyseqnet.linear_attention_backward.default
 _step = torch.ops.pyseqnet.linear_attention_step.default
+_step_in_place = torch.ops.pyseqnet.linear_attention_step_.default
 
 _CHUNK_ROWS = 64  # LinearAttentionProblem::chunk_rows
 
@@ -214,6 +215,7 @@ def linear_attention_step(
     decay: Any = None,
     scale: float | None = None,
     eps: float = 1e-6,
+    in_place: bool = False,
 ) -> tuple[Tensor, State]:
     """One position of causal linear attention: what a decoder calls token by token.
 
@@ -230,9 +232,11 @@ def linear_attention_step(
         value: ``(B, H, E)``.
         state: what the previous step returned; None before the first.
         feature_map, normalize, decay, scale, eps: as in `linear_attention`; not ``"softmax"``.
+        in_place: the new state takes the memory of ``state``, which saves an allocation of its size and half of the
+            traffic. For inference: ValueError where gradients are recorded.
 
     Returns:
-        ``(B, H, E)`` and the new state. The old one is left as it was.
+        ``(B, H, E)`` and the new state. The old one is left as it was, unless ``in_place``.
 
     Without gradients one pass reads the state, adds the key, answers the query and writes the state.
     """
@@ -250,6 +254,11 @@ def linear_attention_step(
                 factor = 1.0 if scale is None else float(scale)
                 if decay is not None:
                     decay = read_decay(decay, query, query.shape[1])
+                if in_place and start is not None and start_z is not None:
+                    out = _step_in_place(
+                        query, key, value, start, start_z, number, normalize is not False, factor, float(eps), decay
+                    )
+                    return out, (start, start_z)
                 out, last, last_z = _step(
                     query, key, value, start, start_z, number, normalize is not False, factor, float(eps), decay
                 )
@@ -274,6 +283,10 @@ def linear_attention_step(
         scale=scale,
         eps=eps,
     )
+    if in_place and state is not None:
+        raise ValueError(
+            "linear_attention_step: in_place needs contiguous states and a kernel's map; no gradients, no autocast"
+        )
     return out.squeeze(2), new
 
 
@@ -385,3 +398,8 @@ def _step_fake(
         query.new_empty(b, h, d, width, dtype=dtype),
         query.new_empty(b, h, d, dtype=dtype),
     )
+
+
+@torch.library.register_fake("pyseqnet::linear_attention_step_")
+def _step_in_place_fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
+    return _step_fake(query, key, value, *rest)[0]

@@ -176,6 +176,43 @@ def test_decay_in_pieces_and_steps(device: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close(state, last, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("decay", [None, 0.75])
+@pytest.mark.parametrize("entry", implementations("linear_attention"))
+def test_a_state_updated_in_place(entry: Implementation, decay: float | None) -> None:
+    q, k, v = (normal((2, 3, 17), i, torch.float32).to(entry.device) for i in range(3))
+    start = normal((2, 3, 17, 17), 3, torch.float32).to(entry.device), normal((2, 3, 17), 4, torch.float32).abs()
+    start = start[0], start[1].to(entry.device)
+    with entry.pinned():
+        try:
+            wanted, (state, z) = F.linear_attention_step(q, k, v, start, decay=decay)
+        except RuntimeError as error:
+            pytest.skip(str(error))
+        mine = tuple(t.clone() for t in start)
+        out, new = F.linear_attention_step(q, k, v, mine, decay=decay, in_place=True)
+    assert torch.equal(out, wanted)
+    assert new[0] is mine[0]
+    assert new[1] is mine[1]
+    assert torch.equal(new[0], state)
+    assert torch.equal(new[1], z)
+    first, made = F.linear_attention_step(q, k, v, in_place=True)  # nothing to update yet
+    torch.testing.assert_close(first, F.linear_attention_step(q, k, v)[0])
+    assert made[0].shape == state.shape
+    with pytest.raises(ValueError, match="in_place"):
+        F.linear_attention_step(q.requires_grad_(), k, v, start, in_place=True)
+    with pytest.raises(ValueError, match="in_place"):
+        F.linear_attention_step(q.detach(), k, v, (state.transpose(2, 3), z), in_place=True)
+
+
+def test_opcheck_of_the_step_in_place(device: str) -> None:
+    q, k, v = (normal((2, 3, 5), i, torch.float32).to(device) for i in range(3))
+    state = normal((2, 3, 5, 5), 3, torch.float32).to(device), normal((2, 3, 5), 4, torch.float32).to(device)
+    torch.library.opcheck(
+        torch.ops.pyseqnet.linear_attention_step_,
+        (q, k, v, *state, 1, True, 1.0, 1e-6),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
 def test_padding_does_not_fade_the_state(device: str) -> None:
     """A padded sequence leaves the state that the sequence alone leaves, for the next token to read."""
     q, k, v = (normal((2, 2, 90, 5), i).to(device) for i in range(3))
