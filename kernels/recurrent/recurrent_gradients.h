@@ -52,9 +52,9 @@ inline void input_gradient(const RecurrentProblem& p, const RecurrentTensors& t,
 
 // ---- Phase 3: gradients of the weights. ----
 
-// The weights' products sum over rows. They do so in blocks of rows, small enough for a panel of B to stay in
-// the first-level cache while all tiles of A pass; each block's sums are closed before they are added up.
-constexpr int64_t summed_rows = pairs ? 192 : 96;
+// The weights' products sum over rows, in blocks of them: so many that adding a block's sums to the rest costs
+// little, few enough for what is packed to stay in the second-level cache. Each block's sums are closed first.
+constexpr int64_t summed_rows = 192;
 
 // What the gradients are multiplied with: b_rows (N elements each), into product (M x N).
 struct Target {
