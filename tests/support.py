@@ -105,6 +105,14 @@ def is_beyond_this_machine(error: RuntimeError) -> bool:
     )
 
 
+def free_memory(device: str) -> int:
+    """Bytes that a large tensor may take."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    with open("/proc/meminfo") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+
+
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
     """New tensors, outputs and workspaces alike, start as NaN (integers: their largest value)."""

@@ -18,11 +18,11 @@ from support import (
     allowed_error,
     dtypes,
     error_of,
+    free_memory,
     implementations,
     is_beyond_this_machine,
     is_refusal,
     largest,
-    needs_cuda,
     normal,
     poisoned_memory,
     seeds,
@@ -391,20 +391,31 @@ def test_same_padding_puts_the_odd_one_after() -> None:
     assert torch.allclose(F.conv1d(x, w, padding="same"), expected, rtol=1e-14)
 
 
-@pytest.mark.cuda
-@needs_cuda
 @pytest.mark.slow
-def test_more_than_2_to_the_31_elements() -> None:
-    """Offsets do not fit 32 bits: only the far end of the tensors is compared."""
-    if torch.cuda.mem_get_info()[0] < 14 << 30:
-        pytest.skip("needs 14 GB of free GPU memory")
-    height, width, tail = 1 << 16, (1 << 15) + 8, 4
-    x = torch.zeros((1, 1, height, width), dtype=torch.bfloat16, device="cuda")
-    x[..., -tail:, :] = normal((1, 1, tail, width), 0, torch.bfloat16).cuda()
-    w = normal((1, 1, 3, 3), 1, torch.bfloat16).cuda()
-    y = F.conv2d(x, w)
-    expected = torch.conv2d(x[..., -tail:, :].double().cpu(), w.double().cpu())
-    assert error_of(y[..., 2 - tail :, :], expected) <= 0.02 * largest(expected)
+def test_more_than_2_to_the_31_elements(device: str) -> None:
+    """Offsets do not fit 32 bits: only the far end of the tensors is compared, with all gradients."""
+    if free_memory(device) < 14 << 30:
+        pytest.skip("needs 14 GB of free memory")
+    height, width, tail = 1 << 16, (1 << 15) + 8, 6
+    x = torch.zeros((1, 1, height, width), dtype=torch.bfloat16, device=device)
+    x[..., -tail:, :] = normal((1, 1, tail, width), 0, torch.bfloat16).to(device)
+    w = normal((1, 1, 3, 3), 1, torch.bfloat16).to(device)
+    geometry = (1, 1, 0, 0, 0, 0, 1, 1, 1)
+    with threads(2):
+        y = ops.conv_forward(x, w, None, *geometry)
+        gw = ops.conv_backward(y, x, w, *geometry, False, True, False)[1]
+    wide_x, wide_gy, wide_w = (t.double().cpu() for t in (x[..., -tail - 2 :, :], y[..., -tail:, :], w))
+    del x
+    like_x = y.new_empty(1).expand(1, 1, height, width)  # only its shape is read
+    with threads(2):
+        gx = ops.conv_backward(y, like_x, w, *geometry, True, False, False)[0]
+    expected = torch.conv2d(wide_x, wide_w)
+    assert error_of(y[..., -tail:, :], expected) <= 0.02 * largest(expected)
+    assert y[..., :2, :].count_nonzero() == gx[..., :2, :].count_nonzero() == 0
+    expected = torch.nn.grad.conv2d_weight(wide_x, w.shape, wide_gy)
+    assert error_of(gw, expected) <= 0.02 * largest(expected)
+    expected = torch.nn.grad.conv2d_input((1, 1, tail + 2, width), wide_w, wide_gy)[..., -tail:, :]
+    assert error_of(gx[..., -tail:, :], expected) <= 0.02 * largest(expected)
 
 
 # --- what a convolution is --------------------------------------------------------------------------------------

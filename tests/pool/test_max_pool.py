@@ -17,6 +17,7 @@ from support import (
     dtypes,
     error_of,
     forced,
+    free_memory,
     implementations,
     is_beyond_this_machine,
     is_refusal,
@@ -370,11 +371,6 @@ def test_last_window_of_ceil_mode_starts_inside(device: str) -> None:
                     assert torch.equal(found.cpu(), expected)
 
 
-def free_memory() -> int:
-    with open("/proc/meminfo") as lines:
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-
-
 def fast_kernel(operation: str) -> str | None:
     """The CPU kernel that serves a bfloat16 sequence, unless it is the reference, which takes minutes here."""
     x = torch.zeros(1, 1, 8, dtype=torch.bfloat16)
@@ -392,7 +388,7 @@ def test_more_than_2_to_the_31_elements(device: str) -> None:
     """Offsets do not fit 32 bits: only the far ends of the tensors are compared."""
     if device == "cpu" and not (fast_kernel("max_pool_forward") and fast_kernel("max_pool_backward")):
         pytest.skip("only the reference serves this machine; it takes minutes")
-    if (torch.cuda.mem_get_info()[0] if device == "cuda" else free_memory()) < 12 << 30:
+    if free_memory(device) < 12 << 30:
         pytest.skip("needs 12 GB of free memory")
     # Windows far apart: a second's work, on offsets that are as large as any.
     planes, length, step = 2049, 1 << 20, 4096
