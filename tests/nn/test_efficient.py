@@ -29,6 +29,9 @@ SMALL = {  # options that make something happen at this length
     "sinkhorn": {"block_size": 4},
     "memory_compressed": {"factor": 3},
     "linformer": {"seq_len": 16, "k": 4},
+    "efficient": {},
+    "rfa": {"num_features": 6},
+    "performer": {"num_features": 6},
     "synthesizer": {"seq_len": 16, "mode": "dense"},
     "fnet": {},
     "gmlp": {"seq_len": 16},
@@ -38,6 +41,7 @@ NAMES = list(SMALL)
 CAUSAL = [n for n in NAMES if getattr(efficient.EFFICIENT[n], "never_causal", None) is None]
 # Others choose keys by what all positions hold, so a later token may take an earlier one's place.
 STRICTLY_CAUSAL = [n for n in CAUSAL if n not in ("reformer", "routing")]
+LINEAR = ("efficient", "rfa", "performer")  # of linear attention: padding at the end only
 MIXERS = [n for n in NAMES if issubclass(efficient.EFFICIENT[n], efficient.base.TokenMixer)]
 
 
@@ -120,6 +124,10 @@ def test_layouts_agree(name: str) -> None:
 def test_padding_reaches_nothing(name: str, where: str) -> None:
     layer = make(name, dropout=0.0).eval()
     padding = torch.arange(T) >= torch.tensor([[T], [7]])
+    if where == "holes" and name in LINEAR:
+        with pytest.raises(ValueError, match="padding at the end"):
+            run(layer, tokens(), padding=~padding)
+        return
     if where == "holes":
         padding = normal((B, T), 5) > 0.7
         assert padding.any(1).all()
@@ -270,7 +278,7 @@ def test_state_dict_copies_and_seeds(name: str) -> None:
     assert torch.equal(run(again.eval(), x), expected)
     assert torch.equal(run(layer, x), expected)  # nothing is drawn in a forward pass
     torch.manual_seed(4)
-    other = make(name, **({"seed": 7} if name in ("reformer", "routing") else {})).eval()
+    other = make(name, **({"seed": 7} if name in ("reformer", "routing", "performer", "rfa") else {})).eval()
     if list(layer.parameters()):
         assert not torch.equal(run(other, x), expected)
     file = io.BytesIO()

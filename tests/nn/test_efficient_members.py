@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import pyseqnet.functional as F
 from pyseqnet import masks, nn
 from pyseqnet.masks import Causal, Global, Local, RandomBlocks
-from pyseqnet.nn.efficient import base, clustered, reduced_keys, reformer, sinkhorn
+from pyseqnet.nn.efficient import base, clustered, feature_maps, reduced_keys, reformer, sinkhorn
 
 B, T, E, H, D = 2, 13, 16, 4, 4
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
@@ -431,6 +431,135 @@ def test_compressed_causal_skips_tiles() -> None:
     expected = F.scaled_dot_product_attention_reference(q, k, k, pattern.to_dense(700, 234))
     torch.testing.assert_close(F.scaled_dot_product_attention(q, k, k, pattern=pattern), expected, **EXACT)
     assert pattern.compile(700, 234)[1].shape[0] < 0.75 * 11 * 4
+
+
+# --- linear attention ------------------------------------------------------------------------------------------------
+
+
+TOKENS = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]], dtype=torch.float64)  # of G6
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        (nn.LinearMultiheadAttention, [[0.6875, 1.0], [0.565217, 1.217391], [0.636364, 1.090909]]),
+        (nn.EfficientAttention, [[0.707510, 0.959537], [0.395538, 1.474821], [0.589698, 1.154127]]),
+    ],
+)
+def test_golden_numbers_of_linear_attention(kind: type, expected: list[list[float]]) -> None:
+    layer = kind(2, 1, batch_first=True, bias=False, dtype=torch.float64)
+    layer.in_proj_weight.data.copy_(torch.eye(2).repeat(3, 1))
+    layer.out_proj.weight.data.copy_(torch.eye(2))
+    output = run(layer, TOKENS)
+    torch.testing.assert_close(output, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=2e-6)
+
+
+def test_performer_estimates_softmax_attention() -> None:
+    x = tokens() * 0.5
+    plain = dense(nn.PerformerAttention(E, H, batch_first=True, dtype=torch.float64))
+
+    def errors(features: int) -> Tensor:
+        found = []
+        for seed in range(60):
+            layer = nn.PerformerAttention(E, H, batch_first=True, num_features=features, seed=seed, dtype=torch.float64)
+            layer.load_state_dict(plain.state_dict(), strict=False)
+            found.append(run(layer, x) - run(plain, x))
+        return torch.stack(found)
+
+    # the median: where a sum of estimates comes near zero an error is large
+    deviation = [errors(m).abs().median().item() for m in (64, 256, 1024)]
+    for more, fewer in itertools.pairwise(deviation):
+        assert 1.6 < more / fewer < 2.5  # 1 / sqrt(m): half for four times the features
+    many = errors(1024)
+    assert many.mean(0).abs().mean() < 0.25 * many.abs().mean()  # the error is noise, not bias
+    layer = made(nn.PerformerAttention, num_features=8)
+    before = run(layer, x)
+    layer.redraw(torch.Generator().manual_seed(9))
+    assert not torch.equal(run(layer, x), before)
+
+
+def test_random_feature_attention_estimates_a_gaussian_kernel() -> None:
+    x = tokens()
+    base_layer = made(nn.RandomFeatureAttention)
+    base_layer.feature_map.sigma.data.uniform_(0.5, 1.5)
+    weights = {k: v for k, v in base_layer.state_dict().items() if "projection" not in k}
+    q, k, v = (t.unflatten(2, (H, D)).transpose(1, 2) for t in base_layer._project(x, x, x))
+    q, k = (torch_F.normalize(t, dim=3) * base_layer.feature_map.sigma for t in (q, k))
+    kernel = (-(q.unsqueeze(3) - k.unsqueeze(2)).square().sum(4) / 2).exp()
+    exact = base_layer.out_proj((kernel / kernel.sum(3, keepdim=True) @ v).transpose(1, 2).flatten(2))
+    deviation = []
+    for features in (64, 256, 1024):
+        found = []
+        for seed in range(40):
+            layer = made(nn.RandomFeatureAttention, num_features=features, seed=seed)
+            layer.load_state_dict(weights, strict=False)
+            found.append(run(layer, x) - exact)
+        deviation.append(torch.stack(found).abs().median().item())
+    for more, fewer in itertools.pairwise(deviation):
+        assert 1.6 < more / fewer < 2.5
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 150])
+def test_gates_are_the_recurrence(length: int) -> None:
+    q, k, v = (normal((B, H, length, n), seed).abs() for n, seed in ((3, 1), (3, 2), (5, 3)))
+    log_gate = torch_F.logsigmoid(normal((B, H, length), 4) * 6 - 2)  # some nearly closed
+    leaves = [t.requires_grad_() for t in (q, k, v, log_gate)]
+    output = feature_maps.gated_linear_attention(*leaves)
+    gate = log_gate.exp()
+    state, z, expected = torch.zeros(B, H, 3, 5).double(), torch.zeros(B, H, 3).double(), []
+    for t in range(length):
+        g = gate[:, :, t, None]
+        state = g.unsqueeze(3) * state + (1 - g).unsqueeze(3) * k[:, :, t].unsqueeze(3) * v[:, :, t].unsqueeze(2)
+        z = g * z + (1 - g) * k[:, :, t]
+        norm = (q[:, :, t] * z).sum(2, keepdim=True) + 1e-6
+        expected.append((q[:, :, t].unsqueeze(2) @ state).squeeze(2) / norm)
+    expected = torch.stack(expected, 2)
+    torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-10)
+    for one, other in zip(*(torch.autograd.grad(o.sum(), leaves) for o in (output, expected)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
+
+
+def test_gated_random_feature_attention() -> None:
+    layer = made(nn.RandomFeatureAttention, num_features=64, gate=True)
+    x = tokens().requires_grad_()
+    output = run(layer, x, causal=True)
+    (gradient,) = torch.autograd.grad(output[:, 5].sum(), x)
+    assert not gradient[:, 6:].any()
+    assert gradient[:, :6].any()
+    padding = torch.arange(T) >= torch.tensor([[T], [7]])
+    poisoned = x.detach().masked_fill(padding.unsqueeze(2), math.nan)
+    real = run(layer, poisoned, causal=True, padding=padding)[~padding]
+    torch.testing.assert_close(real, output[~padding])
+    assert all(g.isfinite().all() for g in torch.autograd.grad(real.sum(), list(layer.parameters())))
+    time_first = made(nn.RandomFeatureAttention, num_features=64, gate=True)
+    time_first.load_state_dict(layer.state_dict())
+    time_first.batch_first = False
+    torch.testing.assert_close(run_time_first(time_first, x.transpose(0, 1)).transpose(0, 1), output)
+    with pytest.raises(ValueError, match="with a gate it is causal self-attention"):
+        run(layer, x)
+
+
+def run_time_first(layer: torch.nn.Module, x: Tensor) -> Tensor:
+    return layer(x, x, x, is_causal=True, need_weights=False)[0]
+
+
+@pytest.mark.parametrize("kind", [nn.PerformerAttention, nn.RandomFeatureAttention])
+def test_random_features_decode_token_by_token(kind: type) -> None:
+    layer, x = made(kind, num_features=8).eval(), tokens()
+    cache = layer.new_cache()
+    with torch.no_grad():
+        steps = [layer(t, t, t, need_weights=False, is_causal=True, cache=cache)[0] for t in x.split(1, 1)]
+    torch.testing.assert_close(torch.cat(steps, 1), run(layer, x, causal=True))
+
+
+@pytest.mark.parametrize("kind", [nn.PerformerAttention, nn.RandomFeatureAttention, nn.EfficientAttention])
+def test_operations_of_linear_attention_grow_linearly(kind: type) -> None:
+    counts = []
+    for length in (256, 512):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            run(kind(E, H, batch_first=True), torch.zeros(1, length, E))
+        counts.append(counter.get_total_flops())
+    assert counts[1] == 2 * counts[0] > 0
 
 
 # --- without products of queries and keys ----------------------------------------------------------------------------

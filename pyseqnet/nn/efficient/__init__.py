@@ -12,6 +12,7 @@ import torch
 
 from pyseqnet.nn.efficient.attention_free import FNetMixing, GatedMLPMixing, MLPMixing
 from pyseqnet.nn.efficient.clustered import ClusteredAttention
+from pyseqnet.nn.efficient.feature_maps import EfficientAttention, PerformerAttention, RandomFeatureAttention
 from pyseqnet.nn.efficient.patterns import BigBirdAttention, LocalAttention, MixedHeadAttention
 from pyseqnet.nn.efficient.reduced_keys import LinformerAttention, MemoryCompressedAttention
 from pyseqnet.nn.efficient.reformer import ReformerAttention
@@ -31,6 +32,9 @@ EFFICIENT: dict[str, Callable[..., torch.nn.Module]] = {
     "sinkhorn": SinkhornAttention,
     "memory_compressed": MemoryCompressedAttention,
     "linformer": LinformerAttention,
+    "efficient": EfficientAttention,
+    "rfa": RandomFeatureAttention,
+    "performer": PerformerAttention,
     "synthesizer": SynthesizerAttention,
     "fnet": FNetMixing,
     "gmlp": GatedMLPMixing,
@@ -41,6 +45,7 @@ __all__ = [
     "EFFICIENT",
     "BigBirdAttention",
     "ClusteredAttention",
+    "EfficientAttention",
     "FNetMixing",
     "GatedMLPMixing",
     "LinformerAttention",
@@ -48,6 +53,8 @@ __all__ = [
     "MLPMixing",
     "MemoryCompressedAttention",
     "MixedHeadAttention",
+    "PerformerAttention",
+    "RandomFeatureAttention",
     "ReformerAttention",
     "RoutingAttention",
     "SinkhornAttention",

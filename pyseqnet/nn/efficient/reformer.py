@@ -19,7 +19,7 @@ MOST_BUCKETS = 512
 
 def hash_vectors(x: Tensor, rotations: Tensor) -> Tensor:
     """Angular LSH: ``argmax([x R; -x R])`` of x (..., N, D) for every round of R (rounds, D, n): (..., rounds, N)."""
-    rotated = x.unsqueeze(-3) @ rotations.to(x.dtype)
+    rotated = x.float().unsqueeze(-3) @ rotations.float()  # in one dtype, so that rounding a layer moves few tokens
     return torch.cat([rotated, -rotated], -1).argmax(-1)
 
 
