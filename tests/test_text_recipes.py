@@ -80,7 +80,7 @@ def test_readers(miniature: Path) -> None:
     assert corpora.shakespeare() == "café"
 
 
-@pytest.mark.parametrize("name", ["lm", "slots", "tagging"])
+@pytest.mark.parametrize("name", ["g2p", "lm", "slots", "tagging"])
 def test_miniatures(name: str, miniature: Path) -> None:
     out = miniature / "out"
     out.mkdir()

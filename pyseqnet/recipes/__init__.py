@@ -19,6 +19,7 @@ RECIPES = {
     "detect": "pyseqnet.recipes.detect",
     "digits": "pyseqnet.recipes.digits",
     "fashion": "pyseqnet.recipes.fashion",
+    "g2p": "pyseqnet.recipes.g2p",
     "graph": "pyseqnet.recipes.graph",
     "lm": "pyseqnet.recipes.lm",
     "mnist": "pyseqnet.recipes.mnist",
