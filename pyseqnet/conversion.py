@@ -24,7 +24,7 @@ _TWINS: dict[type, type] = {
     for name in nn.__all__
     if name != "Sequential" and hasattr(torch.nn, name)
 }
-_OURS = tuple(getattr(nn, name) for name in nn.__all__)
+_OURS = tuple(cls for name in nn.__all__ if isinstance(cls := getattr(nn, name), type))  # not its functions
 
 Skip = Iterable["str | type[_TorchModule] | _TorchModule"] | Callable[[str, _TorchModule], bool]
 

@@ -201,6 +201,8 @@ LAYERS = [
         lambda layer, x: layer(x.log_softmax(-1), TAGS[:, :2].to(x.device) % 3 + 1, (6, 5, 6), (2, 1, 2)),
     ),
     Layer("CRF", (4,), {}, ((T, B, 4),), lambda layer, x: layer(x, TAGS.T.to(x.device), KEPT.T.to(x.device))),
+    Layer("HMM", (4,), {}, ((B, T, 4),), lambda layer, x: layer(x, KEPT.to(x.device))),
+    Layer("MonotonicAttention", (2,), {"noise": 0.0}, ((B, 5, T), (B, T, 3)), lambda layer, *x: layer(*x)),
 ]  # fmt: skip
 
 # Not called by themselves: states and caches of decoding.

@@ -66,19 +66,25 @@ def _reference(
         arrived = (alpha[:, :, None] + transitions).logsumexp(1) + e[:, step]
         alpha = torch.where(real[:, step, None], arrived, alpha)
     result = -(alpha + end).logsumexp(1)
-    if tags is not None:
-        y = tags.masked_fill(~real, 0)
-        score = e.gather(2, y[:, :, None]).squeeze(2).masked_fill(~real, 0).sum(1)
-        score = score + transitions[y[:, :-1], y[:, 1:]].masked_fill(~real[:, 1:], 0).sum(1)
-        last = y.gather(1, lengths[:, None] - 1).squeeze(1)
-        result = result + score + start[y[:, 0]] + end[last]
-    return result
+    return result if tags is None else result + score_of_tags(e, tags, lengths, start, end, transitions)
+
+
+def score_of_tags(
+    emissions: Tensor, tags: Tensor, lengths: Tensor, start: Tensor, end: Tensor, transitions: Tensor
+) -> Tensor:
+    """(B) scores of tag sequences, not normalised; tags of steps that are off are not looked at."""
+    real = torch.arange(emissions.shape[1], device=emissions.device) < lengths[:, None]
+    y = tags.masked_fill(~real, 0)
+    score = emissions.gather(2, y[:, :, None]).squeeze(2).masked_fill(~real, 0).sum(1)
+    score = score + transitions[y[:, :-1], y[:, 1:]].masked_fill(~real[:, 1:], 0).sum(1)
+    last = y.gather(1, (lengths[:, None] - 1).clamp(min=0)).squeeze(1)
+    return score + start[y[:, 0]] + end[last]
 
 
 # ---------------------------------------------------------------- reading arguments
 
 
-def _check_shapes(
+def check_shapes(
     emissions: Tensor, tags: Tensor | None, mask: Tensor | None, start: Tensor, end: Tensor, transitions: Tensor
 ) -> None:
     if emissions.dim() != 3:
@@ -98,6 +104,12 @@ def _check_shapes(
         raise ValueError("emissions must have at least one step")
 
 
+def read_tags(tags: Tensor) -> Tensor:
+    if tags.is_floating_point() or tags.is_complex() or tags.dtype == torch.bool:
+        raise TypeError(f"tags must be integers, got {tags.dtype}")
+    return tags.to(torch.int64)
+
+
 def lengths_of_mask(mask: Tensor | None, emissions: Tensor) -> Tensor:
     """(B) int64: steps that are on. mask (B, T) must be on from the first step and have no holes.
 
@@ -112,12 +124,11 @@ def lengths_of_mask(mask: Tensor | None, emissions: Tensor) -> Tensor:
         raise ValueError(f"mask must be on the emissions' device, {emissions.device}, got {mask.device}")
     on = mask if mask.dtype == torch.bool else mask != 0
     lengths = on.sum(1)
-    unbroken = on.cumprod(1).sum(1) == lengths
     if emissions.is_cuda or emissions.is_meta or torch.compiler.is_compiling():
-        return torch.where(unbroken, lengths, 0)
+        return torch.where(on.cumprod(1).sum(1) == lengths, lengths, 0)
     if not bool(on[:, 0].all()):
         raise ValueError("mask of the first timestep must all be on")
-    if not bool(unbroken.all()):
+    if bool((on[:, 1:] > on[:, :-1]).any()):
         raise ValueError("mask must be on without holes: steps may be off only at the end of a sequence")
     return lengths
 
@@ -139,11 +150,9 @@ def _sum_over_sequences(
     transitions: Tensor,
     reference: bool = False,
 ) -> Tensor:
-    _check_shapes(emissions, tags, mask, start, end, transitions)
+    check_shapes(emissions, tags, mask, start, end, transitions)
     if tags is not None:
-        if tags.is_floating_point() or tags.is_complex() or tags.dtype == torch.bool:
-            raise TypeError(f"tags must be integers, got {tags.dtype}")
-        tags = tags.to(torch.int64)
+        tags = read_tags(tags)
     lengths = lengths_of_mask(mask, emissions)
     potentials = _potentials(emissions, start, end, transitions)
     if reference:
@@ -153,6 +162,28 @@ def _sum_over_sequences(
         return _Crf.apply(*potentials, tags, lengths)
     emissions, start, end, transitions = potentials
     return _log_likelihood(emissions, tags, lengths, start, end, transitions)
+
+
+def best_paths(
+    emissions: Tensor, lengths: Tensor, start: Tensor, end: Tensor, transitions: Tensor, nbest: int = 1
+) -> tuple[Tensor, Tensor]:
+    """(B, nbest, T) int64, -1 where there is nothing, and (B, nbest) scores; not recorded."""
+    with torch.no_grad():
+        e, s, z, a = _potentials(emissions, start, end, transitions)
+        paths, scores = _viterbi(e, lengths, s, z, a, nbest)
+        return paths, scores
+
+
+def expected_counts(
+    emissions: Tensor, mask: Tensor | None, start: Tensor, end: Tensor, transitions: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Marginals (B, T, C), and how often tags come first (C), last (C), and after each other (C, C), in all sequences
+    together, as the distribution expects; not recorded."""
+    check_shapes(emissions, None, mask, start, end, transitions)
+    with torch.no_grad():
+        e, s, z, a = _potentials(emissions, start, end, transitions)
+        found = _gradient(s.new_full((e.shape[0],), -1.0), e, None, lengths_of_mask(mask, emissions), s, z, a)
+        return found[0], found[1], found[2], found[3]
 
 
 def _explained(name: str, tensors: tuple[Any, ...], run: Any) -> Any:
@@ -246,10 +277,7 @@ def crf_marginals(emissions: Tensor, mask: Tensor | None, start: Tensor, end: Te
             view = views[0] if views[0].requires_grad else views[0].detach().requires_grad_()
             total = -_sum_over_sequences(view, None, mask, views[1], views[2], views[3], reference=True)
             return torch.autograd.grad(total.sum(), view, create_graph=True)[0]
-        _check_shapes(emissions, None, mask, start, end, transitions)
-        e, s, z, a = _potentials(*inputs)
-        lengths = lengths_of_mask(mask, emissions)
-        return _gradient(s.new_full((e.shape[0],), -1.0), e, None, lengths, s, z, a)[0]
+        return expected_counts(emissions, mask, start, end, transitions)[0]
 
     return _explained("crf_marginals", (emissions, start, end, transitions), run)
 
@@ -287,13 +315,13 @@ def crf_decode(
     def run() -> Any:
         if isinstance(nbest, bool) or not isinstance(nbest, int) or nbest < 1:
             raise ValueError(f"nbest must be a positive integer, got {nbest!r}")
-        _check_shapes(emissions, None, mask, start, end, transitions)
-        with torch.no_grad():
-            e, s, z, a = _potentials(emissions, start, end, transitions)
-            paths, scores = _viterbi(e, lengths_of_mask(mask, emissions), s, z, a, nbest)
-        # One copy to the host, then plain lists: -1 stands beyond a sequence's end and where there is none.
-        found = [[[tag for tag in path if tag >= 0] for path in row] for row in paths.tolist()]
-        best = [row[0] for row in found] if nbest == 1 else [[path for path in row if path] for row in found]
+        check_shapes(emissions, None, mask, start, end, transitions)
+        lengths = lengths_of_mask(mask, emissions)
+        paths, scores = best_paths(emissions, lengths, start, end, transitions, nbest)
+        # One copy to the host, then plain lists, cut to the sequence's length; -1 stands where there is no path.
+        rows = zip(paths.tolist(), lengths.tolist(), strict=True)
+        found = [[path[:n] for path in row if path[0] >= 0] for row, n in rows]
+        best = [row[0] if row else [] for row in found] if nbest == 1 else found
         if not return_scores:
             return best
         return best, scores.squeeze(1) if nbest == 1 else scores
@@ -329,7 +357,7 @@ def crf_decode_reference(
     emissions: Tensor, mask: Tensor | None, start: Tensor, end: Tensor, transitions: Tensor
 ) -> list[list[int]]:
     """`crf_decode` for one best sequence, in plain torch."""
-    _check_shapes(emissions, None, mask, start, end, transitions)
+    check_shapes(emissions, None, mask, start, end, transitions)
     result = []
     for e, n in zip(emissions, lengths_of_mask(mask, emissions).tolist(), strict=True):
         score, history = start + e[0], []

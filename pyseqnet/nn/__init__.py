@@ -10,7 +10,7 @@ from pyseqnet.nn.cache import (
     PreallocatedCache,
     RecurrentCache,
 )
-from pyseqnet.nn.chain import CRF, CTCLoss
+from pyseqnet.nn.chain import CRF, HMM, CTCLoss
 from pyseqnet.nn.conv import Conv1d, Conv1dReLU, Conv2d, Conv2dReLU, Conv2dReLUMaxPool2d
 from pyseqnet.nn.efficient import (
     BigBirdAttention,
@@ -36,6 +36,7 @@ from pyseqnet.nn.image_attention import ImageSelfAttention, SelfAttention2d
 from pyseqnet.nn.linear_attention import LinearAttention, LinearMultiheadAttention
 from pyseqnet.nn.local_attention import LongformerSelfAttention, TruncatedSelfAttention
 from pyseqnet.nn.locally_connected import LocallyConnected2d
+from pyseqnet.nn.monotonic import MonotonicAttention
 from pyseqnet.nn.norm import LayerNorm
 from pyseqnet.nn.pointer import PointerGenerator, pointer_log_probs, pointer_loss
 from pyseqnet.nn.pool import MaxPool1d, MaxPool2d
@@ -51,6 +52,7 @@ from pyseqnet.nn.transformer_layers import TransformerDecoderLayer, TransformerE
 __all__ = [
     "CRF",
     "GRU",
+    "HMM",
     "LSTM",
     "RNN",
     "AdditiveAttention",
@@ -90,6 +92,7 @@ __all__ = [
     "MemoryCache",
     "MemoryCompressedAttention",
     "MixedHeadAttention",
+    "MonotonicAttention",
     "MultiheadAttention",
     "PerformerAttention",
     "PointerGenerator",

@@ -1,13 +1,15 @@
-"""Layers on linear chains: the CTC loss and the conditional random field."""
+"""Layers on linear chains: the CTC loss, the conditional random field, the hidden Markov model."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import CTCLoss as _TorchCTCLoss
 
+from pyseqnet import chain
 from pyseqnet import functional as F
 
 
@@ -48,6 +50,9 @@ class CRF(torch.nn.Module):
     Args:
         num_tags: number of tags C.
         batch_first: tensors come as ``(B, T, ...)``; the default is ``(T, B, ...)``.
+        allowed: which tags may begin, end, and follow each other, as `pyseqnet.chain.allowed_transitions` makes it from
+            names. What is not allowed has score -inf, in training and decoding; sequences that break the rules have
+            probability 0. The ``state_dict`` does not hold it.
 
     Attributes:
         start_transitions: ``(C,)``, end_transitions: ``(C,)``, transitions: ``(C, C)``, uniform in [-0.1, 0.1] at
@@ -56,7 +61,13 @@ class CRF(torch.nn.Module):
     Paper: Lafferty, McCallum, Pereira, Conditional random fields, 2001.
     """
 
-    def __init__(self, num_tags: int, batch_first: bool = False) -> None:
+    allowed_start: Tensor
+    allowed_end: Tensor
+    allowed_transitions: Tensor
+
+    def __init__(
+        self, num_tags: int, batch_first: bool = False, *, allowed: chain.AllowedTransitions | None = None
+    ) -> None:
         if num_tags <= 0:
             raise ValueError(f"invalid number of tags: {num_tags}")
         super().__init__()
@@ -65,6 +76,12 @@ class CRF(torch.nn.Module):
         self.start_transitions = torch.nn.Parameter(torch.empty(num_tags))
         self.end_transitions = torch.nn.Parameter(torch.empty(num_tags))
         self.transitions = torch.nn.Parameter(torch.empty(num_tags, num_tags))
+        self.constrained = allowed is not None
+        shapes = ((num_tags,), (num_tags,), (num_tags, num_tags))
+        for name, value, shape in zip(chain.AllowedTransitions._fields, allowed or (None,) * 3, shapes, strict=True):
+            if value is not None and (value.dtype != torch.bool or tuple(value.shape) != shape):
+                raise ValueError(f"allowed.{name} must be bool {shape}, got {value.dtype} {tuple(value.shape)}")
+            self.register_buffer(f"allowed_{name}", value, persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -89,8 +106,7 @@ class CRF(torch.nn.Module):
         """
         if reduction not in ("none", "sum", "mean", "token_mean"):
             raise ValueError(f"invalid reduction: {reduction}")
-        emissions, mask = self._batch_first(emissions, mask)
-        tags = tags if self.batch_first or tags.dim() < 2 else tags.transpose(0, 1)
+        emissions, mask, tags = self._batch_first(emissions, mask, tags)
         llh = F.crf_log_likelihood(emissions, tags, mask, *self._scores())
         if reduction == "none":
             return llh
@@ -107,24 +123,132 @@ class CRF(torch.nn.Module):
         Returns:
             A list of tags for each sequence; with ``nbest > 1`` a list of such lists, best first.
         """
-        emissions, mask = self._batch_first(emissions, mask)
+        emissions, mask, _ = self._batch_first(emissions, mask)
         return F.crf_decode(emissions, mask, *self._scores(), nbest=nbest)
 
     def marginals(self, emissions: Tensor, mask: Tensor | None = None) -> Tensor:
         """Probabilities of each tag at each step, in the shape of ``emissions``; see
         `pyseqnet.functional.crf_marginals`."""
-        emissions, mask = self._batch_first(emissions, mask)
+        emissions, mask, _ = self._batch_first(emissions, mask)
         result = F.crf_marginals(emissions, mask, *self._scores())
         return result if self.batch_first else result.transpose(0, 1)
 
-    def _scores(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.start_transitions, self.end_transitions, self.transitions
+    def entropy(self, emissions: Tensor, mask: Tensor | None = None) -> Tensor:
+        """``(B)``: entropy of each sequence's distribution of tags; see `pyseqnet.chain.crf_entropy`."""
+        emissions, mask, _ = self._batch_first(emissions, mask)
+        return chain.crf_entropy(emissions, mask, *self._scores())
 
-    def _batch_first(self, emissions: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def sample(
+        self,
+        emissions: Tensor,
+        mask: Tensor | None = None,
+        num_samples: int = 1,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Tags drawn from the distribution, ``(K, T, B)``, or ``(K, B, T)`` if ``batch_first``; see
+        `pyseqnet.chain.crf_sample`."""
+        emissions, mask, _ = self._batch_first(emissions, mask)
+        found = chain.crf_sample(emissions, mask, *self._scores(), num_samples, generator=generator)
+        return found if self.batch_first else found.transpose(1, 2)
+
+    def hinge_loss(self, emissions: Tensor, tags: Tensor, mask: Tensor | None = None, *, cost: float = 1.0) -> Tensor:
+        """``(B)``: the structured support vector machine's loss, with ``cost=0`` the structured perceptron's; to be
+        minimised. See `pyseqnet.chain.structured_hinge_loss`."""
+        emissions, mask, tags = self._batch_first(emissions, mask, tags)
+        return chain.structured_hinge_loss(emissions, tags, mask, *self._scores(), cost=cost)
+
+    def _scores(self) -> tuple[Tensor, Tensor, Tensor]:
+        scores = (self.start_transitions, self.end_transitions, self.transitions)
+        if not self.constrained:
+            return scores
+        allowed = (self.allowed_start, self.allowed_end, self.allowed_transitions)
+        start, end, transitions = (x.masked_fill(~may, -math.inf) for x, may in zip(scores, allowed, strict=True))
+        return start, end, transitions
+
+    def _batch_first(
+        self, emissions: Tensor, mask: Tensor | None, tags: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, Any]:
         if emissions.dim() != 3:
             raise ValueError(f"emissions must have dimension of 3, got {emissions.dim()}")
         if emissions.shape[2] != self.num_tags:
             raise ValueError(f"expected last dimension of emissions is {self.num_tags}, got {emissions.shape[2]}")
+        for name, other in (("tags", tags), ("mask", mask)):  # before they are turned: in the caller's order
+            if other is not None and other.shape != emissions.shape[:2]:
+                raise ValueError(
+                    f"the first two dimensions of emissions and {name} must match, "
+                    f"got {tuple(emissions.shape[:2])} and {tuple(other.shape)}"
+                )
         if self.batch_first:
-            return emissions, mask
-        return emissions.transpose(0, 1), mask.transpose(0, 1) if mask is not None and mask.dim() == 2 else mask
+            return emissions, mask, tags
+        return emissions.transpose(0, 1), None if mask is None else mask.t(), None if tags is None else tags.t()
+
+
+class HMM(torch.nn.Module):
+    """Hidden Markov model, trained by Baum-Welch or by gradients.
+
+    With ``num_symbols`` it reads symbols ``(B, T)``. Without, it reads ``(B, T, S)`` log-probabilities of what is seen
+    at each step in each state, such as those that `pyseqnet.chain.scaled_log_likelihoods` makes from a network's
+    posteriors (a hybrid of network and HMM).
+
+    Args:
+        num_states: number of states S.
+        num_symbols: number of symbols V, or None.
+
+    Attributes:
+        initial_logits ``(S,)``, transition_logits ``(S, S)`` and, with symbols, emission_logits ``(S, V)``: a
+        log-softmax over the last dimension gives the log-probabilities. Drawn from a standard normal at first.
+
+    Paper: Rabiner, A tutorial on hidden Markov models, 1989.
+    """
+
+    def __init__(self, num_states: int, num_symbols: int | None = None) -> None:
+        for name, value in (("states", num_states), ("symbols", 1 if num_symbols is None else num_symbols)):
+            if value <= 0:
+                raise ValueError(f"invalid number of {name}: {value}")
+        super().__init__()
+        self.num_states, self.num_symbols = num_states, num_symbols
+        self.initial_logits = torch.nn.Parameter(torch.empty(num_states))
+        self.transition_logits = torch.nn.Parameter(torch.empty(num_states, num_states))
+        self.emission_logits = None if num_symbols is None else torch.nn.Parameter(torch.empty(num_states, num_symbols))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws all logits from a standard normal: states must differ at first, or EM never tells them apart."""
+        for parameter in self.parameters():
+            torch.nn.init.normal_(parameter)
+
+    def extra_repr(self) -> str:
+        return f"num_states={self.num_states}, num_symbols={self.num_symbols}"
+
+    def forward(self, observations: Tensor, mask: Tensor | None = None) -> Tensor:
+        """``(B)`` log-likelihoods; see `pyseqnet.chain.hmm_log_likelihood`."""
+        return chain.hmm_log_likelihood(*self._chain(observations, mask))
+
+    def decode(self, observations: Tensor, mask: Tensor | None = None, nbest: int = 1) -> Any:
+        """The most probable state sequences; see `pyseqnet.chain.hmm_decode`."""
+        return chain.hmm_decode(*self._chain(observations, mask), nbest=nbest)
+
+    def posteriors(self, observations: Tensor, mask: Tensor | None = None) -> Tensor:
+        """``(B, T, S)`` probabilities of states; see `pyseqnet.chain.hmm_posteriors`."""
+        return chain.hmm_posteriors(*self._chain(observations, mask))
+
+    @torch.no_grad()
+    def baum_welch_step(self, symbols: Tensor, mask: Tensor | None = None, *, pseudo_count: float = 0.0) -> Tensor:
+        """Replaces the parameters by a step of EM; returns ``(B)`` log-likelihoods before it.
+
+        See `pyseqnet.chain.hmm_baum_welch_step`.
+        """
+        if self.emission_logits is None:
+            raise ValueError("baum_welch_step needs an HMM with num_symbols")
+        logits = (self.initial_logits, self.transition_logits, self.emission_logits)
+        old = chain.HmmParameters(*(x.log_softmax(-1) for x in logits))
+        new, log_likelihood = chain.hmm_baum_welch_step(symbols, mask, old, pseudo_count=pseudo_count)
+        for parameter, value in zip(logits, new, strict=True):
+            parameter.copy_(value)
+        return log_likelihood
+
+    def _chain(self, observations: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        if self.emission_logits is not None:
+            observations = chain.emissions_of_symbols(observations, mask, self.emission_logits.log_softmax(-1))
+        return observations, mask, self.initial_logits.log_softmax(0), self.transition_logits.log_softmax(-1)
