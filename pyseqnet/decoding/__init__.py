@@ -1,5 +1,6 @@
 """From scores to sequences."""
 
+from pyseqnet.decoding.arpa import ArpaLanguageModel
 from pyseqnet.decoding.ctc import CtcHypothesis, ctc_align, ctc_beam_search, ctc_collapse, ctc_greedy_search
 from pyseqnet.decoding.generate import generate
 from pyseqnet.decoding.parallel import LengthPredictor, decode_parallel, truncate_at_end
@@ -8,6 +9,7 @@ from pyseqnet.decoding.sampling import keep_top_k, keep_top_p
 from pyseqnet.decoding.steppers import RecurrentStepper, TransformerState, TransformerStepper
 
 __all__ = [
+    "ArpaLanguageModel",
     "CtcHypothesis",
     "Generated",
     "LengthPredictor",

@@ -125,7 +125,8 @@ def ctc_beam_search(
         beam_width: prefixes kept after each step.
         nbest: hypotheses to return for each sequence.
         classes_per_step: only this many of a step's most probable classes, and the blank, extend prefixes; None: all.
-        language_model: ``f(prefix, label)``, the log-probability of a label after a prefix (a tuple of labels).
+        language_model: ``f(prefix, label)``, the log-probability of a label after a prefix (a tuple of labels), such as
+            an `ArpaLanguageModel`.
         language_weight: what it is multiplied with.
         length_bonus: added for each label.
 
