@@ -53,6 +53,7 @@ def test_every_family_has_cases_with_their_own_names() -> None:
         "chain",
         "conv",
         "conv_relu_pool",
+        "efficient",
         "linear_attention",
         "pool",
         "recurrent",

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "cuda_on_cpu"))
-import build as simulator
 import kernel_report
 import mutations
+
+import build as simulator
 
 CASES = sorted(simulator.HERE.glob("case_*.cpp"))
 CONFORMANCE = sorted(simulator.HERE.glob("conformance/*.cpp"))

@@ -10,8 +10,9 @@ import pytest
 from support import ROOT
 
 sys.path.insert(0, str(ROOT / "tests" / "cuda_on_cpu"))
-import build as simulator_build
 import kernel_report
+
+import build as simulator_build
 
 pytestmark = pytest.mark.slow
 
