@@ -155,6 +155,7 @@ class Layer:
 
 
 SEQUENCE, THREE, TWO = ((T, B, D),), ((T, B, D),) * 3, ((T, B, D),) * 2
+PROJECTION = normal((6, D), 5, torch.float32)
 EDGES = torch.tensor([[0, 1, 2, 3, 1], [1, 2, 3, 0, 3]])
 LAYERS = [
     Layer("Conv1d", (4, 6, 3), {"padding": 1}, (LINE,)),
@@ -179,6 +180,8 @@ LAYERS = [
     Layer("LocationAwareAttention", (D, D, H), {}, THREE[:2]),
     Layer("LinearAttention", (D, 2), {"causal": True}, THREE),
     Layer("LinearMultiheadAttention", (D, 2), {}, THREE),
+    Layer("PositiveRandomFeatures", (PROJECTION,), {}, ((2, 2, L, D),)),
+    Layer("RandomFourierFeatures", (PROJECTION,), {}, ((2, 2, L, D),)),
     Layer("TruncatedSelfAttention", (D, 2), {"left": 2, "right": 1}, SEQUENCE, lambda layer, x: layer(x, x, x)),
     Layer(
         "LongformerSelfAttention", (D, 2), {"window": 2}, SEQUENCE,
@@ -205,8 +208,8 @@ LAYERS = [
     Layer("MonotonicAttention", (2,), {"noise": 0.0}, ((B, 5, T), (B, T, 3)), lambda layer, *x: layer(*x)),
 ]  # fmt: skip
 
-# Not called by themselves: states and caches of decoding.
+# Not layers: states and caches of decoding, a helper.
 HELD = {
     "DecodingState", "KeyValueCache", "LayerState", "LocationState", "MemoryCache", "PreallocatedCache",
-    "RecurrentCache",
+    "RecurrentCache", "random_projection",
 }  # fmt: skip
