@@ -2,6 +2,8 @@
 # make test      lint, C++ tests, Python tests
 # make lint      ruff, mypy, clang-format
 # make sanitize  C++ tests and a Python smoke run with the address and undefined-behaviour sanitizers
+# make docs      the documentation, from pages and docstrings: build/docs/index.html
+# make fuzz      random problems over all functions, dtypes, layouts and kernels for FUZZ_SECONDS (600)
 # make kernels   every CUDA kernel for every architecture: registers, spills, instructions (build/kernels.md)
 # make gpu       on a machine with an NVIDIA GPU: build, conformance, tests, compute-sanitizer, benchmarks
 #                (STEPS="conformance bench" for some of them)
@@ -27,7 +29,7 @@ export MAX_JOBS
 export PIP_CONSTRAINT := $(abspath $(VENV))/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint test-cpp test-python sanitize kernels gpu bench build clean
+.PHONY: demo test lint test-cpp test-python sanitize docs fuzz kernels gpu bench build clean
 
 demo: $(BUILT)
 	OMP_WAIT_POLICY=passive $(PY) -m pyseqnet.demo --out demo_report
@@ -57,6 +59,14 @@ sanitize: $(BUILT)
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	  PYTHONPATH=build/sanitize $(PY) tests/sanitize_smoke.py
+
+docs: $(BUILT)
+	$(PY) -m sphinx -q -W --keep-going -b html docs build/docs
+
+FUZZ_SECONDS ?= 600
+fuzz: $(BUILT)
+	@mkdir -p build
+	PYTHONWARNINGS=ignore OMP_WAIT_POLICY=passive $(PY) tests/fuzz.py --seconds $(FUZZ_SECONDS) --log build/fuzz.jsonl
 
 # Where there is no CUDA toolkit its compiler comes from PyPI.
 KERNEL_TOOLS := 'nvidia-cuda-nvcc~=13.0' 'nvidia-cuda-nvdisasm~=13.0'

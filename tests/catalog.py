@@ -208,8 +208,11 @@ LAYERS = [
     Layer("MonotonicAttention", (2,), {"noise": 0.0}, ((B, 5, T), (B, T, 3)), lambda layer, *x: layer(*x)),
 ]  # fmt: skip
 
-# Not layers: states and caches of decoding, a helper.
+# Not layers: states and caches of decoding, helpers.
 HELD = {
     "DecodingState", "KeyValueCache", "LayerState", "LocationState", "MemoryCache", "PreallocatedCache",
     "RecurrentCache", "random_projection",
 }  # fmt: skip
+
+# Modules whose layers are made of those above and have tests of their own (tests/nn), but no entry here yet.
+ELSEWHERE = ("pyseqnet.nn.efficient", "pyseqnet.nn.pointer")

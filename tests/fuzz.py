@@ -1,0 +1,167 @@
+"""Random problems over all functions, dtypes, layouts and kernels, against the references in plain torch.
+
+    make fuzz FUZZ_SECONDS=600        python tests/fuzz.py --seconds 600 [--function gru] [--seed 7]
+
+Every batch logs its seed, by which it is drawn again. A problem that fails is shrunk and printed, and the run goes on;
+the exit status says whether there was one. Found cases are kept in tests/test_fuzz.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from fuzz_problems import FUNCTIONS, Problem, problems
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from support import environment, is_beyond_this_machine, is_refusal, poisoned_memory, threads
+from torch import Tensor
+
+import pyseqnet.functional as F
+from pyseqnet import _C
+
+BATCH = 200
+WITHOUT_GRADIENTS = ("crf_marginals",)
+TORCH, ULPS, ACCUMULATED = 4.0, 16.0, 256.0  # the bound, in torch's errors, ulp of the result and of the sums
+
+
+class Miss(AssertionError):
+    """A result that is off, a crash, or an error that is no refusal."""
+
+
+def floating(result: Any) -> list[Tensor]:
+    if isinstance(result, Tensor):
+        return [result] if result.is_floating_point() else []
+    return [t for part in result for t in floating(part)] if isinstance(result, (tuple, list)) else []
+
+
+def step(problem: Problem, f: Callable[..., Any], inputs: list[Tensor]) -> list[Tensor]:
+    """Outputs and gradients, against directions that are the same for all dtypes."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    outputs = floating(problem.call(f, *leaves))
+    generator = torch.Generator().manual_seed(problem.seed)
+    directions = [torch.randn(y.shape, generator=generator, dtype=torch.float64) for y in outputs]
+    if problem.integers:
+        directions = [d.round() for d in directions]
+    # What is not finite, a loss that no alignment has, has no gradient to compare.
+    losses = [(torch.where(y.isfinite(), y, 0) * d.to(y.dtype)).sum() for y, d in zip(outputs, directions, strict=True)]
+    wanted = [x for x in leaves if x.numel()] if problem.function not in WITHOUT_GRADIENTS else []
+    found = torch.autograd.grad(sum(losses), wanted, allow_unused=True) if wanted and losses else []
+    grads = [torch.zeros_like(x) if g is None else g for x, g in zip(wanted, found, strict=True)]
+    return [*(y.detach() for y in outputs), *grads]
+
+
+def compare(ours: list[Tensor], theirs: list[Tensor], exact: list[Tensor], terms: int) -> None:
+    """`terms`: how many numbers near one a sum may have that is itself zero."""
+    if len(ours) != len(exact):
+        raise Miss(f"{len(ours)} results, {len(exact)} expected")
+    scale = max((float(e[e.isfinite()].abs().max()) for e in exact if e.isfinite().any()), default=0.0)
+    scale = max(scale, float(terms))
+    for number, (a, b, e) in enumerate(zip(ours, theirs, exact, strict=True)):
+        where = f"result {number} of {len(ours)}, shape {tuple(e.shape)}"
+        if a.shape != e.shape or a.dtype != b.dtype:
+            raise Miss(f"{where}: {tuple(a.shape)} {a.dtype}, expected {b.dtype}")
+        if not e.numel():
+            continue
+        a, b = a.double(), b.double()
+        finite = e.isfinite() & b.isfinite()
+        if not torch.equal(a.isfinite() | ~finite, torch.ones_like(finite)):
+            raise Miss(f"{where}: {(finite & ~a.isfinite()).sum()} values are not finite")
+        a, b, e = (t.where(finite, 0) for t in (a, b, e))
+        error, torchs, size = ((t.abs().max().item()) for t in (a - e, b - e, e))
+        dtype = ours[number].dtype
+        accumulated = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+        least = torch.finfo(dtype).smallest_normal * (1 if dtype == torch.float16 else 0)
+        # The output that a backward reads was rounded to the dtype: where its terms cancel, that is what is left.
+        coarse = max(ACCUMULATED * accumulated, 2 * torch.finfo(dtype).eps) * scale
+        bound = TORCH * torchs + ULPS * torch.finfo(dtype).eps * size + coarse + least
+        if not error <= bound or math.isnan(error):
+            raise Miss(f"{where}: error {error:.3g}, bound {bound:.3g} (torch's {torchs:.3g}, size {size:.3g})")
+
+
+def check(problem: Problem) -> str:
+    """Runs one problem: "passed", "refused" by the pinned kernel, or raises `Miss`."""
+    inputs = problem.tensors()
+    reference = getattr(F, f"{problem.function}_reference")
+    with environment(PYSEQNET_FORCE=problem.kernel or None), threads(problem.threads), poisoned_memory():
+        try:
+            ours = step(problem, getattr(F, problem.function), inputs)
+        except RuntimeError as error:
+            if problem.kernel and (is_refusal(error) or is_beyond_this_machine(error)):
+                return "refused"
+            raise Miss(f"{type(error).__name__}: {error}") from error
+        except (ValueError, TypeError, IndexError, AttributeError) as error:
+            raise Miss(f"{type(error).__name__}: {error}") from error
+    exact = step(problem, reference, [x.double() for x in inputs])
+    chain = problem.function.startswith("crf_")  # gradients of transitions are differences of counts
+    terms = math.prod(problem.shapes[0][:2]) if chain else 1
+    compare(ours, step(problem, reference, inputs), exact, terms)
+    return "passed"
+
+
+def batch(
+    number: int, function: str | None, counts: Counter[str], examples: int = BATCH, shrink: bool = True
+) -> str | None:
+    """One batch of problems; the words of its smallest miss."""
+
+    @seed(number)
+    @settings(
+        max_examples=examples, deadline=None, database=None, print_blob=False,
+        phases=(Phase.generate, Phase.shrink) if shrink else (Phase.generate,),
+        report_multiple_bugs=False,
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    @given(problems(_C.dispatch_tables(), function))
+    def run(problem: Problem) -> None:
+        last["problem"] = problem
+        answer = check(problem)
+        counts[answer] += 1
+        counts[problem.function] += 1
+
+    last: dict[str, Problem] = {}
+    try:
+        run()
+    except Miss as miss:  # after shrinking, the smallest one is run last
+        return f"{miss}\n    {last['problem']}"
+    return None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--function", choices=sorted(FUNCTIONS))
+    parser.add_argument("--seed", type=int, help="run this batch alone")
+    parser.add_argument("--log", type=Path, help="append every batch to this file, as lines of JSON")
+    options = parser.parse_args()
+    begin, counts, misses = time.monotonic(), Counter[str](), 0
+    numbers = (
+        iter([options.seed]) if options.seed is not None else iter(lambda: random.SystemRandom().getrandbits(32), 0)
+    )
+    for number in numbers:
+        words = batch(number, options.function, counts)
+        if words is not None:
+            misses += 1
+            print(f"MISS in batch {number}: {words}", flush=True)
+        if options.log:
+            line = {"seed": number, "function": options.function, "problems": counts["passed"], "miss": words}
+            with options.log.open("a") as log:
+                log.write(json.dumps(line) + "\n")
+        if time.monotonic() - begin > options.seconds:
+            break
+    kinds = ", ".join(f"{name} {counts[name]}" for name in sorted(FUNCTIONS) if counts[name])
+    print(
+        f"{counts['passed']} problems passed, {counts['refused']} refused by a pinned kernel, {misses} missed: {kinds}"
+    )
+    return int(misses > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
