@@ -19,7 +19,6 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # shapes and dtypes are in the text
 autodoc_default_options = {"members": True}
 add_module_names = False
-napoleon_custom_sections = [("Args beyond torch's", "params_style")]
 exclude_patterns = ["_build"]
 # A cell's or a layer's docstring speaks for it; torch's own members are in torch's documentation.
 autodoc_inherit_docstrings = False

@@ -141,6 +141,10 @@ def register(counter: ModuleType) -> None:
     def attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **_: Any) -> int:
         return _attention_products(query, key, value, rest[4], rest[5], 1, 1)
 
+    @tell(ops.attention_plain, get_raw=True)
+    def attention_plain(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **_: Any) -> int:
+        return _attention_products(query, key, value, None, None, 1, 1)
+
     @tell(ops.attention_weights, get_raw=True)
     def attention_weights(query: Tensor, key: Tensor, lse: Tensor, *rest: Any, **_: Any) -> int:
         return _attention_products(query, key, key, rest[4], rest[5], 1, 0)

@@ -214,5 +214,5 @@ HELD = {
     "RecurrentCache", "random_projection",
 }  # fmt: skip
 
-# Modules whose layers are made of those above and have tests of their own (tests/nn), but no entry here yet.
+# Beginnings of modules whose layers are made of those above and have tests of their own, but no entry here yet.
 ELSEWHERE = ("pyseqnet.nn.efficient", "pyseqnet.nn.pointer")

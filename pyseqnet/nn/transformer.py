@@ -120,7 +120,9 @@ class TransformerDecoder(_TorchTransformerDecoder):
     `decoder_layer` may be a list of layers, which are used as they are; `num_layers` is then their number, or
     None.
 
-    Args beyond torch's:
+    Beyond torch's arguments:
+
+    Args:
         memory_layers: where `memory` is a list of an encoder's layers (``encoder(..., return_layers=True)[1]``), which
             of them the decoder's layer number l reads: "last" (as torch), "same" (number l; where the numbers of layers
             differ, the one at the same share of the depth), "reverse" (counted from the last), or "adaptive" (a learned
