@@ -177,7 +177,7 @@ def register(counter: ModuleType) -> None:
     ) -> int:
         return _linear(query, key, value, 2)
 
-    @tell(ops.linear_attention_step, get_raw=True)
+    @tell([ops.linear_attention_step, ops.linear_attention_step_], get_raw=True)
     def linear_step(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **_: Any) -> int:
         return _linear(query.unsqueeze(2), key.unsqueeze(2), value.unsqueeze(2), 1)
 
