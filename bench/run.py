@@ -40,7 +40,8 @@ def pick(cases: list[Case], selection: Selection) -> list[tuple[Case, str, str]]
             continue
         if selection.pattern not in case.name or selection.device.type not in case.devices:
             continue
-        picked.extend(itertools.product([case], selection.dtypes or case.dtypes, selection.modes))
+        modes = [mode for mode in selection.modes if mode == "fwd" or case.gradients]  # decoding has forward alone
+        picked.extend(itertools.product([case], selection.dtypes or case.dtypes, modes))
     return picked
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import torch
@@ -112,6 +113,44 @@ def crf(name: str, batch: int, steps: int, tags: int, *, ragged: bool = False) -
     )
 
 
+def _viterbi_over_steps(emissions: Tensor, start: Tensor, end: Tensor, transitions: Tensor, mask: Tensor) -> Tensor:
+    """What pytorch-crf does: a loop over steps, then over tags in Python. Returns scores."""
+    e, on = emissions.transpose(0, 1), mask.transpose(0, 1)
+    score, history = start + e[0], []
+    for step in range(1, e.shape[0]):
+        best, origin = (score.unsqueeze(2) + transitions + e[step].unsqueeze(1)).max(dim=1)
+        score = torch.where(on[step].unsqueeze(1), best, score)
+        history.append(origin)
+    score = score + end
+    ends = on.long().sum(0) - 1
+    paths = []
+    for b in range(e.shape[1]):
+        path = [score[b].argmax().item()]
+        for origin in reversed(history[: ends[b]]):
+            path.append(origin[b][path[-1]].item())
+        paths.append(path[::-1])
+    assert len(paths) == e.shape[1]
+    return score.amax(1)
+
+
+def decode(name: str, batch: int, steps: int, tags: int) -> Case:
+    """The best sequences, as lists; what is compared is their scores."""
+    mask = torch.ones(batch, steps, dtype=torch.bool)
+    base = crf(name, batch, steps, tags)
+
+    def ours(emissions: Tensor, start: Tensor, end: Tensor, transitions: Tensor) -> Tensor:
+        on = mask.to(emissions.device)
+        return F.crf_decode(emissions, on, start, end, transitions, return_scores=True)[1]
+
+    def theirs(emissions: Tensor, start: Tensor, end: Tensor, transitions: Tensor) -> Tensor:
+        return _viterbi_over_steps(emissions, start, end, transitions, mask.to(emissions.device))
+
+    return dataclasses.replace(
+        base, ours=ours, torch=theirs, forward=Cost(2.0 * batch * steps * tags * tags, batch * steps * tags),
+        backward=Cost(), gradients=(),
+    )  # fmt: skip
+
+
 CASES = [
     ctc("ctc_200", 200, 16, 30, 40),
     ctc("ctc_200_log_probs", 200, 16, 30, 40, from_logits=False),
@@ -122,4 +161,6 @@ CASES = [
     crf("crf_20_ragged", 32, 50, 20, ragged=True),
     crf("crf_120", 16, 100, 120),
     crf("crf_9", 16, 100, 9),
+    decode("crf_decode_20", 32, 50, 20),
+    decode("crf_decode_120", 16, 100, 120),
 ]
