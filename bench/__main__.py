@@ -111,9 +111,9 @@ def main(arguments: list[str] | None = None) -> int:
 
         files = options.files
         if not files:
-            from bench.machine import RESULTS
+            from bench.machine import device_results
 
-            files = sorted(map(str, RESULTS.glob("*.json")))
+            files = [str(path) for path in device_results()]
         return plot(files)
     from bench.readme import readme
 

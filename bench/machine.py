@@ -176,3 +176,8 @@ def info(device: torch.device, threads: int) -> int:
         kernels = tables[device.type]
         print(f"{operation:<24}{' > '.join(kernels) if kernels else 'no kernel for this device'}")
     return 0
+
+
+def device_results() -> list[pathlib.Path]:
+    """The files of measured rows, one a device; the recipes' table of scores lies beside them."""
+    return sorted(path for path in RESULTS.glob("*.json") if path.name != "recipes.json")

@@ -10,7 +10,7 @@ import pathlib
 import statistics
 
 from bench.compare import load
-from bench.machine import RESULTS, ROOT
+from bench.machine import RESULTS, ROOT, device_results
 from bench.plot import chart
 
 ABOUT = [
@@ -89,7 +89,7 @@ def picture(path: pathlib.Path, folder: pathlib.Path) -> list[str]:
 
 def readme() -> int:
     path, all_rows = ROOT / "README.md", RESULTS / "README.md"
-    files = sorted(RESULTS.glob("*.json"))
+    files = device_results()
     short = [BEGIN, ""]
     full = ["# All benchmark rows: one training step of the operation (forward and gradients)", "", *ABOUT, ""]
     for file in files:
