@@ -1,7 +1,7 @@
 """What efficient attention costs in quality: small models of one size, trained alike, on two tasks.
 
-python -m bench.quality                      both tasks, all layers; writes bench/results/efficient-quality.md and .json
-python -m bench.quality --task listops --only softmax --only linear --steps 50 --out /tmp/quality
+python -m bench.quality                      both tasks, all layers; writes bench/results/efficient-quality.md
+python -m bench.quality --task listops --only softmax --only linear --steps 50 --out quality.md
 
 * Characters of tinyshakespeare (``$PYSEQNET_DATA/tinyshakespeare/input.txt``): causal, validation loss in nats.
 * ListOps, short (Nangia and Bowman, 2018; the long one is of Long Range Arena, Tay et al., 2021): the value, 0 to 9, of
@@ -11,7 +11,6 @@ python -m bench.quality --task listops --only softmax --only linear --steps 50 -
 from __future__ import annotations
 
 import argparse
-import json
 import pathlib
 import random
 import time
@@ -210,7 +209,8 @@ def table(results: dict[str, dict[str, dict[str, float]]], steps: dict[str, int]
         "",
         f"Written by `python -m bench.quality`: {LAYERS} layers of width {WIDTH}, {HEADS} heads, {LENGTH} positions,",
         f"one seed ({seed}), the same batches, steps and learning rates for all. Small models, briefly trained:",
-        "directions, not the papers' numbers.",
+        "directions, not the papers' numbers. A loss near 2.5 is that of a model of letter pairs, which needs no",
+        "attention; the standard error of an accuracy is about 0.014.",
     ]
     for task, rows in results.items():
         keys = [key for key in next(iter(rows.values())) if key != "seconds"]
@@ -234,7 +234,7 @@ def main() -> None:
     parser.add_argument("--only", choices=tuple(OPTIONS), action="append", help="these layers only")
     parser.add_argument("--steps", type=int, help="of training, the same for both tasks")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=pathlib.Path, default=RESULTS / "efficient-quality", help="without suffix")
+    parser.add_argument("--out", type=pathlib.Path, default=RESULTS / "efficient-quality.md")
     options = parser.parse_args()
     torch.set_num_threads(1)
     results: dict[str, dict[str, dict[str, float]]] = {}
@@ -248,9 +248,7 @@ def main() -> None:
             found = run(name, steps[task], options.seed)
             print(task, name, {key: round(value, 4) for key, value in found.items()}, flush=True)
             results.setdefault(task, {})[name] = found
-            options.out.with_suffix(".md").write_text(table(results, steps, options.seed))
-            kept = {"torch": torch.__version__, "steps": steps, "seed": options.seed, "results": results}
-            options.out.with_suffix(".json").write_text(json.dumps(kept, indent=1) + "\n")
+            options.out.write_text(table(results, steps, options.seed))
 
 
 if __name__ == "__main__":

@@ -157,3 +157,24 @@ def test_the_command_lists_refuses_and_pins_threads() -> None:
     told = bench("info", "--threads", "2").stdout
     assert re.search(r"^threads +2$", told, re.MULTILINE)
     assert re.search(r"^omp_wait_policy +passive$", told, re.MULTILINE)
+
+
+def test_list_operations_have_the_values_that_they_say() -> None:
+    from bench import quality
+
+    words = {number: word for word, number in quality.VOCABULARY.items()}
+    tokens, values = quality.list_operations(200, 3)
+    for row, value in zip(tokens.tolist(), values.tolist(), strict=True):
+        stack: list = []
+        for word in (words[n] for n in row if n):
+            if word != "]":
+                stack.append(int(word) if word.isdigit() else word)
+                continue
+            parts: list[int] = []
+            while isinstance(stack[-1], int):
+                parts.append(stack.pop())
+            parts.sort()
+            found = {"[MAX": parts[-1], "[MIN": parts[0], "[MED": parts[len(parts) // 2], "[SM": sum(parts) % 10}
+            stack.append(found[stack.pop()])
+        assert stack == [value]
+    assert len(set(values.tolist())) == 10

@@ -1,4 +1,4 @@
-"""Efficient attention against the length: dense, local, linear, Linformer, Performer and LSH, from 256 positions to 16384.
+"""Efficient attention against the length, 256 to 16384: dense, local, linear, Linformer, Performer and LSH.
 
 Beside each the same mechanism in plain torch. The lectures count (d + d') N^2 multiplications for dense attention and
 2 d d' N for linear: they are equal at N = 2 d d' / (d + d'), 32 here. Dense attention ends where a run takes minutes.
