@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Linear, Module, Parameter
 from torch.nn.functional import logsigmoid, normalize, pad
 
-from pyseqnet.nn.attention import finite_padding
+from pyseqnet.nn._attention_masks import finite_padding
 from pyseqnet.nn.efficient.base import positive
 from pyseqnet.nn.linear_attention import LinearMultiheadAttention
 from pyseqnet.nn.random_features import PositiveRandomFeatures, RandomFourierFeatures
