@@ -10,14 +10,29 @@ import torch
 
 from pyseqnet.data import shapes, speech
 from pyseqnet.data.text import OTHER, Vocabulary, padded, trigrams
-from pyseqnet.models import detr, memory_network, speech_recognizer, text_classifier, visual_question_answerer
+from pyseqnet.models import (
+    detr,
+    memory_network,
+    sequence_autoencoder,
+    speech_recognizer,
+    text_classifier,
+    visual_question_answerer,
+)
 from pyseqnet.models.memory_network import MemoryNetwork
 from pyseqnet.models.speech_recognizer import SpeechRecognizer
 from pyseqnet.models.text_classifier import TextClassifier
 from pyseqnet.recipes import edit_distance
 from pyseqnet.recipes.detect import mean_average_precision
 
-DOCUMENTED = [detr, edit_distance, memory_network, speech_recognizer, text_classifier, visual_question_answerer]
+DOCUMENTED = [
+    detr,
+    edit_distance,
+    memory_network,
+    sequence_autoencoder,
+    speech_recognizer,
+    text_classifier,
+    visual_question_answerer,
+]
 
 
 @pytest.mark.parametrize("module", DOCUMENTED, ids=lambda module: module.__name__)

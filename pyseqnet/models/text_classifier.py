@@ -13,11 +13,11 @@ READERS = ("lstm", "cnn", "attention")
 class TextClassifier(torch.nn.Module):
     """Tells which of `classes` a text belongs to.
 
-    The reader turns the embedded words into one vector. ``"lstm"``: a bidirectional LSTM, the largest value of each of
-    its outputs over time. ``"cnn"``: convolutions over 3, 4 and 5 words with ReLU, the largest value of each filter
-    over time (Kim: Convolutional neural networks for sentence classification, 2014). ``"attention"``: the mean of the
-    words, weighted by softmax attention of one learned query (Lin et al.: A structured self-attentive sentence
-    embedding, 2017).
+    The reader turns the embedded words into one vector. ``"lstm"``: a bidirectional LSTM, the mean of its outputs
+    over time. ``"cnn"``: convolutions over 3, 4 and 5 words with ReLU (Kim: Convolutional neural networks for sentence
+    classification, 2014), the mean of each filter over time: in a text of hundreds of words the largest value is mostly
+    chance. ``"attention"``: the mean of the words, weighted by softmax attention of one learned query (Lin et al.: A
+    structured self-attentive sentence embedding, 2017).
 
     Shapes: input (B, T) int64 with 0 for padding, lengths (B,) int64 on the CPU; output (B, classes), before softmax.
 
@@ -41,6 +41,9 @@ class TextClassifier(torch.nn.Module):
             raise ValueError(f"reader must be one of {', '.join(READERS)}; got {reader!r}")
         self.reader = reader
         self.embedding = torch.nn.Embedding(symbols, embedding, padding_idx=0)
+        # small: what a word means is to be learned, not how it was drawn
+        torch.nn.init.normal_(self.embedding.weight, std=0.1)
+        torch.nn.init.zeros_(self.embedding.weight[0])
         self.dropout = torch.nn.Dropout(dropout)
         if reader == "lstm":
             self.lstm = nn.LSTM(embedding, hidden, batch_first=True, bidirectional=True)
@@ -61,15 +64,17 @@ class TextClassifier(torch.nn.Module):
             memory = embedded.unsqueeze(1)
             mixed = functional.scaled_dot_product_attention(query, memory, memory, key_lengths=lengths)
             return mixed.flatten(1)
-        hidden = torch.arange(embedded.shape[1]) >= lengths.unsqueeze(1)  # the padding
         if self.reader == "lstm":
             states, _ = self.lstm(embedded, lengths=lengths)
-            return states.masked_fill(hidden.unsqueeze(2), -torch.inf).amax(1)
-        planes = embedded.transpose(1, 2)  # (B, embedding, T)
-        found = [layer(planes)[:, :, : embedded.shape[1]] for layer in self.convolutions]
-        return torch.cat([one.masked_fill(hidden.unsqueeze(1), 0.0).amax(2) for one in found], 1)
+        else:
+            planes = embedded.transpose(1, 2)  # (B, embedding, T)
+            states = torch.cat([layer(planes)[:, :, : embedded.shape[1]] for layer in self.convolutions], 1).transpose(
+                1, 2
+            )
+        padding = torch.arange(states.shape[1]) >= lengths.unsqueeze(1)
+        return states.masked_fill(padding.unsqueeze(2), 0.0).sum(1) / lengths.unsqueeze(1)
 
     def forward(self, input: Tensor, lengths: Tensor) -> Tensor:
-        vector = self._read(self.dropout(self.embedding(input)), lengths)
+        vector = self._read(self.embedding(input), lengths)
         scores: Tensor = self.head(self.dropout(vector))
         return scores

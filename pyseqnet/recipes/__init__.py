@@ -15,6 +15,7 @@ from typing import cast
 from pyseqnet.training import History
 
 RECIPES = {
+    "audio2vec": "pyseqnet.recipes.audio2vec",
     "babi": "pyseqnet.recipes.babi",
     "detect": "pyseqnet.recipes.detect",
     "digits": "pyseqnet.recipes.digits",

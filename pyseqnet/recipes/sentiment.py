@@ -18,8 +18,8 @@ from pyseqnet.training import History, batches, fit
 
 HELD_OUT = 400
 BATCH = 32
-LONGEST = 600  # words that are read of a review
-EPOCHS = {"lstm": 8, "cnn": 12, "attention": 16}
+LONGEST = 400  # words that are read of a review
+EPOCHS = {"lstm": 10, "cnn": 8, "attention": 12}
 QUICK_REVIEWS = 200
 
 
