@@ -94,11 +94,14 @@ class Attention {
     for (int64_t d = 0; d < n; d++) sum += to_double(a[d]) * to_double(b[d]);
     return sum;
   }
+  // What the softmax makes of a logit. It is at most 1 by definition; where logits are so huge that a rounding is more
+  // than 1, z may come out above its row's lse here and there.
+  double weight(double z, int64_t row) const { return z > lse(row) ? 1 : __builtin_exp(z - lse(row)); }
   double gradient_of_logit(const Head& head, int64_t i, int64_t j, double z) const {
     const int64_t r = row(head, i);
     double gradient = dot(gout(head, i), value(head, j), p.E);
     if (p.with_gweights) gradient += to_double(static_cast<const T*>(t.gweights)[weights_at(head, i) + j]);
-    return logit_gradient(__builtin_exp(z - lse(r)), gradient, keep(r, j), delta(r));
+    return logit_gradient(weight(z, r), gradient, keep(r, j), delta(r));
   }
 
   const AttentionProblem& p;
@@ -158,9 +161,8 @@ void weights_row(const Attention<T>& a, int64_t item) {
   T* weights = static_cast<T*>(a.t.weights) + a.weights_at(head, i);
   for (int64_t j = 0; j < p.S; j++) round_to(weights[j], 0.0);
   if (i >= head.at.L) return;
-  a.for_visible(head, i, [&](int64_t j, double z, double) {
-    round_to(weights[j], __builtin_exp(z - a.lse(row)) * a.keep(row, j));
-  });
+  a.for_visible(
+      head, i, [&](int64_t j, double z, double) { round_to(weights[j], a.weight(z, row) * a.keep(row, j)); });
 }
 
 template <class T>
@@ -216,7 +218,7 @@ void key_gradient_row(const Attention<T>& a, int64_t item, double* gk_sums, doub
       const Capped<double> score = a.score(head, i, j);
       const double z = a.logit(head, i, j, score.value);
       const double gradient = a.gradient_of_logit(head, i, j, z) * score.slope;
-      const double weight = __builtin_exp(z - a.lse(row)) * a.keep(row, j);
+      const double weight = a.weight(z, row) * a.keep(row, j);
       const T *q = a.q(head, i), *gout = a.gout(head, i);
       for (int64_t d = 0; d < p.D; d++) gk_sums[d] += gradient * to_double(q[d]);
       for (int64_t e = 0; weight != 0 && e < p.E; e++) gv_sums[e] += weight * to_double(gout[e]);

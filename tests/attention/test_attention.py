@@ -247,6 +247,19 @@ def test_large_logits(device: str, monkeypatch: pytest.MonkeyPatch, length: int)
         torch.testing.assert_close(results[1].sum(-1), torch.ones_like(results[1].sum(-1)), rtol=0, atol=2e-2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_rows_without_a_gradient_may_hold_anything_finite(device: str, dtype: torch.dtype) -> None:
+    # Logits beyond 1e16 are rounded by more than 1: a weight recomputed from them must not come out infinite.
+    for seed in range(20):
+        q, k, v = (normal((1, 1, 6, 8), seed + n, dtype).to(device) for n in (0, 100, 200))
+        for t in (q, k, v):
+            t[:, :, 4:] = -1e30
+            t.requires_grad_()
+        F.scaled_dot_product_attention(q, k, v, key_lengths=torch.tensor([4]))[:, :, :4].sum().backward()
+        assert all(t.grad.isfinite().all() for t in (q, k, v))
+        assert q.grad[:, :, 4:].count_nonzero() == 0
+
+
 @pytest.mark.parametrize("length", [3, 40])
 def test_a_nan_that_is_seen_shows(device: str, monkeypatch: pytest.MonkeyPatch, length: int) -> None:
     q, k, v = (normal((1, 2, n, 16), n, torch.float32).to(device) for n in (length, 50, 50))
