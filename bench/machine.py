@@ -20,6 +20,7 @@ from pyseqnet import _C
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
+RECIPES = RESULTS / "recipes.json"  # scores of trainings, not of a device
 PROBE_SECONDS = 0.2
 CUDA_COPY_BYTES = 2 << 30
 CUDA_MATMUL_SIZE = 8192
@@ -180,4 +181,4 @@ def info(device: torch.device, threads: int) -> int:
 
 def device_results() -> list[pathlib.Path]:
     """The files of measured rows, one a device; the recipes' table of scores lies beside them."""
-    return sorted(path for path in RESULTS.glob("*.json") if path.name != "recipes.json")
+    return sorted(path for path in RESULTS.glob("*.json") if path != RECIPES)

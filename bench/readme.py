@@ -5,12 +5,13 @@ The README gets a chart and a line a family; every row goes to `bench/results/RE
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import statistics
 
 from bench.compare import load
-from bench.machine import RESULTS, ROOT, device_results
+from bench.machine import RECIPES, RESULTS, ROOT, device_results
 from bench.plot import chart
 
 ABOUT = [
@@ -20,6 +21,7 @@ ABOUT = [
     "largest, relative to the largest value, against float64; a row whose error is out of bounds counts as wrong.",
 ]
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+RECIPES_BEGIN, RECIPES_END = "<!-- recipes:begin -->", "<!-- recipes:end -->"
 
 
 def _ratio(row: dict, label: str) -> str:
@@ -87,10 +89,33 @@ def picture(path: pathlib.Path, folder: pathlib.Path) -> list[str]:
     return [f"![Speed-up over torch eager]({os.path.relpath(found, folder)})", ""] if found else []
 
 
+def recipes() -> list[str]:
+    """The scores of full runs, a line each."""
+    lines = ["| recipe | score | reached | goal | commit |", "|---|---|--:|--:|---|"]
+    for row in json.loads(RECIPES.read_text()) if RECIPES.exists() else []:
+        for score in row["scores"]:
+            if score["always"]:
+                continue  # that the loss falls is for quick runs
+            goal = ""
+            if score["goal"] is not None:
+                goal = f"{'≥' if score['at_least'] else '≤'} {score['goal']:g}{'' if score['passed'] else ', **missed**'}"
+            lines.append(f"| {row['recipe']} | {score['name']} | {score['value']:.4g} | {goal} | {row['commit']} |")
+    return lines
+
+
+def _put(text: str, begin: str, lines: list[str], end: str) -> str:
+    """The text with `lines` between the two marks."""
+    before, _, rest = text.partition(begin)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise SystemExit(f"README.md lacks the lines {begin} and {end}")
+    return before + "\n".join([begin, "", *lines, ""]) + end + after
+
+
 def readme() -> int:
     path, all_rows = ROOT / "README.md", RESULTS / "README.md"
     files = device_results()
-    short = [BEGIN, ""]
+    short: list[str] = []
     full = ["# All benchmark rows: one training step of the operation (forward and gradients)", "", *ABOUT, ""]
     for file in files:
         results = load(file)
@@ -101,10 +126,7 @@ def readme() -> int:
         all_rows.write_text("\n".join(full))
     else:
         short += ["No results yet: `python -m bench run --json` writes them.", ""]
-    before, _, rest = path.read_text().partition(BEGIN)
-    _, found, after = rest.partition(END)
-    if not found:
-        raise SystemExit(f"{path.name} lacks the lines {BEGIN} and {END}")
-    path.write_text(before + "\n".join(short) + END + after)
+    text = _put(path.read_text(), BEGIN, short[:-1], END)
+    path.write_text(_put(text, RECIPES_BEGIN, recipes(), RECIPES_END))
     print(f"written: {path.name} and {all_rows.relative_to(ROOT)}, {len(files)} result files")
     return 0

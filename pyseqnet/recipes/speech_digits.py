@@ -21,7 +21,7 @@ from pyseqnet.training import History, fit
 BLANK = 0  # the digit d has label d + 1
 LONGEST = 5  # digits of a string
 BATCH = 16
-STEPS, QUICK_STEPS = 1200, 40
+STEPS, QUICK_STEPS = 2400, 40
 TESTED = 200  # strings
 LEARNING_RATE = 1.5e-3
 
