@@ -98,7 +98,8 @@ def recipes() -> list[str]:
                 continue  # that the loss falls is for quick runs
             goal = ""
             if score["goal"] is not None:
-                goal = f"{'≥' if score['at_least'] else '≤'} {score['goal']:g}{'' if score['passed'] else ', **missed**'}"
+                missed = "" if score["passed"] else ", **missed**"
+                goal = f"{'≥' if score['at_least'] else '≤'} {score['goal']:g}{missed}"
             lines.append(f"| {row['recipe']} | {score['name']} | {score['value']:.4g} | {goal} | {row['commit']} |")
     return lines
 
