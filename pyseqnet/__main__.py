@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 import time
@@ -87,7 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
         return demo(given[1:])
     if given[:1] == ["bench"]:
         try:
-            from bench.__main__ import main as bench
+            bench = importlib.import_module("bench.__main__").main  # beside the package, not in it
         except ModuleNotFoundError:
             print("the benchmarks are part of the source folder, run this there", file=sys.stderr)
             return BAD_REQUEST
