@@ -70,7 +70,7 @@ def train(
         loss,
         settings.steps(STEPS, QUICK_STEPS),
         learning_rate=LEARNING_RATE,
-        cycle=False,  # a rate that begins low stays for long where only blanks are said
+        cycle=encoder == "attention",  # a BiLSTM whose rate begins low stays for long where only blanks are said
         evaluate=lambda: {"digit error": error_rate(recognise(model, test), test.labels)},
         name=f"spoken digits, {encoder}",
         progress=settings.progress,
