@@ -118,7 +118,8 @@ STABLE_TORCH_LIBRARY(pyseqnet, m) {
       "feature_map, bool normalize, float scale, float eps, Tensor? decay=None) -> (Tensor, Tensor, Tensor)");
   // The same, the state updated in place: a decoder that needs the old one no more.
   m.def(
-      "linear_attention_step_(Tensor query, Tensor key, Tensor value, Tensor(a!)? state, Tensor(b!)? normalizer, "
+      "linear_attention_step_(Tensor query, Tensor key, Tensor value, Tensor(a!)? state, Tensor(b!)? "
+      "normalizer, "
       "int feature_map, bool normalize, float scale, float eps, Tensor? decay=None) -> Tensor");
   // CTC (kernels/chain/ctc.h). input (T, B, C): logits or log-probabilities; targets (size) int64, those of sequence b
   // from target_offsets[b] on; longest bounds their lengths; lengths and offsets (B) int64 on the input's device.
