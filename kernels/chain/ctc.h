@@ -1,8 +1,9 @@
 // Contract of connectionist temporal classification (Graves, Fernández, Gomez, Schmidhuber, 2006).
 //
 // Letters: T steps, B sequences, C classes of which `blank` is one. Sequence b has n = input length steps and the
-// labels l[0..m), m = target length, at most `longest`; S = min(T, longest) is the most that scratch must hold. A path gives every step a class; merging repeats and
-// then dropping blanks turns a path into labels. With y[t,c] the log-probability of class c at step t,
+// labels l[0..m), m = target length, at most `longest`; S = min(T, longest) is the most that scratch must hold. A
+// path gives every step a class; merging repeats and then dropping blanks turns a path into labels. With y[t,c] the
+// log-probability of class c at step t,
 //
 //   loss[b] = -log sum over all paths that give l of prod over t < n of exp(y[t, path[t]])
 //
