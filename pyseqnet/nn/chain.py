@@ -196,8 +196,10 @@ class HMM(torch.nn.Module):
         num_symbols: number of symbols V, or None.
 
     Attributes:
-        initial_logits ``(S,)``, transition_logits ``(S, S)`` and, with symbols, emission_logits ``(S, V)``: a
-        log-softmax over the last dimension gives the log-probabilities. Drawn from a standard normal at first.
+        initial_logits: ``(S,)``, as the others drawn from a standard normal at first; a log-softmax over the last
+            dimension gives the log-probabilities.
+        transition_logits: ``(S, S)``.
+        emission_logits: ``(S, V)``, with symbols.
 
     Paper: Rabiner, A tutorial on hidden Markov models, 1989.
     """
