@@ -15,7 +15,7 @@ from pyseqnet.recipes import Score, Settings
 from pyseqnet.training import batches, fit
 
 BATCH = 64
-STEPS, QUICK_STEPS = 4800, 30
+STEPS, QUICK_STEPS = 2400, 30
 GLANCE = 1000  # test questions that are looked at during the training
 SHOWN = 16
 
