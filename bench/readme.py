@@ -75,10 +75,11 @@ def heading(results: dict) -> list[str]:
     if meta["device_type"] == "cpu":
         where += f" ({meta['isa']}), {meta['threads']} thread{'s' if meta['threads'] != 1 else ''}"
     modified = " with local changes" if meta["modified"] else ""
+    few = ", few samples a row (--quick)" if meta.get("quick") else ""
     return [
         f"### {where}",
         "",
-        f"torch {meta['torch']}, commit {meta['commit']}{modified}, {meta['date']}; "
+        f"torch {meta['torch']}, commit {meta['commit']}{modified}, {meta['date']}{few}; "
         f"measured ceilings: {meta['fp32_gflops']:.0f} GFLOP/s fp32, {meta['copy_gbps']:.0f} GB/s copy.",
         "",
     ]

@@ -53,7 +53,7 @@ class Vocabulary:
 
 
 def padded(sequences: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Sequences (T_i,) side by side: (B, max T) filled up with `PADDING`, and their lengths (B,) int64."""
+    """Sequences (T_i, ...) side by side: (B, max T, ...) filled up with `PADDING`, and their lengths (B,) int64."""
     lengths = torch.tensor([len(one) for one in sequences])
     return torch.nn.utils.rnn.pad_sequence(list(sequences), batch_first=True, padding_value=PADDING), lengths
 

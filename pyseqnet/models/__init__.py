@@ -1,21 +1,33 @@
 """Whole models, composed of `pyseqnet.nn` layers; they call no operation directly."""
 
+from pyseqnet.models.detr import DetectionTransformer
 from pyseqnet.models.go_policy import GoPolicy
 from pyseqnet.models.image_classifier import ImageClassifier
 from pyseqnet.models.language_model import LanguageModel
+from pyseqnet.models.memory_network import MemoryNetwork
 from pyseqnet.models.recurrent_translator import RecurrentTranslator
+from pyseqnet.models.sequence_autoencoder import SequenceAutoencoder
 from pyseqnet.models.sequence_tagger import SequenceTagger
 from pyseqnet.models.sequence_translator import SequenceTranslator
+from pyseqnet.models.speech_recognizer import SpeechRecognizer
+from pyseqnet.models.text_classifier import TextClassifier
 from pyseqnet.models.vision_transformer import VisionTransformer
+from pyseqnet.models.visual_question_answerer import VisualQuestionAnswerer
 from pyseqnet.models.word_tagger import WordTagger
 
 __all__ = [
+    "DetectionTransformer",
     "GoPolicy",
     "ImageClassifier",
     "LanguageModel",
+    "MemoryNetwork",
     "RecurrentTranslator",
+    "SequenceAutoencoder",
     "SequenceTagger",
     "SequenceTranslator",
+    "SpeechRecognizer",
+    "TextClassifier",
     "VisionTransformer",
+    "VisualQuestionAnswerer",
     "WordTagger",
 ]

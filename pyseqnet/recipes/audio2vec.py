@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyseqnet.data import speech
+from pyseqnet.data.text import padded
 from pyseqnet.models.sequence_autoencoder import SequenceAutoencoder
 from pyseqnet.recipes import Score, Settings
 from pyseqnet.training import batches, fit
@@ -42,10 +43,6 @@ def run(settings: Settings) -> list[Score]:
     digits = torch.tensor([one.digit for one in held_out])
     model = SequenceAutoencoder(speech.BANDS, SIZE)
     draw_batch = batches(len(train), BATCH, settings.seed)
-
-    def padded(frames: list[Tensor]) -> tuple[Tensor, Tensor]:
-        lengths = torch.tensor([len(one) for one in frames])
-        return torch.nn.utils.rnn.pad_sequence(frames, batch_first=True), lengths
 
     def error(frames: list[Tensor]) -> Tensor:
         batch, lengths = padded(frames)

@@ -34,7 +34,7 @@ def _tensors(
     return story, asked, counts, torch.tensor([vocabulary[one.answer] for one in questions])
 
 
-def _train(number: int, settings: Settings) -> tuple[list[Score], MemoryNetwork]:
+def _train(number: int, settings: Settings) -> list[Score]:
     training, testing = babi.task(number)
     if settings.quick:
         training, testing = training[:200], testing[:100]
@@ -69,7 +69,7 @@ def _train(number: int, settings: Settings) -> tuple[list[Score], MemoryNetwork]
         )
     _draw_reading(model, testing[0], test, settings, number)
     accuracy = 100 * history.scores["accuracy"][-1]
-    return [Score(f"accuracy, task {number}, %", accuracy, GOALS[number]), Score.fall(f"task {number}", history)], model
+    return [Score(f"accuracy, task {number}, %", accuracy, GOALS[number]), Score.fall(f"task {number}", history)]
 
 
 def _draw_reading(
@@ -88,5 +88,5 @@ def _draw_reading(
 def run(settings: Settings) -> list[Score]:
     scores = []
     for number in GOALS:
-        scores += _train(number, settings)[0]
+        scores += _train(number, settings)
     return scores

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyseqnet.data.images import Images, shifted, turned_and_scaled
-from pyseqnet.recipes import Settings
+from pyseqnet.models import ImageClassifier, VisionTransformer
+from pyseqnet.recipes import Score, Settings
 from pyseqnet.training import History, batches, fit
 
 BATCH = 64
@@ -79,6 +81,31 @@ def train(
         progress=settings.progress,
     )
     return Trained(model, history)
+
+
+def compare(
+    data: Images,
+    settings: Settings,
+    *,
+    epochs: int,
+    dropout: float,
+    transformer: dict[str, Any],
+    goals: tuple[float, float],
+) -> list[Score]:
+    """A CNN and a vision Transformer on few images, each moved by up to a pixel; goals in % of the test images."""
+    scores = []
+    for name, goal in zip(("CNN", "vision Transformer"), goals, strict=True):
+        model: torch.nn.Module
+        if name == "CNN":
+            model = ImageClassifier(1, data.size, (32, 64), len(data.classes), dropout=dropout)
+        else:
+            model = VisionTransformer(len(data.classes), image_size=data.size, channels=1, **transformer)
+        trained = train(model, data, settings, epochs=epochs, name=name, shift=1)
+        right = 100 * accuracy(model, data.test_images, data.test_labels)
+        scores += [Score(f"accuracy of the {name}, %", right, goal), Score.fall(name, trained.history)]
+        if name == "CNN":
+            draw_errors(model, data, settings.out / "errors.png")
+    return scores
 
 
 def draw_errors(model: torch.nn.Module, data: Images, path: Path) -> None:

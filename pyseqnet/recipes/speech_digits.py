@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyseqnet import nn
 from pyseqnet.data import speech
+from pyseqnet.data.text import padded
 from pyseqnet.decoding import ctc_beam_search, ctc_greedy_search
 from pyseqnet.models.speech_recognizer import ENCODERS, SpeechRecognizer
 from pyseqnet.recipes import Score, Settings
@@ -46,8 +47,7 @@ def draw_strings(
         chosen = [own[i] for i in torch.randint(len(own), (size,), generator=generator).tolist()]
         frames.append(speech.log_mel(speech.joined([one.samples for one in chosen], generator)))
         labels.append([one.digit + 1 for one in chosen])
-    lengths = torch.tensor([len(one) for one in frames])
-    return Strings(torch.nn.utils.rnn.pad_sequence(frames, batch_first=True), lengths, labels)
+    return Strings(*padded(frames), labels)
 
 
 def train(
