@@ -1,4 +1,4 @@
-"""Readers of text corpora: tiny Shakespeare, UD English EWT (tags), SNIPS (slots), CMUdict (pronunciations)."""
+"""Readers of text corpora: tiny Shakespeare, UD English EWT, SNIPS (slots), CMUdict (pronunciations), Multi30k."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ SHAKESPEARE = f"{_GITHUB}/karpathy/char-rnn/master/data/tinyshakespeare/input.tx
 EWT = f"{_GITHUB}/UniversalDependencies/UD_English-EWT/master"
 SNIPS = f"{_GITHUB}/snipsco/nlu-benchmark/master/2017-06-custom-intent-engines"
 CMUDICT = f"{_GITHUB}/cmusphinx/cmudict/master/cmudict.dict"
+MULTI30K = f"{_GITHUB}/multi30k/dataset/master/data/task1/raw"
 INTENTS = (
     "AddToPlaylist", "BookRestaurant", "GetWeather", "PlayMusic", "RateBook", "SearchCreativeWork",
     "SearchScreeningEvent",
@@ -86,3 +87,16 @@ def cmudict() -> list[tuple[str, list[str]]]:
         if word.isalpha() and word.isascii():
             entries.append((word, [re.sub(r"\d", "", phone) for phone in phones]))
     return entries
+
+
+def multi30k(part: str) -> list[tuple[str, str]]:
+    """Captions in German and English; part: "train" (29000), "val" (1014), "test_2016_flickr" (1000).
+
+    Elliott, Frank, Sima'an, Specia, Multi30K: multilingual English-German image descriptions, 2016.
+    """
+    sides = []
+    for language in ("de", "en"):
+        name = f"{part}.{language}.gz"
+        path = data.find(f"multi30k/{name}", f"{MULTI30K}/{name}", "github.com/multi30k/dataset")
+        sides.append(gzip.decompress(path.read_bytes()).decode("utf-8").splitlines())
+    return list(zip(*sides, strict=True))

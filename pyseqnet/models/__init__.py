@@ -1,5 +1,6 @@
 """Whole models, composed of `pyseqnet.nn` layers; they call no operation directly."""
 
+from pyseqnet.models.copying_translator import CopyingTranslator
 from pyseqnet.models.detr import DetectionTransformer
 from pyseqnet.models.go_policy import GoPolicy
 from pyseqnet.models.image_classifier import ImageClassifier
@@ -16,6 +17,7 @@ from pyseqnet.models.visual_question_answerer import VisualQuestionAnswerer
 from pyseqnet.models.word_tagger import WordTagger
 
 __all__ = [
+    "CopyingTranslator",
     "DetectionTransformer",
     "GoPolicy",
     "ImageClassifier",

@@ -96,8 +96,8 @@ class RecurrentTranslator(torch.nn.Module):
         projected = None if self.attention is None else self.attention.project_key(memory, lengths)
         return RecurrentState(memory, projected, lengths, (first[0], first[1]))
 
-    def read(self, target: Tensor, state: RecurrentState) -> tuple[Tensor, Tensor | None, RecurrentState]:
-        """Scores (B, T, V) behind each symbol of the target (B, T), where it looked (B, T, S), the state after it."""
+    def write(self, target: Tensor, state: RecurrentState) -> tuple[Tensor, Tensor | None, RecurrentState]:
+        """What the output layer reads (B, T, hidden), where it looked (B, T, S), the state after the target (B, T)."""
         written, hidden = self.decoder(self.dropout(self.target_embedding(target)), state.hidden)
         weights, location = None, state.location
         if self.attention is not None:
@@ -107,9 +107,14 @@ class RecurrentTranslator(torch.nn.Module):
             else:
                 found, weights = self.attention(written, state.memory, **options)
             written = torch.cat([written, found], 2)
-        scores: Tensor = self.head(self.dropout(torch.tanh(self.join(written))))
+        joined = self.dropout(torch.tanh(self.join(written)))
         last = None if weights is None else weights[:, -1]
-        return scores, weights, state._replace(hidden=hidden, location=location, weights=last)
+        return joined, weights, state._replace(hidden=hidden, location=location, weights=last)
+
+    def read(self, target: Tensor, state: RecurrentState) -> tuple[Tensor, Tensor | None, RecurrentState]:
+        """Scores (B, T, V) behind each symbol of the target (B, T), where it looked (B, T, S), the state after it."""
+        joined, weights, state = self.write(target, state)
+        return self.head(joined), weights, state
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
         return self.read(target, self.start(source))[0]

@@ -28,6 +28,7 @@ RECIPES = {
     "slots": "pyseqnet.recipes.slots",
     "speech-digits": "pyseqnet.recipes.speech_digits",
     "tagging": "pyseqnet.recipes.tagging",
+    "translate": "pyseqnet.recipes.translate",
     "vqa": "pyseqnet.recipes.vqa",
 }
 

@@ -1,0 +1,252 @@
+"""From German to English (Multi30k): what attention is worth, copying, three ways to train on, a Transformer.
+
+Sutskever et al., 2014; Bahdanau et al., 2015; See et al., 2017; Vaswani et al., 2017; Bengio et al., 2015 (scheduled
+sampling); Rennie et al., 2017 (self-critical). Texts are in lower case; BLEU is sacrebleu's on the 1000 sentences of
+test_2016_flickr. All LSTMs are equally large and see the same number of sentences; so do the three that train on.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyseqnet.data import corpora
+from pyseqnet.data.text import OTHER, PADDING, Vocabulary, padded, words
+from pyseqnet.models import CopyingTranslator, RecurrentTranslator, SequenceTranslator
+from pyseqnet.recipes import Score, Settings
+from pyseqnet.training import (
+    History,
+    ScheduledSampling,
+    batches,
+    corpus_bleu,
+    fit,
+    self_critical_loss,
+    sentence_bleu,
+    sequence_log_probs,
+)  # fmt: skip
+
+MOST_WORDS = 5000  # of each language; the others are "other", or copied
+SPECIAL = ("<begin>", "<end>")
+LONGEST = 40  # words that are written
+BATCH, EPOCHS, TRANSFORMER_EPOCHS = 64, 4, 5
+TRAIN_ON, TRAIN_ON_RATE, SELF_CRITICAL_RATE = 150, 2e-4, 5e-5  # steps behind the training with attention
+RATES = {"Transformer": 1e-3}
+OTHER_RATE = 2e-3
+SMOOTHING = 0.1
+BEAMS, PENALTY = 5, 1.0
+GLANCE = 200  # sentences of the validation set that are looked at during the training
+QUICK_PAIRS, QUICK_STEPS, QUICK_TEST = 1500, 40, 20
+MODELS = ("LSTM", "LSTM, attention", "LSTM, copying", "Transformer")
+
+
+class Corpus:
+    """Sentence pairs as numbers; those of copied words are counted for each source on its own."""
+
+    def __init__(self, pairs: Sequence[tuple[str, str]], german: Vocabulary, english: Vocabulary) -> None:
+        self.english = english
+        self.references = [reference.lower() for _, reference in pairs]
+        self.sources, self.targets, self.places, self.copied = [], [], [], []
+        self.own: list[list[str]] = []  # words of the source that the English vocabulary does not have
+        for source, target in ((words(one), words(other)) for one, other in pairs):
+            own = list(dict.fromkeys(word for word in source if english[word] == OTHER))
+            extended = {word: len(english) + number for number, word in enumerate(own)}
+            wanted = ["<begin>", *target, "<end>"]
+            self.own.append(own)
+            self.sources.append(german.encode(source))
+            self.targets.append(english.encode(wanted))
+            self.places.append(torch.tensor([extended.get(word, english[word]) for word in source]))
+            self.copied.append(torch.tensor([extended.get(word, english[word]) for word in wanted]))
+
+    def text(self, row: Sequence[int], number: int) -> str:
+        """What was written for the source `number`, as a text: hyphens close up."""
+        size = len(self.english)
+        found = [str(self.english.entries[n]) if n < size else self.own[number][n - size] for n in row]
+        return re.sub(r"(?<=\w) - (?=\w)", "-", " ".join(found))
+
+
+def build(name: str, german: Vocabulary, english: Vocabulary) -> Any:
+    source, target = len(german), len(english)
+    options: dict[str, Any] = {"padding": PADDING, "begin": english["<begin>"], "end": english["<end>"]}
+    if name == "Transformer":
+        options |= {"d_model": 256, "num_encoder_layers": 3, "num_decoder_layers": 3, "dim_feedforward": 512}
+        return SequenceTranslator(source, target, dropout=0.1, **options)
+    options |= {"embedding_size": 192, "hidden_size": 256, "dropout": 0.2}
+    if name == "LSTM, copying":
+        return CopyingTranslator(source, target, other=OTHER, **options)
+    return RecurrentTranslator(source, target, attention="none" if name == "LSTM" else "additive", **options)
+
+
+def search(model: Any, corpus: Corpus, chosen: Sequence[int], **options: Any) -> Any:
+    source = padded([corpus.sources[i] for i in chosen])[0]
+    if not isinstance(model, CopyingTranslator):
+        return model.search(source, LONGEST, **options)
+    extra = max(len(corpus.own[i]) for i in chosen)
+    return model.search_with_copies(
+        source, padded([corpus.places[i] for i in chosen])[0], LONGEST, extra=extra, **options
+    )
+
+
+def write(model: Any, corpus: Corpus, count: int, **options: Any) -> list[str]:
+    """The translations of the first `count` sources; batches of similar length."""
+    model.eval()
+    order = sorted(range(count), key=lambda i: len(corpus.sources[i]))
+    found = [""] * count
+    for first in range(0, count, BATCH):
+        chosen = order[first : first + BATCH]
+        rows = search(model, corpus, chosen, **options).sequences(end=corpus.english["<end>"])
+        for i, row in zip(chosen, rows, strict=True):
+            found[i] = corpus.text(row[0], i)
+    return found
+
+
+def bleu(model: Any, corpus: Corpus, count: int, **options: Any) -> float:
+    return corpus_bleu(write(model, corpus, count, **options), corpus.references[:count])
+
+
+def forced(model: Any, corpus: Corpus) -> Callable[[list[int]], Tensor]:
+    """Teacher forcing."""
+
+    def loss(chosen: list[int]) -> Tensor:
+        source = padded([corpus.sources[i] for i in chosen])[0]
+        if isinstance(model, CopyingTranslator):
+            places, target = (padded([part[i] for i in chosen])[0] for part in (corpus.places, corpus.copied))
+            return model.loss(source, places, target)
+        target = padded([corpus.targets[i] for i in chosen])[0]
+        return _cross_entropy(model(source, target[:, :-1]), target)
+
+    return loss
+
+
+def _cross_entropy(scores: Tensor, target: Tensor) -> Tensor:
+    return torch.nn.functional.cross_entropy(
+        scores.flatten(0, 1), target[:, 1:].flatten(), ignore_index=PADDING, label_smoothing=SMOOTHING
+    )
+
+
+class Sampled:
+    """Scheduled sampling: ever more of what the decoder reads is its own. Counts its steps for the schedule."""
+
+    def __init__(self, model: Any, corpus: Corpus, steps: int) -> None:
+        self.model, self.corpus, self.step = model, corpus, 0
+        self.schedule = ScheduledSampling("linear", 2.0 * steps)
+
+    def __call__(self, chosen: list[int]) -> Tensor:
+        parts = (self.corpus.sources, self.corpus.targets)
+        source, target = (padded([part[i] for i in chosen])[0] for part in parts)
+        scores = self.schedule.rollout(self.model, self.model.start(source), target[:, :-1], self.step)
+        self.step += 1
+        return _cross_entropy(scores, target)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.step = state["step"]
+
+
+def self_critical(model: Any, corpus: Corpus) -> Callable[[list[int]], Tensor]:
+    """Policy gradients on each sentence's BLEU, against what the greedy translation gets."""
+
+    def loss(chosen: list[int]) -> Tensor:
+        source = padded([corpus.sources[i] for i in chosen])[0]
+        model.eval()  # dropout off: the sample is drawn from the model whose gradient is taken
+
+        def log_probs(tokens: Tensor, lengths: Tensor) -> Tensor:
+            begun = torch.cat([torch.full_like(tokens[:, :1], model.begin), tokens[:, :-1]], 1)
+            return sequence_log_probs(model(source, begun), tokens, lengths)
+
+        def reward(result: Any) -> Tensor:
+            rows = [best for (best,) in result.sequences(end=model.end)]
+            texts = [corpus.text(row, i) for row, i in zip(rows, chosen, strict=True)]
+            return sentence_bleu(texts, [corpus.references[i] for i in chosen])
+
+        drawn, greedy = model.search(source, LONGEST, sample=True), model.search(source, LONGEST)
+        return self_critical_loss(log_probs, drawn, greedy, reward)[0]
+
+    return loss
+
+
+def train(
+    name: str, model: Any, loss: Callable[[list[int]], Tensor], steps: int, rate: float, training: Corpus,
+    glance: Corpus, settings: Settings, cycle: bool = True,
+) -> History:  # fmt: skip
+    draw = batches(len(training.sources), BATCH, settings.seed, lengths=[len(one) for one in training.sources])
+    looked = min(GLANCE, len(glance.sources))
+    return fit(
+        model,
+        lambda: loss(draw().tolist()),
+        settings.steps(steps, min(steps, QUICK_STEPS)),
+        learning_rate=rate,
+        cycle=cycle,
+        evaluate=lambda: {"bleu": bleu(model, glance, looked)},
+        looks=4,
+        stateful=[draw, *([loss] if isinstance(loss, Sampled) else [])],
+        folder=settings.checkpoints(name),
+        name=name,
+        progress=settings.progress,
+    )
+
+
+def run(settings: Settings) -> list[Score]:
+    from pyseqnet.recipes import draw
+
+    pairs = corpora.multi30k("train")[: QUICK_PAIRS if settings.quick else None]
+    german, english = (
+        Vocabulary((words(pair[side]) for pair in pairs), least=2, most=MOST_WORDS, special=special)
+        for side, special in ((0, ()), (1, SPECIAL))
+    )
+    training, glance, test = (
+        Corpus(some, german, english) for some in (pairs, corpora.multi30k("val"), corpora.multi30k("test_2016_flickr"))
+    )
+    count = settings.steps(len(test.sources), QUICK_TEST)
+    if settings.quick:
+        glance = Corpus(corpora.multi30k("val")[:QUICK_TEST], german, english)
+    scores, histories, found, models = [], {}, {}, {}
+
+    def measure(name: str, model: Any) -> None:
+        found[name] = bleu(model, test, count, beams=BEAMS, length_penalty=PENALTY)
+        scores.append(Score(f"BLEU, {name}, {BEAMS} beams", found[name]))
+
+    for name in ("LSTM, attention",) if settings.quick else MODELS:
+        torch.manual_seed(settings.seed)
+        models[name] = model = build(name, german, english)
+        epochs = TRANSFORMER_EPOCHS if name == "Transformer" else EPOCHS
+        steps, rate = epochs * -(-len(pairs) // BATCH), RATES.get(name, OTHER_RATE)
+        histories[name] = train(name, model, forced(model, training), steps, rate, training, glance, settings)
+        measure(name, model)
+        scores.append(Score.fall(name, histories[name]))
+    if not settings.quick:
+        goal = found["LSTM, attention"] - found["LSTM"]
+        scores.append(Score("BLEU that attention is worth", goal, 5.0))
+        scores += train_on(models["LSTM, attention"], training, glance, test, settings)
+    shown = search(models["LSTM, attention"], test, [0], return_alignments=True)
+    written = test.text(shown.tokens[0, 0].tolist(), 0).split()
+    source = [str(word) for word in german.decode(test.sources[0].tolist())]
+    draw.matrix(shown.alignments[0, 0], written, source, settings.out / "attention.png", "LSTM, attention")
+    draw.curves(histories, settings.out / "learning_curves.png")
+    return scores
+
+
+def train_on(model: Any, training: Corpus, glance: Corpus, test: Corpus, settings: Settings) -> list[Score]:
+    """The trained model goes on in three ways, each for the same number of sentences."""
+    ways: dict[str, Callable[[Any], Callable[[list[int]], Tensor]]] = {
+        "teacher forcing": lambda one: forced(one, training),
+        "scheduled sampling": lambda one: Sampled(one, training, TRAIN_ON),
+        "self-critical": lambda one: self_critical(one, training),
+    }
+    scores = []
+    for way, loss in ways.items():
+        torch.manual_seed(settings.seed)
+        further = copy.deepcopy(model)
+        rate = SELF_CRITICAL_RATE if way == "self-critical" else TRAIN_ON_RATE
+        train(way, further, loss(further), TRAIN_ON, rate, training, glance, settings, cycle=False)
+        for method, options in (("greedy", {}), (f"{BEAMS} beams", {"beams": BEAMS, "length_penalty": PENALTY})):
+            value = bleu(further, test, len(test.sources), **options)
+            scores.append(Score(f"BLEU, LSTM, attention, then {way}, {method}", value))
+    value = bleu(model, test, len(test.sources))
+    return [Score("BLEU, LSTM, attention, greedy", value), *scores]
