@@ -13,7 +13,9 @@ import torch
 
 from pyseqnet import recipes
 from pyseqnet.data import corpora
+from pyseqnet.data.text import OTHER, Vocabulary
 from pyseqnet.models import LanguageModel, WordTagger
+from pyseqnet.recipes import translate
 
 pytest.importorskip("tqdm", reason="recipes need the extra 'recipes'")
 pytest.importorskip("matplotlib", reason="recipes need the extra 'recipes'")
@@ -55,10 +57,14 @@ def miniature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     spelled = [f"{''.join(letters)} {' '.join(letter.upper() for letter in letters)}"
                for letters in itertools.product("abst", repeat=4)]  # fmt: skip
     files["cmudict/cmudict.dict"] = "\n".join([*spelled, "a(2) EY1", "don't D OW1 N T", "ab AH0 B # place"])
+    for part, count in (("train", 200), ("val", 30), ("test_2016_flickr", 30)):
+        pairs = [(chance.choice(NAMES), chance.choice(NAMES)) for _ in range(count)]
+        files[f"multi30k/{part}.de"] = "".join(f"Zwei Hunde sehen {a} und {b} .\n" for a, b in pairs)
+        files[f"multi30k/{part}.en"] = "".join(f"Two dogs see {a} and {b} .\n" for a, b in pairs)
     for name, text in files.items():
         path = tmp_path / "data" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        if "conllu" in name:
+        if "conllu" in name or "multi30k" in name:
             path.with_name(path.name + ".gz").write_bytes(gzip.compress(text.encode()))
         else:
             path.write_bytes(text.encode())
@@ -76,11 +82,15 @@ def test_readers(miniature: Path) -> None:
     entries = corpora.cmudict()
     assert len(entries) == 4**4 + 1
     assert entries[-1] == ("ab", ["AH", "B"])
+    pairs = corpora.multi30k("val")
+    assert len(pairs) == 30
+    assert pairs[0][0].startswith("Zwei Hunde sehen")
+    assert pairs[0][1].split()[3:] == [*pairs[0][0].split()[3:-3], "and", *pairs[0][0].split()[-2:]]
     (miniature / "data" / "tinyshakespeare" / "input.txt").write_bytes("café".encode("latin-1"))
     assert corpora.shakespeare() == "café"
 
 
-@pytest.mark.parametrize("name", ["g2p", "lm", "slots", "tagging"])
+@pytest.mark.parametrize("name", ["g2p", "lm", "slots", "tagging", "translate"])
 def test_miniatures(name: str, miniature: Path) -> None:
     out = miniature / "out"
     out.mkdir()
@@ -129,3 +139,27 @@ def test_word_tagger_ignores_padding(reader: str, crf: bool) -> None:
         model(words, lengths)
     with pytest.raises(ValueError, match="reader must be one of"):
         WordTagger(9, 4, reader="gru")
+
+
+def test_translated_texts_are_read_out_with_what_was_copied() -> None:
+    german = Vocabulary([["hunde", "sehen", "und"]])
+    english = Vocabulary([["dogs", "see", "anna", "and", "t", "shirt", "-"]], special=translate.SPECIAL)
+    corpus = translate.Corpus([("Hunde sehen Anna und Berta, Berta", "Dogs see Anna and Berta")], german, english)
+    size = len(english)
+    assert corpus.own == [["hunde", "sehen", "und", "berta", ","]]
+    assert corpus.places[0].tolist() == [size, size + 1, english["anna"], size + 2, size + 3, size + 4, size + 3]
+    assert corpus.copied[0].tolist() == [
+        english["<begin>"], english["dogs"], english["see"], english["anna"], english["and"], size + 3,
+        english["<end>"],
+    ]  # fmt: skip
+    assert corpus.targets[0].tolist()[5] == OTHER
+    row = [english["dogs"], size + 3, english["t"], english["-"], english["shirt"]]
+    assert corpus.text(row, 0) == "dogs berta t-shirt"
+
+
+def test_scheduled_sampling_goes_on_where_it_was() -> None:
+    loss = translate.Sampled(None, None, 10)
+    loss.step = 4
+    other = translate.Sampled(None, None, 10)
+    other.load_state_dict(loss.state_dict())
+    assert other.step == 4

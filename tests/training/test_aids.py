@@ -11,8 +11,8 @@ import random
 import pytest
 import torch
 
-from pyseqnet.decoding import Generated
-from pyseqnet.models import RecurrentTranslator, SequenceTranslator
+from pyseqnet.decoding import Generated, forbid
+from pyseqnet.models import CopyingTranslator, RecurrentTranslator, SequenceTranslator
 from pyseqnet.training import (
     ScheduledSampling,
     chunk_f1,
@@ -120,6 +120,55 @@ def test_recurrent_translator_writes_what_teacher_forcing_scores(attention: str)
     # What lies in the padding changes nothing.
     alone = model.search(source[1:2, :2], 7, beams=4, results=2)
     torch.testing.assert_close(found.log_probs[1:2], alone.log_probs, rtol=1e-4, atol=1e-4)
+
+
+def test_copying_translator_writes_what_teacher_forcing_scores() -> None:
+    torch.manual_seed(0)
+    model = CopyingTranslator(9, 8, other=3, embedding_size=5, hidden_size=6).eval()
+    source = torch.tensor([[4, 5, 6, 7, 8], [5, 8, 0, 0, 0]])
+    places = torch.tensor([[4, 9, 8, 9, 10], [5, 8, 0, 0, 0]])
+    found = model.search_with_copies(source, places, 7, extra=3, beams=4, results=2, return_alignments=True)
+    with torch.no_grad():
+        for result in range(2):
+            tokens, lengths = found.tokens[:, result], found.lengths[:, result]
+            log_probs = model(source, places, teacher_forcing(tokens, 1), extra=3)
+            torch.testing.assert_close(log_probs.exp().sum(2), torch.ones(tokens.shape), rtol=1e-5, atol=1e-5)
+            total = sequence_log_probs(log_probs, tokens, lengths)
+            torch.testing.assert_close(found.log_probs[:, result], total, rtol=1e-4, atol=1e-4)
+    # A gate that is shut writes what is copied, an open one what the plain model writes.
+    with torch.no_grad():
+        model.head.gate.bias.fill_(-1e4)
+        copied = model.search_with_copies(source, places, 4, extra=3).tokens[0, 0]
+        assert set(copied.tolist()) <= {4, 8, 9, 10}
+        model.head.gate.bias.fill_(1e4)
+        plain = RecurrentTranslator(9, 8, embedding_size=5, hidden_size=6).eval()
+        weights = {name.replace("head.vocabulary", "head"): value for name, value in model.state_dict().items()}
+        plain.load_state_dict({name: value for name, value in weights.items() if "gate" not in name})
+        target = torch.tensor([[1, 4, 5], [1, 7, 2]])
+        torch.testing.assert_close(
+            model(source, places, target, extra=3)[..., :8], plain(source, target).log_softmax(2)
+        )
+    with pytest.raises(ValueError, match="source must hold numbers from 0 to 9"):
+        model(source, places, target, extra=2)
+
+
+def test_copying_translator_learns_to_copy() -> None:
+    torch.manual_seed(0)
+    model = CopyingTranslator(9, 8, other=3, embedding_size=8, hidden_size=16)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(80):
+        source = torch.randint(4, 9, (16, 4))
+        places = source + 4  # none of them is in the vocabulary
+        end = torch.full((16, 1), 2)
+        loss = model.loss(source, places, torch.cat([torch.full((16, 1), 1), places, end], 1))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    # The words as they stood, though the vocabulary has none of them: chance is a fifth a word.
+    model.eval()
+    written = model.search_with_copies(source, places, 4, extra=5, logits_hooks=[forbid(2)]).tokens[:, 0]
+    assert (written >= 8).all()
+    assert (written == places).float().mean() > 0.5
 
 
 # --- guided attention -------------------------------------------------------------------------------------------
