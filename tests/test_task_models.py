@@ -8,28 +8,35 @@ import itertools
 import pytest
 import torch
 
-from pyseqnet.data import shapes, speech
+from pyseqnet.data import go, shapes, speech
 from pyseqnet.data.text import OTHER, Vocabulary, padded, trigrams
 from pyseqnet.models import (
     detr,
+    image_gan,
     memory_network,
+    neural_turing_machine,
     sequence_autoencoder,
     speech_recognizer,
+    speech_translator,
     text_classifier,
     visual_question_answerer,
 )
 from pyseqnet.models.memory_network import MemoryNetwork
 from pyseqnet.models.speech_recognizer import SpeechRecognizer
 from pyseqnet.models.text_classifier import TextClassifier
-from pyseqnet.recipes import edit_distance
+from pyseqnet.recipes import edit_distance, hybrid_digits, sagan, speech_translation
 from pyseqnet.recipes.detect import mean_average_precision
 
 DOCUMENTED = [
     detr,
     edit_distance,
+    image_gan,
     memory_network,
+    neural_turing_machine,
     sequence_autoencoder,
     speech_recognizer,
+    speech_translation,
+    speech_translator,
     text_classifier,
     visual_question_answerer,
 ]
@@ -180,3 +187,50 @@ def test_a_second_has_98_frames() -> None:
     energy = torch.fft.rfft(frames).abs().square() @ speech.mel_filters().t()
     centres = 700 * (10 ** (torch.linspace(0, 2595 * torch.log10(torch.tensor(1 + 4000 / 700)), 42)[1:-1] / 2595) - 1)
     assert abs(centres[energy.mean(0).argmax()] - 1000) < 60  # the band of 1 kHz
+
+
+def test_stones_without_liberties_are_taken() -> None:
+    beside = go.neighbours(3)
+    board = [0, 1, -1,
+             1, -1, -1,
+             0, 1, 0]  # fmt: skip
+    assert go.group(board, 2, beside) == ({2, 4, 5}, {8})
+    assert go.captures(board, 1, beside) == {8: 3}
+    assert go.play(board, 8, 1, beside)
+    assert board == [0, 1, 0, 1, 0, 0, 0, 1, 1]
+    corner = [0, 1, 0, 1, 0, 0, 0, 0, 0]
+    assert not go.play(corner, 0, -1, beside)  # suicide
+    assert corner[0] == 0
+
+
+def test_positions_of_go_have_one_best_move() -> None:
+    found = go.positions(6, 0, size=5)
+    assert found.planes.shape == (6, go.PLANES, 5, 5)
+    beside = go.neighbours(5)
+    newest = found.planes.view(6, go.HISTORY, 3, 25)[:, 0]
+    assert torch.equal(newest.sum(1), torch.ones(6, 25))  # each point is own, other or empty
+    for (own, other, _), move in zip(newest, found.moves.tolist(), strict=True):
+        taken = go.captures((own - other).long().tolist(), 1, beside)
+        assert [point for point, stones in taken.items() if stones == max(taken.values())] == [move]
+
+
+def test_spans_of_spoken_strings_are_where_the_recordings_are() -> None:
+    generator = torch.Generator().manual_seed(0)
+    pool = [speech.Recording(torch.full((1600 + 80 * d,), 0.1 + d), d, 0, 9) for d in range(5)]
+    samples, spans = speech.joined([pool[3].samples, pool[1].samples], generator)
+    assert [end - start for start, end in spans] == [1840, 1680]
+    assert all((samples[start:end] == value).all() for (start, end), value in zip(spans, (3.1, 1.1), strict=True))
+    found = speech.strings(pool, 4, generator, 3, 2)
+    assert {len(digits) for digits in found.digits} <= {2, 3}
+    rows = hybrid_digits.states(found, (found.lengths + 3) // 4)
+    assert [hybrid_digits.digits_of(row.tolist()) for row in rows] == found.digits
+    model = hybrid_digits.count(rows)
+    assert model.transitions.exp().sum(1).unique().tolist() == pytest.approx([0.0, 1.0])
+
+
+def test_distance_of_normal_distributions() -> None:
+    torch.manual_seed(0)
+    one = torch.randn(4000, 3)
+    assert sagan.frechet_distance(one, one) == pytest.approx(0, abs=1e-6)
+    assert sagan.frechet_distance(one, one + torch.tensor([3.0, 0.0, 4.0])) == pytest.approx(25, rel=1e-6)
+    assert sagan.frechet_distance(one, 2 * one) == pytest.approx(3, rel=0.1)  # |m|^2 is near 0, tr = 3 (2 - 1)^2

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pyseqnet.data import find
+from pyseqnet.data.text import padded
 
 ORIGIN = "https://github.com/Jakobovski/free-spoken-digit-dataset, all recordings in one .npz"
 RATE = 8000
@@ -61,10 +63,40 @@ def log_mel(samples: Tensor) -> Tensor:
     return (bands - bands.mean(0)) / (bands.std(0, correction=0) + 1e-5)
 
 
-def joined(pieces: list[Tensor], generator: torch.Generator, longest_gap: float = 0.2) -> Tensor:
-    """Recordings one after the other, with up to ``longest_gap`` seconds of near-silence between them, (S,)."""
-    parts = []
+class Strings(NamedTuple):
+    """Strings of spoken digits, side by side."""
+
+    frames: Tensor  # (B, T, BANDS)
+    lengths: Tensor  # (B,) of the frames
+    digits: list[list[int]]
+    spans: list[list[tuple[int, int]]]  # the first sample of each digit, and the one behind its last
+
+
+def joined(
+    pieces: list[Tensor], generator: torch.Generator, longest_gap: float = 0.2
+) -> tuple[Tensor, list[tuple[int, int]]]:
+    """Recordings one after the other, up to ``longest_gap`` seconds of near-silence before each; (S,) and spans."""
+    parts, spans, end = [], [], 0
     for piece in pieces:
         gap = int(torch.randint(1, int(longest_gap * RATE), (1,), generator=generator))
         parts += [1e-3 * torch.randn(gap, generator=generator), piece]
-    return torch.cat(parts)
+        spans.append((end + gap, end + gap + len(piece)))
+        end = spans[-1][1]
+    return torch.cat(parts), spans
+
+
+def strings(pool: list[Recording], count: int, generator: torch.Generator, longest: int, shortest: int = 1) -> Strings:
+    """Strings of ``shortest`` to ``longest`` recordings of one speaker, with gaps."""
+    speakers: dict[int, list[Recording]] = {}
+    for recording in pool:
+        speakers.setdefault(recording.speaker, []).append(recording)
+    frames, digits, spans = [], [], []
+    for _ in range(count):
+        own = list(speakers.values())[int(torch.randint(len(speakers), (1,), generator=generator))]
+        size = int(torch.randint(shortest, longest + 1, (1,), generator=generator))
+        chosen = [own[i] for i in torch.randint(len(own), (size,), generator=generator).tolist()]
+        samples, places = joined([one.samples for one in chosen], generator)
+        frames.append(log_mel(samples))
+        digits.append([one.digit for one in chosen])
+        spans.append(places)
+    return Strings(*padded(frames), digits, spans)

@@ -4,13 +4,16 @@ from pyseqnet.models.copying_translator import CopyingTranslator
 from pyseqnet.models.detr import DetectionTransformer
 from pyseqnet.models.go_policy import GoPolicy
 from pyseqnet.models.image_classifier import ImageClassifier
+from pyseqnet.models.image_gan import ImageDiscriminator, ImageGenerator
 from pyseqnet.models.language_model import LanguageModel
 from pyseqnet.models.memory_network import MemoryNetwork
+from pyseqnet.models.neural_turing_machine import NeuralTuringMachine
 from pyseqnet.models.recurrent_translator import RecurrentTranslator
 from pyseqnet.models.sequence_autoencoder import SequenceAutoencoder
 from pyseqnet.models.sequence_tagger import SequenceTagger
 from pyseqnet.models.sequence_translator import SequenceTranslator
-from pyseqnet.models.speech_recognizer import SpeechRecognizer
+from pyseqnet.models.speech_recognizer import SpeechEncoder, SpeechRecognizer
+from pyseqnet.models.speech_translator import SpeechTranslator
 from pyseqnet.models.text_classifier import TextClassifier
 from pyseqnet.models.vision_transformer import VisionTransformer
 from pyseqnet.models.visual_question_answerer import VisualQuestionAnswerer
@@ -21,13 +24,18 @@ __all__ = [
     "DetectionTransformer",
     "GoPolicy",
     "ImageClassifier",
+    "ImageDiscriminator",
+    "ImageGenerator",
     "LanguageModel",
     "MemoryNetwork",
+    "NeuralTuringMachine",
     "RecurrentTranslator",
     "SequenceAutoencoder",
     "SequenceTagger",
     "SequenceTranslator",
+    "SpeechEncoder",
     "SpeechRecognizer",
+    "SpeechTranslator",
     "TextClassifier",
     "VisionTransformer",
     "VisualQuestionAnswerer",

@@ -86,10 +86,14 @@ class RecurrentTranslator(torch.nn.Module):
         self.join = torch.nn.Linear(3 * hidden_size if self.attention is not None else hidden_size, hidden_size)
         self.head = torch.nn.Linear(hidden_size, target_symbols)
 
+    def embed(self, source: Tensor) -> tuple[Tensor, Tensor]:
+        """What the encoder reads of the source (B, S): vectors (B, S, embedding_size), and how many are real, (B,)."""
+        return self.source_embedding(source), (source != self.padding).sum(1)
+
     def start(self, source: Tensor) -> RecurrentState:
         """Reads the source (B, S); the state before the first symbol."""
-        lengths = (source != self.padding).sum(1)
-        embedded = self.dropout(self.source_embedding(source))
+        embedded, lengths = self.embed(source)
+        embedded = self.dropout(embedded)
         memory, (hidden, cell) = self.encoder(embedded, lengths=lengths.clamp(min=1).cpu())
         both = (torch.cat([part[0::2], part[1::2]], 2) for part in (hidden, cell))
         first = tuple(torch.tanh(self.bridge(part)) for part in both)
@@ -143,6 +147,6 @@ class RecurrentTranslator(torch.nn.Module):
     @torch.no_grad()
     def search(self, source: Tensor, max_length: int, **options: Any) -> Generated:
         """What the model writes, by any method of `pyseqnet.decoding.generate`, whose options these are."""
-        begin = source.new_full((source.shape[0],), self.begin)
+        begin = torch.full((source.shape[0],), self.begin, device=source.device)
         common: dict[str, Any] = {"begin": begin, "end": self.end, "padding": self.padding, "max_length": max_length}
         return generate(self, self.start(source), **common, **options)

@@ -7,6 +7,7 @@ Graves, Fernández, Gomez, Schmidhuber: Connectionist temporal classification, 2
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,26 +17,24 @@ from pyseqnet import nn
 ENCODERS = ("lstm", "attention")
 
 
-class SpeechRecognizer(torch.nn.Module):
-    """Scores the labels of speech for `nn.CTCLoss`.
+class SpeechEncoder(torch.nn.Module):
+    """Turns frames of speech into states, a quarter as many.
 
     Two convolutions over time with stride 2 and ReLU, then an encoder: ``"lstm"``, bidirectional, two layers;
     ``"attention"``, Transformer layers whose frames see ``left`` frames before and ``right`` after themselves only, so
     that the cost is linear in time and the delay is known.
 
     Shapes of ``forward(frames, lengths)``: frames (B, T, bands); lengths (B,) int64 on the CPU. Output
-    ``(scores (T', B, labels), lengths (B,))``, before log-softmax, T' = ceil(ceil(T / 2) / 2).
+    ``(states (B, T', 2 * width), lengths (B,))``, T' = ceil(ceil(T / 2) / 2).
 
-    >>> model = SpeechRecognizer(40, 11)
-    >>> scores, lengths = model(torch.zeros(2, 50, 40), torch.tensor([50, 31]))
-    >>> scores.shape, lengths
-    (torch.Size([13, 2, 11]), tensor([13,  8]))
+    >>> states, lengths = SpeechEncoder(40)(torch.zeros(2, 50, 40), torch.tensor([50, 31]))
+    >>> states.shape, lengths
+    (torch.Size([2, 13, 128]), tensor([13,  8]))
     """
 
     def __init__(
         self,
         bands: int,
-        labels: int,
         *,
         encoder: str = "lstm",
         width: int = 64,
@@ -63,8 +62,6 @@ class SpeechRecognizer(torch.nn.Module):
                 attention=functools.partial(nn.TruncatedSelfAttention, left=left, right=right),
             )
             self.transformer = nn.TransformerEncoder(layer, layers, nn.LayerNorm(2 * width), enable_nested_tensor=False)
-        self.dropout = torch.nn.Dropout(dropout)
-        self.head = torch.nn.Linear(2 * width, labels)
 
     def forward(self, frames: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         planes = frames.transpose(1, 2)
@@ -79,5 +76,26 @@ class SpeechRecognizer(torch.nn.Module):
         else:
             padding = torch.arange(states.shape[1]) >= lengths.unsqueeze(1)
             states = self.transformer(states, src_key_padding_mask=padding)
+        return states, lengths
+
+
+class SpeechRecognizer(SpeechEncoder):
+    """Scores the labels of speech for `nn.CTCLoss`: a `SpeechEncoder`, whose options these are, and a linear layer.
+
+    Shapes of ``forward(frames, lengths)``: as there, but the output is ``(scores (T', B, labels), lengths (B,))``,
+    before log-softmax.
+
+    >>> scores, lengths = SpeechRecognizer(40, 11)(torch.zeros(2, 50, 40), torch.tensor([50, 31]))
+    >>> scores.shape, lengths
+    (torch.Size([13, 2, 11]), tensor([13,  8]))
+    """
+
+    def __init__(self, bands: int, labels: int, *, width: int = 64, dropout: float = 0.1, **options: Any) -> None:
+        super().__init__(bands, width=width, dropout=dropout, **options)
+        self.dropout = torch.nn.Dropout(dropout)
+        self.head = torch.nn.Linear(2 * width, labels)
+
+    def forward(self, frames: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        states, lengths = super().forward(frames, lengths)
         scores: Tensor = self.head(self.dropout(states)).transpose(0, 1)
         return scores, lengths

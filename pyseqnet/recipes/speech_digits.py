@@ -1,21 +1,18 @@
-"""Strings of spoken digits, recognised with CTC by a BiLSTM and by truncated self-attention.
+"""Strings of spoken digits: with CTC by a BiLSTM and by truncated self-attention, and by a network with an HMM.
 
-Graves, Fernández, Gomez, Schmidhuber, 2006; Yeh et al., 2019; data: Free Spoken Digit Dataset.
+Graves, Fernández, Gomez, Schmidhuber, 2006; Yeh et al., 2019; Bourlard, Morgan, 1994; data: Free Spoken Digit Dataset.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyseqnet import nn
 from pyseqnet.data import speech
-from pyseqnet.data.text import padded
 from pyseqnet.decoding import ctc_beam_search, ctc_greedy_search
 from pyseqnet.models.speech_recognizer import ENCODERS, SpeechRecognizer
-from pyseqnet.recipes import Score, Settings
+from pyseqnet.recipes import Score, Settings, hybrid_digits
 from pyseqnet.recipes.edit_distance import error_rate
 from pyseqnet.training import History, fit
 
@@ -27,31 +24,12 @@ TESTED = 200  # strings
 LEARNING_RATE = 1.5e-3
 
 
-class Strings(NamedTuple):
-    frames: Tensor  # (B, T, bands)
-    lengths: Tensor
-    labels: list[list[int]]
-
-
-def draw_strings(
-    pool: list[speech.Recording], count: int, generator: torch.Generator, longest: int = LONGEST
-) -> Strings:
-    """Strings of 1 to ``longest`` recordings of one speaker, with gaps."""
-    speakers: dict[int, list[speech.Recording]] = {}
-    for recording in pool:
-        speakers.setdefault(recording.speaker, []).append(recording)
-    frames, labels = [], []
-    for _ in range(count):
-        own = list(speakers.values())[int(torch.randint(len(speakers), (1,), generator=generator))]
-        size = int(torch.randint(1, longest + 1, (1,), generator=generator))
-        chosen = [own[i] for i in torch.randint(len(own), (size,), generator=generator).tolist()]
-        frames.append(speech.log_mel(speech.joined([one.samples for one in chosen], generator)))
-        labels.append([one.digit + 1 for one in chosen])
-    return Strings(*padded(frames), labels)
+def labels_of(strings: speech.Strings) -> list[list[int]]:
+    return [[digit + 1 for digit in one] for one in strings.digits]
 
 
 def train(
-    encoder: str, pool: list[speech.Recording], test: Strings, settings: Settings
+    encoder: str, pool: list[speech.Recording], test: speech.Strings, settings: Settings
 ) -> tuple[SpeechRecognizer, History]:
     torch.manual_seed(settings.seed)
     generator = torch.Generator().manual_seed(settings.seed)
@@ -59,8 +37,9 @@ def train(
     criterion = nn.CTCLoss(BLANK, from_logits=True, zero_infinity=True)
 
     def loss() -> Tensor:
-        frames, lengths, labels = draw_strings(pool, BATCH, generator, 2 if settings.quick else LONGEST)
-        scores, steps = model(frames, lengths)
+        drawn = speech.strings(pool, BATCH, generator, 2 if settings.quick else LONGEST)
+        scores, steps = model(drawn.frames, drawn.lengths)
+        labels = labels_of(drawn)
         targets = torch.tensor([label for one in labels for label in one])
         value: Tensor = criterion(scores, targets, steps, torch.tensor([len(one) for one in labels]))
         return value
@@ -71,14 +50,14 @@ def train(
         settings.steps(STEPS, QUICK_STEPS),
         learning_rate=LEARNING_RATE,
         cycle=encoder == "attention",  # a BiLSTM whose rate begins low stays for long where only blanks are said
-        evaluate=lambda: {"digit error": error_rate(recognise(model, test), test.labels)},
+        evaluate=lambda: {"digit error": error_rate(recognise(model, test), labels_of(test))},
         name=f"spoken digits, {encoder}",
         progress=settings.progress,
     )
     return model, history
 
 
-def recognise(model: SpeechRecognizer, strings: Strings, beam: int = 0) -> list[list[int]]:
+def recognise(model: SpeechRecognizer, strings: speech.Strings, beam: int = 0) -> list[list[int]]:
     """Labels of each string: the best path, or a prefix beam search of that width."""
     with torch.no_grad():
         scores, steps = model(strings.frames, strings.lengths)
@@ -94,12 +73,13 @@ def run(settings: Settings) -> list[Score]:
     everything = speech.recordings()
     pool = [one for one in everything if not one.held_out]
     generator = torch.Generator().manual_seed(settings.seed + 1)
-    test = draw_strings([one for one in everything if one.held_out], settings.steps(TESTED, 20), generator)
+    test = speech.strings([one for one in everything if one.held_out], settings.steps(TESTED, 20), generator, LONGEST)
+    truth = labels_of(test)
     scores = []
     for encoder in ENCODERS:
         model, history = train(encoder, pool, test, settings)
-        greedy = 100 * error_rate(recognise(model, test), test.labels)
-        beam = 100 * error_rate(recognise(model, test, beam=8), test.labels)
+        greedy = 100 * error_rate(recognise(model, test), truth)
+        beam = 100 * error_rate(recognise(model, test, beam=8), truth)
         scores += [
             Score(f"digit error, {encoder}, best path, %", greedy, 5.0, at_least=False),
             Score(f"digit error, {encoder}, prefix beam of 8, %", beam, 5.0, at_least=False),
@@ -108,8 +88,8 @@ def run(settings: Settings) -> list[Score]:
         with torch.no_grad():
             found, steps = model(test.frames[:1], test.lengths[:1])
         probabilities = found.softmax(2)[: int(steps[0]), 0].t()
-        said = " ".join(str(label - 1) for label in test.labels[0])
+        said = " ".join(str(digit) for digit in test.digits[0])
         names = ["blank", *(str(digit) for digit in range(10))]
         times = [f"{0.04 * step:.1f}" if step % 5 == 0 else "" for step in range(int(steps[0]))]
         draw.matrix(probabilities, names, times, settings.out / f"{encoder}.png", f"{said}: probabilities over seconds")
-    return scores
+    return scores + hybrid_digits.compare(pool, test, settings, LONGEST)

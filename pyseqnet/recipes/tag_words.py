@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,12 +70,13 @@ def train(
     epochs: int,
     reader: str = "lstm",
     crf: bool = True,
+    **sizes: Any,
 ) -> Trained:
-    """Trains a `WordTagger` on the corpus and tags the test sentences."""
+    """Trains a `WordTagger` (of these `sizes`) on the corpus and tags the test sentences."""
     torch.manual_seed(settings.seed)
     numbers = Numbers.of(corpus)
     model = WordTagger(
-        len(numbers.words), len(numbers.tags), trigrams=len(numbers.letters), reader=reader, crf=crf
+        len(numbers.words), len(numbers.tags), trigrams=len(numbers.letters), reader=reader, crf=crf, **sizes
     )  # fmt: skip
     draw = batches(len(corpus), BATCH, settings.seed, lengths=[len(sentence.words) for sentence in corpus])
     inputs = [tuple(part[0] for part in numbers.inputs([sentence])) for sentence in corpus]

@@ -5,11 +5,14 @@ Huang, Xu, Yu, 2015; Silveira et al., A gold standard dependency corpus for Engl
 
 from __future__ import annotations
 
+from typing import Any
+
 from pyseqnet.data import corpora
 from pyseqnet.recipes import Score, Settings
 from pyseqnet.recipes.tag_words import list_errors, train
 
 EPOCHS = 6
+SIZES: dict[str, Any] = {"embedding_size": 128, "hidden_size": 128}  # chosen on the development part, as the epochs
 QUICK_SENTENCES = 300
 
 
@@ -24,8 +27,10 @@ def run(settings: Settings) -> list[Score]:
     training, test = corpora.ewt("train"), corpora.ewt("test")
     if settings.quick:
         training, test = training[: 2 * QUICK_SENTENCES], test[:QUICK_SENTENCES]
-    with_crf = train(training, test, accuracy, settings, name="BiLSTM-CRF", epochs=EPOCHS)
-    alone = train(training, test, accuracy, settings, name="words alone", epochs=EPOCHS, reader="none", crf=False)
+    with_crf = train(training, test, accuracy, settings, name="BiLSTM-CRF", epochs=EPOCHS, **SIZES)
+    alone = train(
+        training, test, accuracy, settings, name="words alone", epochs=EPOCHS, reader="none", crf=False, **SIZES
+    )
     list_errors(test, with_crf.predicted, settings.out / "errors.txt")
     draw.curves({"BiLSTM-CRF": with_crf.history, "words alone": alone.history}, settings.out / "learning_curves.png")
     return [

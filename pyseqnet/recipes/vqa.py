@@ -16,6 +16,7 @@ from pyseqnet.training import batches, fit
 
 BATCH = 64
 STEPS, QUICK_STEPS = 2400, 30
+LEARNING_RATE = 2e-3
 GLANCE = 1000  # test questions that are looked at during the training
 SHOWN = 16
 
@@ -24,12 +25,13 @@ def run(settings: Settings) -> list[Score]:
     train, test, answers = easy_vqa.load()
     vocabulary = Vocabulary(train.questions)
     model = VisualQuestionAnswerer(len(vocabulary), len(answers))
+    deviation, mean = torch.std_mean(train.images, (0, 2, 3), keepdim=True)
     draw_batch = batches(len(train.questions), BATCH, settings.seed)
     encoded = {id(part): [vocabulary.encode(question) for question in part.questions] for part in (train, test)}
 
     def score(part: easy_vqa.Part, chosen: Tensor) -> Tensor:
         asked, lengths = padded([encoded[id(part)][i] for i in chosen.tolist()])
-        found: Tensor = model(part.images[part.image[chosen]], asked, lengths)
+        found: Tensor = model((part.images[part.image[chosen]] - mean) / deviation, asked, lengths)
         return found
 
     def loss() -> Tensor:
@@ -45,7 +47,7 @@ def run(settings: Settings) -> list[Score]:
         model,
         loss,
         settings.steps(STEPS, QUICK_STEPS),
-        learning_rate=2e-3,
+        learning_rate=LEARNING_RATE,
         evaluate=lambda: {"accuracy": accuracy(glance)},
         name="visual questions",
         progress=settings.progress,
@@ -53,12 +55,17 @@ def run(settings: Settings) -> list[Score]:
     with torch.no_grad():
         everything = torch.arange(len(test.questions)) if not settings.quick else glance
         right = 100 * accuracy(everything)
-        _draw(model, test, encoded[id(test)], answers, settings)
+        _draw(model, (mean, deviation), test, encoded[id(test)], answers, settings)
     return [Score("accuracy, %", right, 95.0), Score.fall("visual questions", history)]
 
 
 def _draw(
-    model: VisualQuestionAnswerer, test: easy_vqa.Part, encoded: list[Tensor], answers: list[str], settings: Settings
+    model: VisualQuestionAnswerer,
+    scale: tuple[Tensor, Tensor],
+    test: easy_vqa.Part,
+    encoded: list[Tensor],
+    answers: list[str],
+    settings: Settings,
 ) -> None:
     """Questions with what was answered; the image is bright where it was read."""
     from pyseqnet.recipes import draw
@@ -66,7 +73,7 @@ def _draw(
     chosen = torch.linspace(0, len(test.questions) - 1, SHOWN).long()
     images = test.images[test.image[chosen]]
     asked, lengths = padded([encoded[i] for i in chosen.tolist()])
-    scores, weights = model(images, asked, lengths, need_weights=True)
+    scores, weights = model((images - scale[0]) / scale[1], asked, lengths, need_weights=True)
     bright = torch.nn.functional.interpolate(weights.unsqueeze(1), images.shape[2:], mode="nearest")
     bright = bright / bright.amax((2, 3), keepdim=True)
     shown = (images * (0.35 + 0.65 * bright)).permute(0, 2, 3, 1)
