@@ -24,7 +24,7 @@ from pyseqnet.models import (
 from pyseqnet.models.memory_network import MemoryNetwork
 from pyseqnet.models.speech_recognizer import SpeechRecognizer
 from pyseqnet.models.text_classifier import TextClassifier
-from pyseqnet.recipes import edit_distance, hybrid_digits, sagan, speech_translation
+from pyseqnet.recipes import edit_distance, hybrid_digits, parse, sagan, speech_translation, text_autoencoder
 from pyseqnet.recipes.detect import mean_average_precision
 
 DOCUMENTED = [
@@ -33,10 +33,12 @@ DOCUMENTED = [
     image_gan,
     memory_network,
     neural_turing_machine,
+    parse,
     sequence_autoencoder,
     speech_recognizer,
     speech_translation,
     speech_translator,
+    text_autoencoder,
     text_classifier,
     visual_question_answerer,
 ]

@@ -15,7 +15,7 @@ from pyseqnet import recipes
 from pyseqnet.data import corpora
 from pyseqnet.data.text import OTHER, Vocabulary
 from pyseqnet.models import LanguageModel, WordTagger
-from pyseqnet.recipes import translate
+from pyseqnet.recipes import parse, translate
 
 pytest.importorskip("tqdm", reason="recipes need the extra 'recipes'")
 pytest.importorskip("matplotlib", reason="recipes need the extra 'recipes'")
@@ -57,6 +57,9 @@ def miniature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     spelled = [f"{''.join(letters)} {' '.join(letter.upper() for letter in letters)}"
                for letters in itertools.product("abst", repeat=4)]  # fmt: skip
     files["cmudict/cmudict.dict"] = "\n".join([*spelled, "a(2) EY1", "don't D OW1 N T", "ab AH0 B # place"])
+    talks = [f'- - Who is {a}?\n  - "Friend of {b}"\n' for a, b in itertools.permutations(NAMES, 2)]
+    for number, name in enumerate(corpora.CHATS):
+        files[f"chatterbot_en/{name}.yml"] = f"categories:\n- {name}\nconversations:\n{talks[number]}{talks[0]}"
     for part, count in (("train", 200), ("val", 30), ("test_2016_flickr", 30)):
         pairs = [(chance.choice(NAMES), chance.choice(NAMES)) for _ in range(count)]
         files[f"multi30k/{part}.de"] = "".join(f"Zwei Hunde sehen {a} und {b} .\n" for a, b in pairs)
@@ -82,6 +85,13 @@ def test_readers(miniature: Path) -> None:
     entries = corpora.cmudict()
     assert len(entries) == 4**4 + 1
     assert entries[-1] == ("ab", ["AH", "B"])
+    tree = corpora.ewt_trees("train")[0]
+    assert tree.heads == [2, 2, -1, 2]
+    assert tree.relations == ["nsubj", "aux", "root", "obj"]
+    # Five names are asked for, each has one answer, the first.
+    assert corpora.chatterbot() == [
+        (f"Who is {name}?", f"Friend of {'berta' if name == 'anna' else 'anna'}") for name in NAMES
+    ]
     pairs = corpora.multi30k("val")
     assert len(pairs) == 30
     assert pairs[0][0].startswith("Zwei Hunde sehen")
@@ -90,7 +100,7 @@ def test_readers(miniature: Path) -> None:
     assert corpora.shakespeare() == "café"
 
 
-@pytest.mark.parametrize("name", ["g2p", "lm", "slots", "tagging", "translate"])
+@pytest.mark.parametrize("name", ["chat", "g2p", "lm", "parse", "slots", "tagging", "translate"])
 def test_miniatures(name: str, miniature: Path) -> None:
     out = miniature / "out"
     out.mkdir()
@@ -163,3 +173,37 @@ def test_scheduled_sampling_goes_on_where_it_was() -> None:
     other = translate.Sampled(None, None, 10)
     other.load_state_dict(loss.state_dict())
     assert other.step == 4
+
+
+def random_tree(chance: random.Random, length: int) -> corpora.Parsed:
+    """Any tree, crossing arcs included."""
+    order = chance.sample(range(length), length)
+    heads = [-1] * length
+    for number, word in enumerate(order[1:], 1):
+        heads[word] = order[chance.randrange(number)]
+    tags = [chance.choice(("NOUN", "VERB")) for _ in range(length)]
+    return corpora.Parsed(["w"] * length, tags, heads, [chance.choice(("obj", "nsubj:pass")) for _ in range(length)])
+
+
+def test_trees_are_brackets_and_broken_ones_are_found() -> None:
+    chance = random.Random(1)
+    broken = 0
+    for _ in range(200):
+        tree = random_tree(chance, chance.randrange(1, 9))
+        symbols = parse.linear(tree)
+        found = parse.brackets(symbols)
+        assert found is not None
+        assert found.total() == len(set(tree.heads) - {-1})
+        assert sum(symbol in ("NOUN", "VERB") for symbol in symbols) == len(tree.words)
+        if found:
+            place = chance.choice([i for i, symbol in enumerate(symbols) if symbol not in ("NOUN", "VERB")])
+            broken += parse.brackets(symbols[:place] + symbols[place + 1 :]) is None
+            assert parse.brackets([*symbols, parse.CLOSE]) is None
+            assert parse.brackets([*symbols, "NOUN"]) is None
+            assert parse.scores([symbols], [symbols], [len(tree.words)])["bracket F1"] == 100
+        else:
+            assert len(tree.words) == 1
+    assert broken > 150
+    assert parse.brackets([]) is None
+    wrong = parse.scores([["(root", "VERB", ")"], [")"]], [["(root", "VERB", "NOUN", ")"]] * 2, [2, 2])
+    assert wrong == {"well-formed": 50, "as many words": 0, "bracket F1": 0}

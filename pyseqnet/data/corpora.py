@@ -20,7 +20,12 @@ INTENTS = (
     "AddToPlaylist", "BookRestaurant", "GetWeather", "PlayMusic", "RateBook", "SearchCreativeWork",
     "SearchScreeningEvent",
 )  # fmt: skip
-WORD_COLUMN, UPOS_COLUMN = 1, 3  # of CoNLL-U
+CHATTERBOT = f"{_GITHUB}/gunthercox/chatterbot-corpus/master/chatterbot_corpus/data/english"
+CHATS = (
+    "ai", "botprofile", "computers", "conversations", "emotion", "food", "gossip", "greetings", "health", "history",
+    "humor", "literature", "money", "movies", "politics", "psychology", "science", "sports", "trivia",
+)  # fmt: skip
+WORD_COLUMN, UPOS_COLUMN, HEAD_COLUMN, RELATION_COLUMN = 1, 3, 6, 7  # of CoNLL-U
 
 
 class Tagged(NamedTuple):
@@ -45,8 +50,25 @@ def shakespeare() -> str:
     return _text("tinyshakespeare/input.txt", SHAKESPEARE, "github.com/karpathy/char-rnn")
 
 
+class Parsed(NamedTuple):
+    """A sentence as a dependency tree: of each word its tag, its head's place (-1: none) and its relation to it."""
+
+    words: list[str]
+    tags: list[str]
+    heads: list[int]
+    relations: list[str]
+
+
 def ewt(part: str) -> list[Tagged]:
     """Sentences of the English Web Treebank with universal parts of speech; part: "train", "dev" or "test"."""
+    return [Tagged(sentence.words, sentence.tags) for sentence in ewt_trees(part)]
+
+
+def ewt_trees(part: str) -> list[Parsed]:
+    """Sentences of the English Web Treebank with their dependency trees; part: "train", "dev" or "test".
+
+    Silveira et al., A gold standard dependency corpus for English, 2014.
+    """
     name = f"en_ewt-ud-{part}.conllu"
     text = _text(f"ud_ewt/{name}", f"{EWT}/{name}", "github.com/UniversalDependencies/UD_English-EWT")
     sentences = []
@@ -54,7 +76,11 @@ def ewt(part: str) -> list[Tagged]:
         rows = [line.split("\t") for line in block.splitlines() if line and not line.startswith("#")]
         rows = [row for row in rows if row[0].isdigit()]  # not 3-4 (a contraction) and 5.1 (an ellipsis)
         if rows:
-            sentences.append(Tagged([row[WORD_COLUMN] for row in rows], [row[UPOS_COLUMN] for row in rows]))
+            columns = list(zip(*rows, strict=True))
+            heads = [int(head) - 1 for head in columns[HEAD_COLUMN]]
+            sentences.append(
+                Parsed(list(columns[WORD_COLUMN]), list(columns[UPOS_COLUMN]), heads, list(columns[RELATION_COLUMN]))
+            )
     return sentences
 
 
@@ -100,3 +126,19 @@ def multi30k(part: str) -> list[tuple[str, str]]:
         path = data.find(f"multi30k/{name}", f"{MULTI30K}/{name}", "github.com/multi30k/dataset")
         sides.append(gzip.decompress(path.read_bytes()).decode("utf-8").splitlines())
     return list(zip(*sides, strict=True))
+
+
+def chatterbot() -> list[tuple[str, str]]:
+    """What is said to a chat bot and what it answers (ChatterBot's English corpus), the first answer of each.
+
+    Needs PyYAML (the extra ``recipes``).
+    """
+    import yaml
+
+    answers: dict[str, str] = {}
+    for name in CHATS:
+        file = f"{name}.yml"
+        text = _text(f"chatterbot_en/{file}", f"{CHATTERBOT}/{file}", "github.com/gunthercox/chatterbot-corpus")
+        for said, answer, *_ in (talk for talk in yaml.safe_load(text)["conversations"] if len(talk) > 1):
+            answers.setdefault(str(said), str(answer))
+    return list(answers.items())

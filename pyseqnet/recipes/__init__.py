@@ -17,6 +17,7 @@ from pyseqnet.training import History
 RECIPES = {
     "audio2vec": "pyseqnet.recipes.audio2vec",
     "babi": "pyseqnet.recipes.babi",
+    "chat": "pyseqnet.recipes.chat",
     "detect": "pyseqnet.recipes.detect",
     "digits": "pyseqnet.recipes.digits",
     "fashion": "pyseqnet.recipes.fashion",
@@ -27,11 +28,13 @@ RECIPES = {
     "mnist": "pyseqnet.recipes.mnist",
     "ntm": "pyseqnet.recipes.ntm",
     "sagan": "pyseqnet.recipes.sagan",
+    "parse": "pyseqnet.recipes.parse",
     "sentiment": "pyseqnet.recipes.sentiment",
     "slots": "pyseqnet.recipes.slots",
     "speech-digits": "pyseqnet.recipes.speech_digits",
     "speech-translation": "pyseqnet.recipes.speech_translation",
     "tagging": "pyseqnet.recipes.tagging",
+    "text-autoencoder": "pyseqnet.recipes.text_autoencoder",
     "translate": "pyseqnet.recipes.translate",
     "vqa": "pyseqnet.recipes.vqa",
 }

@@ -6,18 +6,16 @@ Yao, Zweig: Sequence-to-sequence neural net models for grapheme-to-phoneme conve
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pyseqnet.data import corpora
-from pyseqnet.data.text import PADDING, Vocabulary, padded
+from pyseqnet.data.text import Vocabulary
 from pyseqnet.models import RecurrentTranslator, SequenceTranslator
 from pyseqnet.recipes import Score, Settings
 from pyseqnet.recipes.edit_distance import error_rate
-from pyseqnet.training import History, batches, fit
+from pyseqnet.recipes.sequence_pairs import SPECIAL, Pairs, symbols, train, write
 
 SHORTEST, LONGEST = 3, 10  # letters of a word
 HELD_OUT, QUICK_HELD_OUT, QUICK_WORDS = 2000, 100, 2000
@@ -25,72 +23,22 @@ GLANCE = 200  # held-out words that are looked at during the training
 BATCH, EPOCHS, QUICK_STEPS = 64, 6, 60
 BEAMS = 5
 MOST_PHONES = 20  # written for a word
-SPECIAL = ("<begin>", "<end>")
 SHOWN = 6  # letters at least of the word whose attention is drawn
 MODELS = ("LSTM", "LSTM, additive", "LSTM, location-aware", "Transformer")
 LEARNING_RATES = {"Transformer": 2e-3}
 OTHER_LEARNING_RATE = 4e-3
 
-Entry = tuple[str, list[str]]
-
 
 def build(name: str, letters: Vocabulary, phones: Vocabulary) -> Any:
-    symbols: dict[str, int] = {"padding": PADDING, "begin": phones["<begin>"], "end": phones["<end>"]}
     if name == "Transformer":
         sizes = {"d_model": 128, "num_encoder_layers": 2, "num_decoder_layers": 2, "dim_feedforward": 256}
-        return SequenceTranslator(len(letters), len(phones), dropout=0.1, **sizes, **symbols)
+        return SequenceTranslator(len(letters), len(phones), dropout=0.1, **sizes, **symbols(phones))
     attention = {"LSTM": "none", "LSTM, additive": "additive", "LSTM, location-aware": "location"}[name]
-    return RecurrentTranslator(len(letters), len(phones), attention=attention, dropout=0.1, **symbols)
+    return RecurrentTranslator(len(letters), len(phones), attention=attention, dropout=0.1, **symbols(phones))
 
 
-def write(model: Any, words: Sequence[Tensor], phones: Vocabulary, beams: int) -> list[list[str]]:
-    """The phones of each word."""
-    model.eval()
-    found: list[list[str]] = []
-    for first in range(0, len(words), BATCH):
-        source = padded(words[first : first + BATCH])[0]
-        result = model.search(source, MOST_PHONES, beams=beams)
-        rows = [best for (best,) in result.sequences(end=phones["<end>"])]
-        found += [[str(phone) for phone in phones.decode(row)] for row in rows]
-    return found
-
-
-def train(
-    name: str, entries: Sequence[Entry], held_out: Sequence[Entry], letters: Vocabulary, phones: Vocabulary,
-    settings: Settings,
-) -> tuple[Any, History]:  # fmt: skip
-    torch.manual_seed(settings.seed)
-    model = build(name, letters, phones)
-    sources = [letters.encode(word) for word, _ in entries]
-    targets = [phones.encode(["<begin>", *sounds, "<end>"]) for _, sounds in entries]
-    glance = held_out[:GLANCE]
-    draw = batches(len(entries), BATCH, settings.seed, lengths=[len(source) for source in sources])
-
-    def loss() -> Tensor:
-        chosen = draw().tolist()
-        source, target = padded([sources[i] for i in chosen])[0], padded([targets[i] for i in chosen])[0]
-        scores = model(source, target[:, :-1])
-        return torch.nn.functional.cross_entropy(
-            scores.flatten(0, 1), target[:, 1:].flatten(), ignore_index=PADDING, label_smoothing=0.05
-        )
-
-    def evaluate() -> dict[str, float]:
-        found = write(model, [letters.encode(word) for word, _ in glance], phones, 1)
-        return {"error": error_rate(found, [sounds for _, sounds in glance])}
-
-    history = fit(
-        model,
-        loss,
-        settings.steps(EPOCHS * len(draw), QUICK_STEPS),
-        learning_rate=LEARNING_RATES.get(name, OTHER_LEARNING_RATE),
-        evaluate=evaluate,
-        looks=5,
-        stateful=[draw],
-        folder=settings.checkpoints(name),
-        name=name,
-        progress=settings.progress,
-    )
-    return model, history
+def phones_of(model: Any, pairs: Pairs, beams: int = 1, count: int | None = None) -> list[list[str]]:
+    return [[str(phone) for phone in row] for row in write(model, pairs, MOST_PHONES, beams=beams, count=count)]
 
 
 def run(settings: Settings) -> list[Score]:
@@ -103,12 +51,22 @@ def run(settings: Settings) -> list[Score]:
     training = [entries[i] for i in order[count : count + QUICK_WORDS if settings.quick else None]]
     letters = Vocabulary(word for word, _ in training)
     phones = Vocabulary((sounds for _, sounds in training), special=SPECIAL)
-    words, truth = [letters.encode(word) for word, _ in held_out], [sounds for _, sounds in held_out]
+    truth = [sounds for _, sounds in held_out]
+    known, test = Pairs(training, letters, phones), Pairs(held_out, letters, phones)
 
     scores, histories = [], {}
     for name in ("LSTM, additive",) if settings.quick else MODELS:
-        model, histories[name] = train(name, training, held_out, letters, phones, settings)
-        greedy, beam = (100 * error_rate(write(model, words, phones, beams), truth) for beams in (1, BEAMS))
+        torch.manual_seed(settings.seed)
+        model = build(name, letters, phones)
+
+        def glance(model: Any = model) -> dict[str, float]:
+            return {"error": error_rate(phones_of(model, test, count=GLANCE), truth[:GLANCE])}
+
+        histories[name] = train(
+            name, model, known, settings, epochs=EPOCHS, quick_steps=QUICK_STEPS, batch=BATCH, smoothing=0.05,
+            rate=LEARNING_RATES.get(name, OTHER_LEARNING_RATE), evaluate=glance,
+        )  # fmt: skip
+        greedy, beam = (100 * error_rate(phones_of(model, test, beams), truth) for beams in (1, BEAMS))
         goal = 10.0 if name in ("LSTM, additive", "Transformer") else None
         scores.append(Score(f"phone errors, {name}, greedy, %", greedy))
         scores.append(Score(f"phone errors, {name}, {BEAMS} beams, %", beam, goal, at_least=False))

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from pyseqnet.data import corpora
-from pyseqnet.data.text import OTHER, PADDING, Vocabulary, padded, words
+from pyseqnet.data.text import OTHER, Vocabulary, padded, words
 from pyseqnet.models import CopyingTranslator, RecurrentTranslator, SequenceTranslator
 from pyseqnet.recipes import Score, Settings
+from pyseqnet.recipes.sequence_pairs import BEGIN, END, SPECIAL, cross_entropy, symbols
 from pyseqnet.training import (
     History,
     ScheduledSampling,
@@ -31,7 +32,6 @@ from pyseqnet.training import (
 )  # fmt: skip
 
 MOST_WORDS = 5000  # of each language; the others are "other", or copied
-SPECIAL = ("<begin>", "<end>")
 LONGEST = 40  # words that are written
 BATCH, EPOCHS, TRANSFORMER_EPOCHS = 64, 4, 5
 TRAIN_ON, TRAIN_ON_RATE, SELF_CRITICAL_RATE = 150, 2e-4, 5e-5  # steps behind the training with attention
@@ -55,7 +55,7 @@ class Corpus:
         for source, target in ((words(one), words(other)) for one, other in pairs):
             own = list(dict.fromkeys(word for word in source if english[word] == OTHER))
             extended = {word: len(english) + number for number, word in enumerate(own)}
-            wanted = ["<begin>", *target, "<end>"]
+            wanted = [BEGIN, *target, END]
             self.own.append(own)
             self.sources.append(german.encode(source))
             self.targets.append(english.encode(wanted))
@@ -71,7 +71,7 @@ class Corpus:
 
 def build(name: str, german: Vocabulary, english: Vocabulary) -> Any:
     source, target = len(german), len(english)
-    options: dict[str, Any] = {"padding": PADDING, "begin": english["<begin>"], "end": english["<end>"]}
+    options = symbols(english)
     if name == "Transformer":
         options |= {"d_model": 256, "num_encoder_layers": 3, "num_decoder_layers": 3, "dim_feedforward": 512}
         return SequenceTranslator(source, target, dropout=0.1, **options)
@@ -98,7 +98,7 @@ def write(model: Any, corpus: Corpus, count: int, **options: Any) -> list[str]:
     found = [""] * count
     for first in range(0, count, BATCH):
         chosen = order[first : first + BATCH]
-        rows = search(model, corpus, chosen, **options).sequences(end=corpus.english["<end>"])
+        rows = search(model, corpus, chosen, **options).sequences(end=corpus.english[END])
         for i, row in zip(chosen, rows, strict=True):
             found[i] = corpus.text(row[0], i)
     return found
@@ -117,15 +117,9 @@ def forced(model: Any, corpus: Corpus) -> Callable[[list[int]], Tensor]:
             places, target = (padded([part[i] for i in chosen])[0] for part in (corpus.places, corpus.copied))
             return model.loss(source, places, target)
         target = padded([corpus.targets[i] for i in chosen])[0]
-        return _cross_entropy(model(source, target[:, :-1]), target)
+        return cross_entropy(model(source, target[:, :-1]), target, SMOOTHING)
 
     return loss
-
-
-def _cross_entropy(scores: Tensor, target: Tensor) -> Tensor:
-    return torch.nn.functional.cross_entropy(
-        scores.flatten(0, 1), target[:, 1:].flatten(), ignore_index=PADDING, label_smoothing=SMOOTHING
-    )
 
 
 class Sampled:
@@ -140,7 +134,7 @@ class Sampled:
         source, target = (padded([part[i] for i in chosen])[0] for part in parts)
         scores = self.schedule.rollout(self.model, self.model.start(source), target[:, :-1], self.step)
         self.step += 1
-        return _cross_entropy(scores, target)
+        return cross_entropy(scores, target, SMOOTHING)
 
     def state_dict(self) -> dict[str, int]:
         return {"step": self.step}
