@@ -4,41 +4,64 @@ from __future__ import annotations
 
 import doctest
 import itertools
+import json
+import random
 
 import pytest
 import torch
 
-from pyseqnet.data import go, shapes, speech
+from pyseqnet.data import go, shapes, speech, xquad
 from pyseqnet.data.text import OTHER, Vocabulary, padded, trigrams
 from pyseqnet.models import (
     detr,
     image_gan,
+    label_attention,
     memory_network,
     neural_turing_machine,
+    question_reader,
+    sentence_reader,
     sequence_autoencoder,
     speech_recognizer,
+    speech_synthesizer,
     speech_translator,
+    spoken_question_answerer,
     text_classifier,
     visual_question_answerer,
 )
 from pyseqnet.models.memory_network import MemoryNetwork
 from pyseqnet.models.speech_recognizer import SpeechRecognizer
 from pyseqnet.models.text_classifier import TextClassifier
-from pyseqnet.recipes import edit_distance, hybrid_digits, parse, sagan, speech_translation, text_autoencoder
+from pyseqnet.recipes import (
+    edit_distance,
+    hybrid_digits,
+    key_terms,
+    multi_label,
+    parse,
+    reading,
+    sagan,
+    speech_translation,
+    spoken_qa,
+    text_autoencoder,
+)
 from pyseqnet.recipes.detect import mean_average_precision
 
 DOCUMENTED = [
     detr,
     edit_distance,
     image_gan,
+    label_attention,
     memory_network,
     neural_turing_machine,
     parse,
+    question_reader,
+    sentence_reader,
     sequence_autoencoder,
     speech_recognizer,
+    speech_synthesizer,
     speech_translation,
     speech_translator,
     text_autoencoder,
+    spoken_question_answerer,
     text_classifier,
     visual_question_answerer,
 ]
@@ -236,3 +259,79 @@ def test_distance_of_normal_distributions() -> None:
     assert sagan.frechet_distance(one, one) == pytest.approx(0, abs=1e-6)
     assert sagan.frechet_distance(one, one + torch.tensor([3.0, 0.0, 4.0])) == pytest.approx(25, rel=1e-6)
     assert sagan.frechet_distance(one, 2 * one) == pytest.approx(3, rel=0.1)  # |m|^2 is near 0, tr = 3 (2 - 1)^2
+
+
+def test_padding_of_questions_and_memory_is_not_read() -> None:
+    torch.manual_seed(0)
+    reader = question_reader.QuestionReader(9, 5, width=16).eval()
+    memory, question = torch.randn(2, 6, 16), torch.tensor([[3, 4, 5], [6, 0, 0]])
+    ignored = torch.tensor([[False] * 6, [False] * 4 + [True] * 2])
+    scores, weights = reader(memory, question, torch.tensor([3, 1]), ignored, need_weights=True)
+    alone = reader(memory[1:, :4], question[1:, :1], torch.tensor([1]))
+    torch.testing.assert_close(scores[1:], alone, rtol=1e-4, atol=1e-5)
+    assert not weights[1, 4:].any()
+
+
+def test_each_label_reads_its_own_words_and_no_padding() -> None:
+    torch.manual_seed(0)
+    model = label_attention.LabelAttention(9, 4).eval()
+    text = torch.tensor([[3, 4, 5, 6], [7, 8, 0, 0]])
+    scores, weights = model(text, torch.tensor([4, 2]), need_weights=True)
+    torch.testing.assert_close(scores[1:], model(text[1:, :2], torch.tensor([2])), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(weights.sum(2), torch.ones(2, 4))
+    assert not weights[1, :, 2:].any()
+    assert not torch.allclose(weights[0, 0], weights[0, 1])
+
+
+def test_what_is_spoken_step_by_step_is_what_teacher_forcing_scores() -> None:
+    torch.manual_seed(0)
+    model = speech_synthesizer.SpeechSynthesizer(9, 6, width=8, hidden=12).eval()
+    text, lengths = torch.tensor([[3, 4, 5], [6, 7, 0]]), torch.tensor([3, 2])
+    spoken = model.speak(text, lengths, 4)
+    for found, wanted in zip(spoken, model(text, lengths, spoken.frames), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    assert not spoken.weights[1, :, 2].any()
+    with pytest.raises(ValueError, match="multiple of 4"):
+        model(text, lengths, spoken.frames[:, :3])
+
+
+def test_a_sentence_with_the_questions_words_scores_highest() -> None:
+    model = sentence_reader.SentenceReader(50).eval()
+    words = torch.randint(1, 50, (4, 6, 5))
+    question, rarity = words[2:3, :3].expand(4, -1, -1), torch.rand(1, 3).expand(4, -1)
+    scores = model(question, rarity, torch.full((4,), 3), words, torch.full((4,), 6))
+    assert scores.argmax() == 2
+    padded_words = torch.nn.functional.pad(words, (0, 0, 0, 2), value=7)
+    again = model(question, rarity, torch.full((4,), 3), padded_words, torch.full((4,), 6))
+    torch.testing.assert_close(again, scores)
+
+
+def test_paragraphs_are_cut_where_sentences_end(monkeypatch, tmp_path) -> None:
+    text = 'Dr. No came. He won 3.5 points in 2016! "Why?" Nobody knew'
+    asked = [{"question": "How many points?", "answers": [{"answer_start": text.index("3.5"), "text": "3.5"}]}]
+    content = {"data": [{"title": "t", "paragraphs": [{"context": text, "qas": asked}]}]}
+    monkeypatch.setenv("PYSEQNET_DATA", str(tmp_path))
+    (tmp_path / "xquad_en").mkdir()
+    (tmp_path / xquad.FILE).write_text(json.dumps(content))
+    (paragraph,) = xquad.paragraphs()
+    assert [" ".join(one) for one in paragraph.sentences][2:4] == ["he won 3 . 5 points in 2016 !", '" why ? "']
+    assert paragraph.questions[0].sentence == 2
+    flat = reading.flatten([paragraph])
+    assert reading.counting(flat, None) == 1.0
+
+
+def test_scores_of_sets_of_labels() -> None:
+    assert multi_label.micro_f1([{"a", "b"}, {"c"}], [{"a"}, {"c", "d"}]) == pytest.approx(2 / 3)
+    scores = torch.tensor([[9.0, 8, 7, 6, 5, 4], [9.0, 8, 7, 6, 5, 4]])
+    marks = torch.tensor([[1.0, 0, 0, 0, 0, 1], [0.0, 1, 1, 0, 0, 0]])
+    assert key_terms.hits(scores, marks) == pytest.approx(3 / 4)
+
+
+def test_questions_about_digits_have_the_right_answers() -> None:
+    chance = random.Random(0)
+    asked = [spoken_qa.question([3, 9, 1], chance) for _ in range(200)]
+    seen = {" ".join(words): answer for words, answer in asked}
+    assert seen["which was the second"] == "nine"
+    assert seen["which is the smallest"] == "one"
+    assert seen["was there a three"] == "yes"
+    assert seen["was there a four"] == "no"

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from pyseqnet import nn
+from pyseqnet.models.question_reader import QuestionReader
 
 
 class VisualQuestionAnswerer(torch.nn.Module):
     """Answers questions about images.
 
-    Convolutions with pooling turn the image into a grid of regions, each with a learned place and normalised; a
-    bidirectional LSTM turns the question into one vector, which reads the regions by multi-head attention `hops` times,
-    adding what it read.
+    Convolutions with pooling turn the image into a grid of regions, each with a learned place; a `QuestionReader` reads
+    them.
 
     Shapes of ``forward(image, question, lengths)``: image (N, 3, S, S) with S a multiple of 8; question (N, T) int64
     and its lengths (N,) int64 on the CPU. Output (N, answers), before softmax; with ``need_weights=True`` also the
@@ -37,31 +37,16 @@ class VisualQuestionAnswerer(torch.nn.Module):
         blocks: list[torch.nn.Module] = []
         for before, after in ((3, 16), (16, 32), (32, width)):
             blocks += [nn.Conv2d(before, after, 3, padding=1), torch.nn.ReLU(), nn.MaxPool2d(2)]
-        for _ in range(2):  # a region sees 54 pixels, more than most objects have, instead of 22
-            blocks += [nn.Conv2d(width, width, 3, padding=1), torch.nn.ReLU()]
         self.regions = nn.Sequential(*blocks)
         self.places = nn.LearnedPositions(self.side * self.side, width, batch_first=True)
-        self.norm = nn.LayerNorm(width)  # a reader looks for a direction, and regions differ most in their length
-        self.embedding = torch.nn.Embedding(symbols, width, padding_idx=0)
-        self.lstm = nn.LSTM(width, width // 2, batch_first=True, bidirectional=True)
-        self.readers = torch.nn.ModuleList(nn.MultiheadAttention(width, heads, batch_first=True) for _ in range(hops))
-        self.norms = torch.nn.ModuleList(nn.LayerNorm(width) for _ in range(hops))
-        self.head = torch.nn.Sequential(
-            torch.nn.Linear(2 * width, width), torch.nn.ReLU(), torch.nn.Linear(width, answers)
-        )
+        self.reader = QuestionReader(symbols, answers, width=width, heads=heads, hops=hops)
 
     def forward(
         self, image: Tensor, question: Tensor, lengths: Tensor, *, need_weights: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
-        memory = self.norm(self.places(self.regions(image).flatten(2).transpose(1, 2)))
-        _, (last, _) = self.lstm(self.embedding(question), lengths=lengths)
-        asked = torch.cat([last[0], last[1]], 1).unsqueeze(1)
-        state = asked
-        weights = None
-        for read, norm in zip(self.readers, self.norms, strict=True):
-            found, weights = read(norm(state), memory, memory, need_weights=need_weights)
-            state = state + found
-        scores: Tensor = self.head(torch.cat([state, asked], 2).squeeze(1))
-        if weights is None:
-            return scores
+        memory = self.places(self.regions(image).flatten(2).transpose(1, 2))
+        found: Tensor | tuple[Tensor, Tensor] = self.reader(memory, question, lengths, need_weights=need_weights)
+        if isinstance(found, Tensor):
+            return found
+        scores, weights = found
         return scores, weights.view(-1, self.side, self.side)
