@@ -6,22 +6,20 @@ Yang et al., SGM: sequence generation model for multi-label classification, 2018
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from pyseqnet.data import corpora
-from pyseqnet.data.text import PADDING, Vocabulary, padded
+from pyseqnet.data.text import Vocabulary, padded
 from pyseqnet.models import LabelAttention, RecurrentTranslator
 from pyseqnet.recipes import Score, Settings
+from pyseqnet.recipes.sequence_pairs import SPECIAL, Pairs, symbols, train, write
 from pyseqnet.training import History, batches, fit
 
 BATCH = 64
-EPOCHS = 5
+EPOCHS, QUICK_STEPS = 5, 20
 LEARNING_RATE = 5e-3
 EVERY, QUICK_EVERY = 3, 30  # of the training requests: fewer let the models differ
-SPECIAL = ("<begin>", "<end>")
 MOST = 10  # labels written for a request
 SHOWN = 3  # labels whose attention is drawn
 Labels = list[set[str]]
@@ -37,16 +35,24 @@ def micro_f1(truth: Labels, found: Labels) -> float:
     return 2 * right / max(1, sum(map(len, truth)) + sum(map(len, found)))
 
 
-def train(name: str, model: Any, texts: list[Tensor], loss_of: Any, settings: Settings) -> History:
+def train_reader(model: LabelAttention, texts: list[Tensor], marks: Tensor, settings: Settings) -> History:
+    """``marks`` (texts, labels): 1 for the labels that a text has."""
     draw = batches(len(texts), BATCH, settings.seed, lengths=[len(text) for text in texts])
 
     def loss() -> Tensor:
         chosen = draw().tolist()
-        value: Tensor = loss_of(chosen, *padded([texts[i] for i in chosen]))
-        return value
+        scores = model(*padded([texts[i] for i in chosen]))
+        value: Tensor = torch.nn.functional.binary_cross_entropy_with_logits(scores, marks[chosen], reduction="sum")
+        return value / len(chosen)
 
-    steps = settings.steps(EPOCHS * len(draw), 20)
-    return fit(model, loss, steps, learning_rate=LEARNING_RATE, name=name, progress=settings.progress)
+    return fit(
+        model,
+        loss,
+        settings.steps(EPOCHS * len(draw), QUICK_STEPS),
+        learning_rate=LEARNING_RATE,
+        name="attention for each label",
+        progress=settings.progress,
+    )
 
 
 def regression(train_texts: list[list[str]], train_labels: Labels, test_texts: list[list[str]]) -> Labels:
@@ -77,32 +83,29 @@ def run(settings: Settings) -> list[Score]:
         row[[known[label] for label in one]] = 1
     reader = LabelAttention(len(words), len(known))
 
-    def reading_loss(chosen: list[int], text: Tensor, lengths: Tensor) -> Tensor:
-        scores = reader(text, lengths)
-        return torch.nn.functional.binary_cross_entropy_with_logits(scores, marks[chosen], reduction="sum") / len(text)
-
     # the commonest label first, as the vocabulary has them
-    targets = [known.encode(["<begin>", *sorted(one, key=lambda label: known[label]), "<end>"]) for one in labels]
-    writer = RecurrentTranslator(
-        len(words), len(known), dropout=0.3, padding=PADDING, begin=known["<begin>"], end=known["<end>"]
-    )
+    def ordered(part: list[corpora.Tagged]) -> Pairs:
+        return Pairs(((one.words, sorted(slots(one), key=lambda label: known[label])) for one in part), words, known)
 
-    def writing_loss(chosen: list[int], text: Tensor, lengths: Tensor) -> Tensor:
-        target, _ = padded([targets[i] for i in chosen])
-        scores = writer(text, target[:, :-1])
-        return torch.nn.functional.cross_entropy(scores.flatten(0, 1), target[:, 1:].flatten(), ignore_index=PADDING)
-
+    writer = RecurrentTranslator(len(words), len(known), dropout=0.3, **symbols(known))
     histories = {
-        "attention for each label": train("attention for each label", reader, texts, reading_loss, settings),
-        "labels written one by one": train("labels written one by one", writer, texts, writing_loss, settings),
+        "attention for each label": train_reader(reader, texts, marks, settings),
+        "labels written one by one": train(
+            "labels written one by one",
+            writer,
+            ordered(requests),
+            settings,
+            epochs=EPOCHS,
+            quick_steps=QUICK_STEPS,
+            rate=LEARNING_RATE,
+        ),
     }
-    read, written = [], []
+    written = [set(map(str, row)) for row in write(writer, ordered(held_out), MOST)]
+    read: Labels = []
     with torch.no_grad():
         for first in range(0, len(test_texts), BATCH):
-            text, lengths = padded(test_texts[first : first + BATCH])
-            read += [set(map(str, known.decode(row.nonzero().flatten().tolist()))) for row in reader(text, lengths) > 0]
-            found = writer.search(text, MOST).sequences(end=known["<end>"])
-            written += [set(map(str, known.decode(best))) for (best,) in found]
+            likely = reader(*padded(test_texts[first : first + BATCH])) > 0
+            read += [set(map(str, known.decode(row.nonzero().flatten().tolist()))) for row in likely]
         scores, weights = reader(*padded(test_texts[:1]), need_weights=True)
     shown = scores[0].topk(SHOWN).indices.tolist()
     names = [str(name) for name in known.decode(shown)]

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from pyseqnet.data import speech
-from pyseqnet.data.text import PADDING, Vocabulary, padded
+from pyseqnet.data.text import Vocabulary, padded
 from pyseqnet.models import SpeechTranslator
 from pyseqnet.recipes import Score, Settings
+from pyseqnet.recipes.sequence_pairs import BEGIN, END, SPECIAL, cross_entropy, symbols
 from pyseqnet.training import History, fit
 
 BATCH = 32
@@ -21,7 +22,6 @@ STEPS, QUICK_STEPS = 1500, 25
 TESTED = 400  # strings of held-out recordings
 LONGEST = 4  # words
 LEARNING_RATE = 3e-3
-SPECIAL = ("<begin>", "<end>")
 ONES = ("null", "eins", "zwei", "drei", "vier", "fünf", "sechs", "sieben", "acht", "neun")
 TENS = ("", "zehn", "zwanzig", "dreißig", "vierzig", "fünfzig", "sechzig", "siebzig", "achtzig", "neunzig")
 OWN = {11: "elf", 12: "zwölf"}
@@ -52,17 +52,13 @@ def train(
     torch.manual_seed(settings.seed)
     generator = torch.Generator().manual_seed(settings.seed)
     model = SpeechTranslator(
-        speech.BANDS, len(words), attention=attention, dropout=0.1,
-        padding=PADDING, begin=words["<begin>"], end=words["<end>"],
+        speech.BANDS, len(words), attention=attention, dropout=0.1, **symbols(words)
     )  # fmt: skip
 
     def loss() -> Tensor:
         drawn = speech.strings(pool, BATCH, generator, 2, 2)
-        target, _ = padded([words.encode(["<begin>", *german(digits), "<end>"]) for digits in drawn.digits])
-        scores = model(drawn.frames, target[:, :-1])
-        return torch.nn.functional.cross_entropy(
-            scores.flatten(0, 1), target[:, 1:].flatten(), ignore_index=PADDING, label_smoothing=0.05
-        )
+        target, _ = padded([words.encode([BEGIN, *german(digits), END]) for digits in drawn.digits])
+        return cross_entropy(model(drawn.frames, target[:, :-1]), target, smoothing=0.05)
 
     history = fit(
         model,
@@ -78,7 +74,7 @@ def train(
 
 
 def write(model: SpeechTranslator, strings: speech.Strings, words: Vocabulary) -> list[list[str]]:
-    found = model.search(strings.frames, LONGEST).sequences(end=words["<end>"])
+    found = model.search(strings.frames, LONGEST).sequences(end=words[END])
     return [[str(word) for word in words.decode(best)] for (best,) in found]
 
 
