@@ -83,7 +83,7 @@ constexpr bool fits = !pairs || !Cell::facts.over_units;
 // All units of one sequence and step.
 template <class Cell>
 __attribute__((noinline)) void cell_row(int64_t H, const RowBackward<float, Factor>& rows) {
-  backward_row<Cell>(LaneRow{}, H, rows);
+  with_lane_row(H, [&](auto row) PYSEQNET_LAMBDA { backward_row<Cell>(row, H, rows); });
 }
 
 struct BackThroughTime {
@@ -134,7 +134,7 @@ struct BackThroughTime {
     row.unit = p.output, row.is_jordan = p.is_jordan();
     if (row.is_jordan) row.y = float_row(p.dtype, t.y, p.y_at(step, b) + d * R, R, at.h);
     row.zone = t.zone_h ? t.zone_h + data_row(q, k, s) * R : nullptr;
-    output_row_backward(LaneRow{}, R, row);
+    output_row_backward(LaneRow<false>{}, R, row);
   }
 
   void cell(const Batch& q, int64_t k, int64_t s) const {
@@ -171,6 +171,18 @@ struct BackThroughTime {
     if (z.splits && z.facts.reads_h) add_row(DType::f32, rows.h_gradient, 0, H, dh);
   }
 
+  // What cell() of the sequence after k, or of the first one a step earlier, will read and write far away.
+  void prefetch_after(const Batch& q, int64_t k, int64_t s, int64_t n) const {
+    const bool same_step = k + 1 < n;
+    if (!same_step && s == 0) return;
+    const int64_t next = same_step ? k + 1 : 0, step = same_step ? s : s - 1;
+    prefetch_to_write(shared.gradients[q.d] + gradient_row(q, next, step) * z.stride,
+                      z.stride * int64_t(sizeof(Factor)));
+    if (z.kept)
+      prefetch_to_read(static_cast<const float*>(t.gates) + data_row(q, next, step) * z.kept,
+                       z.kept * int64_t(sizeof(float)));
+  }
+
   void begin(const Batch& q) const {
     const int64_t d = q.d, R = p.R(), width = p.cell_width();
     for (int64_t k = 0; k < q.n; k++) {
@@ -198,6 +210,7 @@ struct BackThroughTime {
         for (int64_t k = 0; k < n; k++) output(q, k, s);
       if (p.P) multiply_rows(n, p.H, p.P, at.sum_rows, shared.w_hr[d], at.m_rows, false);
       for (int64_t k = 0; k < n; k++) {
+        prefetch_after(q, k, s, n);
         cell(q, k, s);
         at.a_rows[k] = as_words(shared.gradients[d] + gradient_row(q, k, s) * z.stride +
                                 z.facts.first_recurrent_block() * p.H);

@@ -48,7 +48,7 @@ struct BackwardSizes {
     c_panels = facts.feeds_cell ? (p.H + panel - 1) / panel : 0;
     batch = Batch::batch_bound(p);
     input_blocks = (rows + input_block - 1) / input_block;
-    parts = facts.apart() ? facts.sums() : 1;
+    parts = facts.apart() == facts.gates ? 2 : facts.apart() ? facts.sums() : 1;
     part = width / parts;
     gate_blocks = blocks(part, p.D * parts);
     gate_block = (part + gate_blocks - 1) / gate_blocks;

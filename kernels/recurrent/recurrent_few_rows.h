@@ -38,10 +38,11 @@ PYSEQNET_INLINE vf load_some(const T* p, int64_t n) {
   return load_between(p, 0, n, vf{});
 }
 
-// R rows times VL / R rows of the weights, of which `columns` exist: to[row][column] = sum of the terms.
+// R rows times VL / R rows of the weights, of which `columns` exist: to[row][column] = sum of the terms, plus
+// what is there already with `add`.
 template <int R, class T>
 __attribute__((noinline)) void dot_tile(const Term<T>* terms, int count, int64_t row, int64_t column,
-                                        int columns, float* const* to) {
+                                        int columns, float* const* to, bool add) {
   constexpr int C = VL / R;
   vf sum[VL];
 #pragma GCC unroll 16
@@ -81,23 +82,28 @@ __attribute__((noinline)) void dot_tile(const Term<T>* terms, int count, int64_t
   for (int i = 1; i < VL; ++i) total += sum[i];
   float totals[VL];
   store(totals, total);
-  for (int r = 0; r < R; ++r) memcpy(to[row + r] + column, totals + r * C, size_t(columns) * sizeof(float));
+  for (int r = 0; r < R; ++r) {
+    float* p = to[row + r] + column;
+    const vf x = load_n(totals + r * C, columns);
+    store_n(p, add ? x + load_n(p, columns) : x, columns);
+  }
 }
 
 // to[row][column] for all rows and columns of the terms.
 template <class T>
-void dot_rows(const Term<T>* terms, int count, int64_t rows, int64_t columns, float* const* to) {
+void dot_rows(const Term<T>* terms, int count, int64_t rows, int64_t columns, float* const* to,
+              bool add = false) {
   constexpr int most = VL, fewer = VL / 2;  // of one row alone, of two
   if (rows == 1) {
     for (int64_t j = 0; j < columns; j += most)
-      dot_tile<1>(terms, count, 0, j, int(columns - j < most ? columns - j : most), to);
+      dot_tile<1>(terms, count, 0, j, int(columns - j < most ? columns - j : most), to, add);
     return;
   }
   for (int64_t j = 0; j < columns; j += fewer) {
     const int n = int(columns - j < fewer ? columns - j : fewer);
     int64_t row = 0;
-    for (; row + 2 <= rows; row += 2) dot_tile<2>(terms, count, row, j, n, to);
-    if (row < rows) dot_tile<1>(terms, count, row, j, n, to);
+    for (; row + 2 <= rows; row += 2) dot_tile<2>(terms, count, row, j, n, to, add);
+    if (row < rows) dot_tile<1>(terms, count, row, j, n, to, add);
   }
 }
 

@@ -38,12 +38,14 @@ constexpr int most_slots = 4;
 
 struct Sizes : ForwardSizes {
   bool gated;
-  bool few;  // weights are read where they lie
+  bool few;        // weights are read where they lie
+  bool in_one_go;  // and a step makes both parts of the sums
   int64_t NR, panels, projection_panels;
 
   explicit Sizes(const RecurrentProblem& p) : ForwardSizes(p, (p.saved() > 0 ? p.saved() : 1) * p.H) {
     gated = p.saved() > 0;
     few = p.T * p.B <= few_rows && !p.P && !(pairs && (p.I % 2 || p.H % 2));
+    in_one_go = p.T == 1;
     NR = (p.cell == RecurrentCell::gru ? 3 : 4) * VL;
     const int64_t units = gated ? VL : NR;
     panels = (p.H + units - 1) / units;
@@ -248,19 +250,29 @@ struct Plain {
   }
 };
 
-// Few rows: both parts of the sums at once, then the cell.
+// Few rows, weights where they lie. The input's part is made for all steps at once, so that w_ih is read once; a
+// single step makes both parts in one go.
+template <class T>
+void input_part_of_few(const RecurrentProblem& p, const RecurrentWeights& w, int64_t rows,
+                       const float* const* x_rows, float* const* slots) {
+  const Term<T> of_x{x_rows, static_cast<const T*>(w.w_ih), words(p.I)};
+  dot_rows(&of_x, 1, rows, p.gates() * p.H, slots);
+}
 template <class T>
 void sums_of_few(const RecurrentProblem& p, const RecurrentWeights& w, const StepRows& at, int64_t n,
-                 const float* const* x_rows, const float* const* h_rows, float** to) {
+                 const float* const* x_rows, const float* const* h_rows, float** to, bool has_input_part) {
   const int64_t H = at.H, I = words(p.I), R = at.depth,
                 common = (p.cell == RecurrentCell::gru ? 2 : p.gates()) * H;
   const T *w_ih = static_cast<const T*>(w.w_ih), *w_hh = static_cast<const T*>(w.w_hh);
   const Term<T> both[] = {{x_rows, w_ih, I}, {h_rows, w_hh, R}};
-  dot_rows(both, 2, n, common, at.slots);
+  if (has_input_part)
+    dot_rows(both + 1, 1, n, common, at.slots, true);
+  else
+    dot_rows(both, 2, n, common, at.slots);
   if (p.cell != RecurrentCell::gru) return;
   const Term<T> of_x{x_rows, w_ih + 2 * H * I, I}, of_h{h_rows, w_hh + 2 * H * R, R};
   for (int64_t k = 0; k < n; k++) to[k] = at.slots[k] + 2 * H;
-  dot_rows(&of_x, 1, n, H, to);
+  if (!has_input_part) dot_rows(&of_x, 1, n, H, to);
   for (int64_t k = 0; k < n; k++) to[k] = at.slots[k] + 3 * H;
   dot_rows(&of_h, 1, n, H, to);
 }
@@ -307,7 +319,13 @@ struct Forward : ForwardWalk {
             p.reserve};
   }
   void input_part(const Batch& q, int64_t rows) const {
-    if (z.few) return;  // the step makes both parts at once
+    if (z.few) {
+      if (!z.in_one_go)
+        with_weight_type([&](auto type) {
+          input_part_of_few<decltype(type)>(p, t.weights[q.d], rows, at.x_rows, at.slot_rows);
+        });
+      return;
+    }
     const StepRows step = rows_of(q.d, at.slot_rows);
     const int64_t units = z.panels * VL;
     switch (p.cell) {
@@ -330,15 +348,21 @@ struct Forward : ForwardWalk {
         return Plain::step(step, n, p.cell == RecurrentCell::rnn_relu);
     }
   }
-  void step_of_few(const StepRows& step, const RecurrentWeights& w, int64_t n,
-                   const float* const* x_rows) const {
-    for (int64_t k = 0; k < n; k++) at.a_rows[k] = step.h_words + k * step.depth;
+  // f(T{}): weights as products of few rows read them.
+  template <class F>
+  void with_weight_type(F&& f) const {
     if (p.dtype == DType::f32 || pairs)
-      sums_of_few<float>(p, w, step, n, x_rows, at.a_rows, at.to_rows);
+      f(float{});
     else if (p.dtype == DType::bf16)
-      sums_of_few<bfloat16>(p, w, step, n, x_rows, at.a_rows, at.to_rows);
+      f(bfloat16{});
     else
-      sums_of_few<float16>(p, w, step, n, x_rows, at.a_rows, at.to_rows);
+      f(float16{});
+  }
+  void step_of_few(const Batch& q, const StepRows& step, int64_t n, const float* const* x_rows) const {
+    for (int64_t k = 0; k < n; k++) at.a_rows[k] = step.h_words + k * step.depth;
+    with_weight_type([&](auto type) {
+      sums_of_few<decltype(type)>(p, t.weights[q.d], step, n, x_rows, at.a_rows, at.to_rows, !z.in_one_go);
+    });
     cells_of_few(p, step, n);
   }
   void project(int64_t d, int64_t n) const {
@@ -348,7 +372,7 @@ struct Forward : ForwardWalk {
   void step(const Batch& q, int64_t, int64_t n, int64_t row) const {
     const StepRows step = rows_of(q.d, at.slot_rows + row);
     if (z.few)
-      step_of_few(step, t.weights[q.d], n, at.x_rows + row);
+      step_of_few(q, step, n, at.x_rows + row);
     else
       recurrent_part(step, n);
     if (p.P) project(q.d, n);

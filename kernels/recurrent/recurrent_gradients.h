@@ -152,9 +152,11 @@ inline void gate_gradient(const RecurrentProblem& p, const RecurrentTensors& t, 
   const Factor* a = shared.gradients[d] + part * z.part + first;
   // The rows of the weights that this part of the gradients belongs to, if it does.
   const CellFacts& facts = z.facts;
-  const bool whole = z.parts == 1, of_x = whole || part < facts.gates, of_h = whole || part >= facts.apart();
-  const int64_t x_row = (whole || !of_x ? 0 : facts.gate_of_input_block(int(part)) * p.H) + first;
-  const int64_t h_row = (whole || !of_h ? 0 : (part - facts.apart()) * p.H) + first;
+  const bool whole = z.parts == 1, halves = z.parts == 2;  // halves: all of x, all of h
+  const bool of_x = whole || (halves ? part == 0 : part < facts.gates);
+  const bool of_h = whole || (halves ? part == 1 : part >= facts.apart());
+  const int64_t x_row = (whole || halves || !of_x ? 0 : facts.gate_of_input_block(int(part)) * p.H) + first;
+  const int64_t h_row = (whole || halves || !of_h ? 0 : (part - facts.apart()) * p.H) + first;
   Target targets[3];
   int count = 0;
   if (of_x)

@@ -31,7 +31,8 @@ struct LaneMath {
   }
 };
 
-// Units in vectors of lanes (cells/rows.h).
+// Units in vectors of lanes (cells/rows.h); `whole`: they fill all vectors, so that no load looks for the end.
+template <bool whole>
 struct LaneRow {
   using Real = vf;
   using Math = LaneMath;
@@ -39,7 +40,7 @@ struct LaneRow {
     int64_t u, end;
     PYSEQNET_INLINE bool inside() const { return u < end; }
     PYSEQNET_INLINE void next() { u += VL; }
-    PYSEQNET_INLINE int lanes() const { return end - u < VL ? int(end - u) : VL; }
+    PYSEQNET_INLINE int lanes() const { return whole || end - u >= VL ? VL : int(end - u); }
   };
   PYSEQNET_INLINE Units units(int64_t H) const { return {0, H}; }
   PYSEQNET_INLINE vf load(const float* p, Units u) const { return load_n(p + u.u, u.lanes()); }
@@ -53,8 +54,20 @@ struct LaneRow {
     return v;
   }
   PYSEQNET_INLINE vf total(vf x) const { return set1(hsum(x)); }
-  PYSEQNET_INLINE vf within(Units u, vf x) const { return iota() < u.lanes() ? x : vf{}; }
+  PYSEQNET_INLINE vf within(Units u, vf x) const {
+    if constexpr (whole) return x;
+    return iota() < u.lanes() ? x : vf{};
+  }
 };
+
+// f(row) for a row of H units.
+template <class F>
+PYSEQNET_INLINE void with_lane_row(int64_t H, F&& f) {
+  if (H % VL == 0)
+    f(LaneRow<true>{});
+  else
+    f(LaneRow<false>{});
+}
 
 // Numbers too small for a normal float are zero, as operands and as results, for the life of a kernel call:
 // gradients that decay through time would cost about 100 cycles each. float16 operands are left alone: without
@@ -129,6 +142,14 @@ inline void gather_parameters(const RecurrentProblem& p, const RecurrentWeights&
     if (blocks.block[k].also) add_row(p.dtype, blocks.block[k].also, 0, n, to);
     to += n;
   }
+}
+// Asks for a row that will be read or written soon: rows come from far away in long strides, which the
+// processor does not foresee.
+PYSEQNET_INLINE void prefetch_to_read(const void* row, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(row) + at, 0, 2);
+}
+PYSEQNET_INLINE void prefetch_to_write(void* row, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<char*>(row) + at, 1, 3);
 }
 inline const void* element(DType dtype, const void* p, int64_t at) {
   return static_cast<const char*>(p) + at * bytes_of(dtype);

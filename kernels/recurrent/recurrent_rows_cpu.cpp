@@ -124,7 +124,7 @@ void pack_item(const RecurrentProblem& p, const RecurrentTensors& t, const Sizes
 
 template <class Cell>
 __attribute__((noinline)) void cell_row(int64_t H, const RowForward<float>& at) {
-  forward_row<Cell>(LaneRow{}, H, at);
+  with_lane_row(H, [&](auto row) PYSEQNET_LAMBDA { forward_row<Cell>(row, H, at); });
 }
 
 // One product or the sum of two, with weights as packed, and as they lie.
@@ -177,7 +177,10 @@ struct Forward : ForwardWalk {
     row.parameters = w.parameters;
     row.options = {float(p.limit), float(p.zone_h), float(p.zone_c), p.limit != 0};
     row.keep = p.reserve && p.saved();
+    // The slots behind the input's part, which a first touch would wait for.
+    const int64_t untouched = row.keep ? z.slots - z.gates : 0;
     for (int64_t k = 0; k < n; k++) {
+      if (k + 1 < n) prefetch_to_write(slots[k + 1] + z.gates, untouched * int64_t(sizeof(float)));
       row.slots = slots[k], row.recurrent = at.recurrent + k * z.gates;
       row.h_before = at.h + k * p.R(), row.c_before = row.c = at.c + k * p.H;
       row.h = at.m + k * p.H;
@@ -201,7 +204,7 @@ struct Forward : ForwardWalk {
       row.sums = p.P ? at.sums + k * p.P : at.m + k * p.H;
       row.before = at.h + k * R, row.state = at.h_next + k * R, row.y = at.y + k * p.P;
       row.zone = t.zone_h ? t.zone_h + row_at(q, k, s) * R : nullptr;
-      output_row(LaneRow{}, R, row);
+      output_row(LaneRow<false>{}, R, row);
     }
   }
   void step(const Batch& q, int64_t s, int64_t n, int64_t row) const {

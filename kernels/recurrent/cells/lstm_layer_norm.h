@@ -35,28 +35,52 @@ struct LayerNormLstmCell {
     Real mean, inverse;  // 1 / standard deviation
     PYSEQNET_HOST_DEVICE Real normal(Real x) const { return (x - mean) * inverse; }
   };
-  // Of `count` rows of H values, summed side by side. Two passes: a difference of squares would lose digits.
+  // Two passes over what is normalised: a difference of squares would lose digits. The rows of a block share its
+  // moments; blocks that are ready together are summed together, and their totals overlap.
   static constexpr double epsilon = 1e-5;
-  template <int count, class Row, class Acc>
-  PYSEQNET_HOST_DEVICE static Moments moments(const Row& row, int64_t H, const Acc* values) {
-    const Acc share = Acc(1) / (Acc(H) * Acc(count));
-    Real sum[count] = {}, squares[count] = {};
-    for (auto u = row.units(H); u.inside(); u.next()) PYSEQNET_UNROLL
-    for (int k = 0; k < count; k++) sum[k] += row.load(values + k * H, u);
-    for (int k = 1; k < count; k++) sum[0] += sum[k];
-    const Real mean = row.total(sum[0]) * share;
-    for (auto u = row.units(H); u.inside(); u.next()) PYSEQNET_UNROLL
-    for (int k = 0; k < count; k++) {
-      const Real x = row.within(u, row.load(values + k * H, u) - mean);
-      squares[k] += x * x;
+  template <int count>
+  struct Sum {
+    Real of[count] = {};
+    template <class Row>
+    PYSEQNET_HOST_DEVICE Real total(const Row& row) const {
+      Real all = of[0];
+      for (int k = 1; k < count; k++) all += of[k];
+      return row.total(all);
     }
-    for (int k = 1; k < count; k++) squares[0] += squares[k];
-    return {mean, Math::inverse_root(row.total(squares[0]) * share + Acc(epsilon))};
+    template <class Row, class Units, class Acc>
+    PYSEQNET_HOST_DEVICE void add(const Row& row, int64_t H, Units u, const Acc* values) {
+      PYSEQNET_UNROLL
+      for (int k = 0; k < count; k++) of[k] += row.load(values + k * H, u);
+    }
+    template <class Row, class Units, class Acc>
+    PYSEQNET_HOST_DEVICE void add_squares(const Row& row, int64_t H, Units u, const Acc* values, Real mean) {
+      PYSEQNET_UNROLL
+      for (int k = 0; k < count; k++) {
+        const Real x = row.within(u, row.load(values + k * H, u) - mean);
+        of[k] += x * x;
+      }
+    }
+  };
+  template <int count, class Acc, class Row>
+  PYSEQNET_HOST_DEVICE static Moments moments_of(const Row& row, int64_t H, Real mean,
+                                                 const Sum<count>& squares) {
+    return {mean, Math::inverse_root(squares.total(row) * (Acc(1) / (Acc(H) * Acc(count))) + Acc(epsilon))};
   }
 
   template <class Row, class Acc>
   PYSEQNET_HOST_DEVICE static void forward_row(const Row& row, int64_t H, const RowForward<Acc>& at) {
-    const Moments of_x = moments<4>(row, H, at.slots), of_h = moments<4>(row, H, at.recurrent);
+    const Acc share = Acc(1) / Acc(H), quarter = share / 4;
+    Sum<4> x_sum, h_sum, x_squares, h_squares;
+    for (auto u = row.units(H); u.inside(); u.next())
+      x_sum.add(row, H, u, at.slots), h_sum.add(row, H, u, at.recurrent);
+    const Real x_mean = x_sum.total(row) * quarter, h_mean = h_sum.total(row) * quarter;
+    for (auto u = row.units(H); u.inside(); u.next()) {
+      x_squares.add_squares(row, H, u, at.slots, x_mean);
+      h_squares.add_squares(row, H, u, at.recurrent, h_mean);
+    }
+    const Moments of_x = moments_of<4, Acc>(row, H, x_mean, x_squares);
+    const Moments of_h = moments_of<4, Acc>(row, H, h_mean, h_squares);
+    Real c_sum = {};
     for (auto u = row.units(H); u.inside(); u.next()) {
       const Unit unit = unit_of<LayerNormLstmCell>(row, H, u, at.parameters, at.options);
       Real gate[4];
@@ -72,8 +96,12 @@ struct LayerNormLstmCell {
       const Real c = LstmCell<Math>::clipped(gate[1] * before + gate[0] * gate[2], unit);
       row.store(at.c, u, zoned(zone_of(row, u, at.zone, at.options.zone_c), before, c));
       row.store(at.h, u, c);  // until its statistics are known
+      c_sum += row.within(u, c);
     }
-    const Moments of_c = moments<1>(row, H, at.h);
+    const Real c_mean = row.total(c_sum) * share;
+    Sum<1> c_squares;
+    for (auto u = row.units(H); u.inside(); u.next()) c_squares.add_squares(row, H, u, at.h, c_mean);
+    const Moments of_c = moments_of<1, Acc>(row, H, c_mean, c_squares);
     for (auto u = row.units(H); u.inside(); u.next()) {
       const Real normal = of_c.normal(row.load(at.h, u));
       row.store(at.h, u,
@@ -115,10 +143,26 @@ struct LayerNormLstmCell {
                                                 const RowBackward<Acc, Gradient>& at) {
     // h = o tanh(LN(c)): the gradient of o's sum to its block, of LN(c) to h_gradient.
     const Acc* gates = at.kept + products * H;
-    const Acc share = Acc(1) / Acc(H);
-    for (auto u = row.units(H); u.inside(); u.next())
-      row.store(at.sums, u, cell_of(row, H, u, at));  // c, until its statistics are known
-    const Moments of_c = moments<1>(row, H, at.sums);
+    const Acc share = Acc(1) / Acc(H), quarter = share / 4;
+    Sum<4> x_sum, h_sum, x_squares, h_squares;
+    Sum<1> c_squares;
+    Real c_sum = {};
+    for (auto u = row.units(H); u.inside(); u.next()) {
+      const Real c = cell_of(row, H, u, at);
+      row.store(at.sums, u, c);  // until its statistics are known
+      c_sum += row.within(u, c);
+      x_sum.add(row, H, u, at.kept), h_sum.add(row, H, u, at.kept + 4 * H);
+    }
+    const Real c_mean = row.total(c_sum) * share;
+    const Real x_mean = x_sum.total(row) * quarter, h_mean = h_sum.total(row) * quarter;
+    for (auto u = row.units(H); u.inside(); u.next()) {
+      c_squares.add_squares(row, H, u, at.sums, c_mean);
+      x_squares.add_squares(row, H, u, at.kept, x_mean);
+      h_squares.add_squares(row, H, u, at.kept + 4 * H, h_mean);
+    }
+    const Moments of_c = moments_of<1, Acc>(row, H, c_mean, c_squares);
+    const Moments of_x = moments_of<4, Acc>(row, H, x_mean, x_squares);
+    const Moments of_h = moments_of<4, Acc>(row, H, h_mean, h_squares);
     Real gradients = {}, with_normals = {};
     for (auto u = row.units(H); u.inside(); u.next()) {
       const Real o = row.load(gates + 3 * H, u), gain = row.load(at.parameters + gain_c * H, u);
@@ -135,7 +179,6 @@ struct LayerNormLstmCell {
     const Means of_cell = {row.total(gradients) * share, row.total(with_normals) * share};
 
     // c = f c' + i g: the gradients of the gates' sums to their blocks.
-    const Moments of_x = moments<4>(row, H, at.kept), of_h = moments<4>(row, H, at.kept + 4 * H);
     Real x_gradients = {}, x_with_normals = {}, h_gradients = {}, h_with_normals = {};
     for (auto u = row.units(H); u.inside(); u.next()) {
       const Unit unit = unit_of<LayerNormLstmCell>(row, H, u, at.parameters, at.options);
@@ -161,7 +204,6 @@ struct LayerNormLstmCell {
         h_gradients += dh, h_with_normals += dh * row.within(u, h);
       }
     }
-    const Acc quarter = share / 4;
     const Means x_means = {row.total(x_gradients) * quarter, row.total(x_with_normals) * quarter};
     const Means h_means = {row.total(h_gradients) * quarter, row.total(h_with_normals) * quarter};
     for (auto u = row.units(H); u.inside(); u.next())
