@@ -9,22 +9,17 @@ one of its words.
 from __future__ import annotations
 
 import torch
-from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 from torch import Tensor
 
 from pyseqnet.data import corpora
 from pyseqnet.data.text import Vocabulary, padded, words
 from pyseqnet.models import LabelAttention
-from pyseqnet.recipes import Score, Settings
-from pyseqnet.training import batches, fit
+from pyseqnet.recipes import Score, Settings, read_labels
 
 TERMS = 300
 FOUND = 5  # terms named for a caption
-BATCH = 64
 EPOCHS = 4
-LEARNING_RATE = 5e-3
 QUICK_CAPTIONS = 1000
-FIRST = 2  # the numbers before it are padding and "other"
 
 
 def hits(scores: Tensor, marks: Tensor) -> float:
@@ -46,6 +41,8 @@ def associations(texts: list[Tensor], marks: Tensor, test: list[Tensor], symbols
 
 
 def run(settings: Settings) -> list[Score]:
+    from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
+
     from pyseqnet.recipes import draw
 
     pairs, held_out = corpora.multi30k("train"), corpora.multi30k("test_2016_flickr")
@@ -57,38 +54,13 @@ def run(settings: Settings) -> list[Score]:
     ]
     terms = Vocabulary(content, most=TERMS)
 
-    def numbers(part: list[tuple[str, str]]) -> tuple[list[Tensor], Tensor]:
-        marks = torch.zeros(len(part), len(terms))
-        for row, (_, other) in zip(marks, part, strict=True):
-            row[terms.encode(set(words(other)))] = 1
-        marks[:, :FIRST] = 0
-        return [german.encode(words(one)) for one, _ in part], marks
-
-    (texts, marks), (test_texts, test_marks) = numbers(pairs), numbers(held_out)
+    texts, test_texts = ([german.encode(words(one)) for one, _ in part] for part in (pairs, held_out))
+    marks, test_marks = (read_labels.marks([words(other) for _, other in part], terms) for part in (pairs, held_out))
     torch.manual_seed(settings.seed)
     model = LabelAttention(len(german), len(terms))
-    draw_batch = batches(len(texts), BATCH, settings.seed, lengths=[len(text) for text in texts])
-
-    def loss() -> Tensor:
-        chosen = draw_batch().tolist()
-        scores = model(*padded([texts[i] for i in chosen]))
-        value: Tensor = torch.nn.functional.binary_cross_entropy_with_logits(scores, marks[chosen], reduction="sum")
-        return value / len(chosen)
-
-    def score() -> Tensor:
-        parts = [test_texts[i : i + BATCH] for i in range(0, len(test_texts), BATCH)]
-        return torch.cat([model(*padded(part)) for part in parts])
-
-    history = fit(
-        model,
-        loss,
-        settings.steps(EPOCHS * len(draw_batch), 20),
-        learning_rate=LEARNING_RATE,
-        name="key terms",
-        progress=settings.progress,
-    )
+    history = read_labels.train("key terms", model, texts, marks, settings, EPOCHS)
+    found = read_labels.scores(model, test_texts)
     with torch.no_grad():
-        found = score()
         _, weights = model(*padded(test_texts[:1]), need_weights=True)
     best = found[0].topk(FOUND).indices.tolist()
     names = [str(name) for name in terms.decode(best)]

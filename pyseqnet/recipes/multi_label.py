@@ -7,16 +7,13 @@ Yang et al., SGM: sequence generation model for multi-label classification, 2018
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from pyseqnet.data import corpora
 from pyseqnet.data.text import Vocabulary, padded
 from pyseqnet.models import LabelAttention, RecurrentTranslator
-from pyseqnet.recipes import Score, Settings
+from pyseqnet.recipes import Score, Settings, read_labels
 from pyseqnet.recipes.sequence_pairs import SPECIAL, Pairs, symbols, train, write
-from pyseqnet.training import History, batches, fit
 
-BATCH = 64
 EPOCHS, QUICK_STEPS = 5, 20
 LEARNING_RATE = 5e-3
 EVERY, QUICK_EVERY = 3, 30  # of the training requests: fewer let the models differ
@@ -33,26 +30,6 @@ def micro_f1(truth: Labels, found: Labels) -> float:
     """Of all labels of all texts together."""
     right = sum(len(a & b) for a, b in zip(truth, found, strict=True))
     return 2 * right / max(1, sum(map(len, truth)) + sum(map(len, found)))
-
-
-def train_reader(model: LabelAttention, texts: list[Tensor], marks: Tensor, settings: Settings) -> History:
-    """``marks`` (texts, labels): 1 for the labels that a text has."""
-    draw = batches(len(texts), BATCH, settings.seed, lengths=[len(text) for text in texts])
-
-    def loss() -> Tensor:
-        chosen = draw().tolist()
-        scores = model(*padded([texts[i] for i in chosen]))
-        value: Tensor = torch.nn.functional.binary_cross_entropy_with_logits(scores, marks[chosen], reduction="sum")
-        return value / len(chosen)
-
-    return fit(
-        model,
-        loss,
-        settings.steps(EPOCHS * len(draw), QUICK_STEPS),
-        learning_rate=LEARNING_RATE,
-        name="attention for each label",
-        progress=settings.progress,
-    )
 
 
 def regression(train_texts: list[list[str]], train_labels: Labels, test_texts: list[list[str]]) -> Labels:
@@ -78,9 +55,6 @@ def run(settings: Settings) -> list[Score]:
     labels, truth = ([slots(one) for one in part] for part in (requests, held_out))
 
     torch.manual_seed(settings.seed)
-    marks = torch.zeros(len(labels), len(known))
-    for row, one in zip(marks, labels, strict=True):
-        row[[known[label] for label in one]] = 1
     reader = LabelAttention(len(words), len(known))
 
     # the commonest label first, as the vocabulary has them
@@ -89,7 +63,9 @@ def run(settings: Settings) -> list[Score]:
 
     writer = RecurrentTranslator(len(words), len(known), dropout=0.3, **symbols(known))
     histories = {
-        "attention for each label": train_reader(reader, texts, marks, settings),
+        "attention for each label": read_labels.train(
+            "attention for each label", reader, texts, read_labels.marks(labels, known), settings, EPOCHS
+        ),
         "labels written one by one": train(
             "labels written one by one",
             writer,
@@ -101,11 +77,9 @@ def run(settings: Settings) -> list[Score]:
         ),
     }
     written = [set(map(str, row)) for row in write(writer, ordered(held_out), MOST)]
-    read: Labels = []
+    likely = read_labels.scores(reader, test_texts) > 0
+    read = [set(map(str, known.decode(row.nonzero().flatten().tolist()))) for row in likely]
     with torch.no_grad():
-        for first in range(0, len(test_texts), BATCH):
-            likely = reader(*padded(test_texts[first : first + BATCH])) > 0
-            read += [set(map(str, known.decode(row.nonzero().flatten().tolist()))) for row in likely]
         scores, weights = reader(*padded(test_texts[:1]), need_weights=True)
     shown = scores[0].topk(SHOWN).indices.tolist()
     names = [str(name) for name in known.decode(shown)]
