@@ -11,6 +11,7 @@
 #include <tuple>
 #include <vector>
 
+#include "common/numerics.h"
 #include "run_on_cpu.h"
 #if defined(PYSEQNET_WITH_CUDA)
 #include "run_on_cuda.h"
@@ -217,6 +218,18 @@ void read_weights(RecurrentProblem& p, const Tensors& weights, const Tensor& inp
   check_weight_shapes(p, weights, names);
 }
 
+// The number nearest to x that the dtype holds.
+double rounded(double x, DType dtype) {
+  const auto in = [&](auto number) {
+    round_to(number, x);
+    return to_double(number);
+  };
+  return dtype == DType::f64    ? x
+         : dtype == DType::f32  ? in(float{})
+         : dtype == DType::bf16 ? in(bfloat16{})
+                                : in(float16{});
+}
+
 // What goes across cells: "output decay limit zone_h zone_c", or nothing. In words, because a compiler that
 // makes sizes symbolic would do the same to numbers.
 void read_options(RecurrentProblem& p, const Tensor& input, const Options& o) {
@@ -232,6 +245,11 @@ void read_options(RecurrentProblem& p, const Tensor& input, const Options& o) {
   require(p.is_jordan() || p.decay == 0, "recurrent: only a jordan net's state decays");
   require(p.limit >= 0 && (p.limit == 0 || p.cell != RecurrentCell::gru),
           "recurrent: limit must not be negative, and a gru clips nothing");
+  // Backward compares the h that was stored with the limit: a limit in between would never be reached.
+  if (!p.has_cell() && p.limit != 0) {
+    p.limit = rounded(p.limit, p.dtype);
+    require(p.limit > 0, "recurrent: limit rounds to zero in input's dtype");
+  }
   for (double rate : {p.zone_h, p.zone_c})
     require(rate >= 0 && rate <= 1, "recurrent: rates of zoneout must be between 0 and 1");
   require(p.has_cell() || (!o.zone_c && p.zone_c == 0), "recurrent: only an lstm has a cell state");

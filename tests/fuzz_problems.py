@@ -5,7 +5,8 @@ A problem is drawn as plain numbers, so that hypothesis can shrink it and print 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +15,12 @@ from hypothesis import strategies as st
 from support import view_as
 from torch import Tensor
 
+import pyseqnet.functional as F
 from pyseqnet import masks
+from pyseqnet.functional._linear_attention_call import KERNEL_MAPS
+from pyseqnet.functional._linear_attention_reference import _features
 
+MAPS = ("elu", "relu", "exp", "identity", "softmax")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 VIEWS = ("contiguous", "contiguous", "channels_last", "narrowed", "transposed", "offset", "step", "expanded")
 
@@ -35,10 +40,11 @@ class Problem:
 
     def tensors(self) -> list[Tensor]:
         generator = torch.Generator().manual_seed(self.seed)
+        most = 1 if torch.finfo(self.dtype).bits == 16 else 2  # bfloat16 holds integers up to 256
         found = []
         for shape, view in zip(self.shapes, self.views, strict=True):
             if self.integers:
-                values = torch.randint(-2, 3, shape, generator=generator).to(self.dtype)
+                values = torch.randint(-most, most + 1, shape, generator=generator).to(self.dtype)
             else:
                 values = torch.randn(shape, generator=generator, dtype=torch.float64).to(self.dtype)
             found.append(view_as(values, "contiguous" if view == "transposed" and len(shape) < 2 else view))
@@ -104,35 +110,70 @@ def pooling(draw: Any, name: str) -> tuple:
     return shapes, options, lambda f, x: f(x, **options)
 
 
+def cell_options(draw: Any, name: str) -> dict[str, Any]:
+    """What the cell `name` takes beside its weights; nothing half of the time."""
+    if draw(st.booleans()):
+        return {}
+    options: dict[str, Any] = {"zoneout": draw(st.sampled_from([0.0, 0.0, 0.3]))}
+    if name in ("rnn", "jordan"):
+        options |= {"nonlinearity": draw(st.sampled_from(["tanh", "relu"])), "clip": draw(st.sampled_from([None, 0.7]))}
+    if name == "jordan":
+        outputs = st.sampled_from(["identity", "sigmoid", "tanh", "relu"])
+        options |= {"output_nonlinearity": draw(outputs), "decay": draw(st.sampled_from([0.0, 0.5]))}
+    if name == "lstm":
+        options["cell_clip"] = draw(st.sampled_from([None, 0.7]))
+    return options
+
+
+def has_kinks(options: dict[str, Any]) -> bool:
+    """Rounding in 16 bits decides on which side of a kink a value falls, and so what gradient it has."""
+    relu = "relu" in (options.get("nonlinearity"), options.get("output_nonlinearity"))
+    return relu or bool(options.get("clip") or options.get("cell_clip"))
+
+
+def layer_shapes(gates: int, h: int, outer: int, width: int, biases: bool, kind: str) -> Iterator[tuple[int, ...]]:
+    """The parameters of one layer in one direction, in the order of `params`."""
+    yield from ((gates * h, width), (gates * h, outer))
+    if biases:
+        yield from ((gates * h,), (gates * h,))
+    if kind == "jordan":
+        yield from ((outer, h), *([(outer,)] * biases))
+    elif kind == "projection":
+        yield (outer, h)
+    elif kind == "layer_norm":
+        yield from ((gates * h,), (gates * h,), (h,), (h,))
+    elif kind in ("diagonal", "full"):
+        yield (3 * h,) if kind == "diagonal" else (gates * h, h)
+
+
 @st.composite
 def recurrent(draw: Any, name: str) -> tuple:
     gates = {"rnn": 1, "gru": 3, "lstm": 4, "jordan": 1}[name]
     t, b, i, h = draw(small(9)), draw(small(9)), draw(small(33)), draw(small(33))
     layers, directions = draw(st.integers(1, 2)), draw(st.integers(1, 2))
     first, biases = draw(st.booleans()), draw(st.booleans())
-    outer = draw(small(9)) if name == "jordan" or (name == "lstm" and h > 1 and draw(st.booleans())) else h
-    proj = name == "lstm" and outer < h
-    outer = outer if proj or name == "jordan" else h
+    kinds = {"lstm": ["", "", "diagonal", "full", "layer_norm", *["projection"] * (h > 1)], "jordan": ["jordan"]}
+    kind = draw(st.sampled_from(kinds.get(name, [""])))
+    outer = draw(small(9)) if kind == "jordan" else draw(st.integers(1, h - 1)) if kind == "projection" else h
     shapes: list[tuple[int, ...]] = [(b, t, i) if first else (t, b, i)]
-    starts = draw(st.booleans())
-    if starts:
+    if draw(st.booleans()):
         shapes.append((layers * directions, b, outer))
         if name == "lstm":
             shapes.append((layers * directions, b, h))
     states = len(shapes) - 1
     for layer in range(layers):
         for _ in range(directions):
-            shapes += [(gates * h, i if layer == 0 else outer * directions), (gates * h, outer)]
-            shapes += [(gates * h,)] * (2 * biases)
-            if name == "jordan":
-                shapes += [(outer, h), *([(outer,)] * biases)]
-            elif proj:
-                shapes.append((outer, h))
-    lengths = [draw(st.integers(1, t)) for _ in range(b)] if draw(st.booleans()) else None
+            shapes += layer_shapes(gates, h, outer, i if layer == 0 else outer * directions, biases, kind)
     options: dict[str, Any] = {
-        "num_layers": layers, "bidirectional": directions == 2, "batch_first": first, "lengths": lengths,
+        "num_layers": layers, "bidirectional": directions == 2, "batch_first": first,
+        "lengths": [draw(st.integers(1, t)) for _ in range(b)] if draw(st.booleans()) else None,
     }  # fmt: skip
-    if proj:
+    options |= cell_options(draw, name)
+    if kind in ("diagonal", "full"):
+        options["peephole"] = kind
+    elif kind == "layer_norm":
+        options["layer_norm"] = True
+    elif kind == "projection":
         options["proj_size"] = outer
 
     def call(f: Any, x: Tensor, *rest: Tensor) -> Any:
@@ -144,24 +185,35 @@ def recurrent(draw: Any, name: str) -> tuple:
 
 @st.composite
 def cell(draw: Any, name: str) -> tuple:
-    gates = {"rnn_cell": 1, "gru_cell": 3, "lstm_cell": 4}[name]
+    kind = name.removesuffix("_cell")
+    gates = {"rnn": 1, "gru": 3, "lstm": 4, "jordan": 1}[kind]
     b, i, h = draw(small(9)), draw(small(33)), draw(small(33))
-    shapes = [(b, i), *[(b, h)] * (2 if name == "lstm_cell" else 1), (gates * h, i), (gates * h, h)]
-    shapes += [(gates * h,)] * (2 * draw(st.booleans()))
+    outer = draw(small(9)) if kind == "jordan" else h
+    biases = draw(st.booleans())
+    shapes = [(b, i), *[(b, outer)] * (2 if kind == "lstm" else 1), (gates * h, i), (gates * h, outer)]
+    shapes += [(outer, h)] * (kind == "jordan") + [(gates * h,)] * (2 * biases)
+    shapes += [(outer,)] * (kind == "jordan" and biases)
+    options = cell_options(draw, kind)
 
     def call(f: Any, x: Tensor, h0: Tensor, *rest: Tensor) -> Any:
-        return f(x, (h0, rest[0]), *rest[1:]) if name == "lstm_cell" else f(x, h0, *rest)
+        return f(x, (h0, rest[0]), *rest[1:], **options) if kind == "lstm" else f(x, h0, *rest, **options)
 
-    return shapes, {}, call
+    return shapes, options, call
+
+
+def boundaries(draw: Any, total: int) -> list[int]:
+    """Where sequences packed into `total` positions begin and end; some may be empty."""
+    inner = [draw(st.integers(0, total)) for _ in range(draw(st.integers(0, 3)))]
+    return [0, *sorted(inner), total]
 
 
 @st.composite
-def patterns(draw: Any) -> masks.Pattern:
+def patterns(draw: Any, alignments: tuple[str, ...] = ("top_left", "bottom_right")) -> masks.Pattern:
     kinds = st.sampled_from(["causal", "local", "strided", "global"])
 
     def one() -> masks.Pattern:
         kind = draw(kinds)
-        align = draw(st.sampled_from(["top_left", "bottom_right"]))
+        align = draw(st.sampled_from(alignments))
         if kind == "causal":
             return masks.Causal(align)
         if kind == "local":
@@ -184,22 +236,38 @@ def attention(draw: Any, name: str) -> tuple:
         "softcap": draw(st.sampled_from([None, None, 5.0])), "scale": draw(st.sampled_from([None, None, 0.3])),
         "key_lengths": [draw(st.integers(0, keys)) for _ in range(b)] if draw(st.booleans()) else None,
         "pattern": draw(patterns()) if draw(st.booleans()) else None,
-        "return_weights": draw(st.booleans()), "return_lse": False,
+        "return_weights": draw(st.booleans()), "return_lse": draw(st.booleans()),
+        "dropout_p": draw(st.sampled_from([0.0, 0.0, 0.3])),
     }  # fmt: skip
+    if draw(st.integers(0, 5)) == 0:  # sequences one behind the other
+        b, sequences = 1, boundaries(draw, length)
+        ends = [draw(st.integers(0, keys)) for _ in sequences[2:]]
+        options |= {"key_lengths": None, "cu_seqlens_q": sequences, "cu_seqlens_k": [0, *sorted(ends), keys]}
+        options["pattern"] = draw(patterns(("top_left",))) if draw(st.booleans()) else None
     shapes = [(b, h * group, length, d), (b, h, keys, d), (b, h, keys, e)]
-    mask = draw(st.sampled_from(["none", "none", "bool", "float"]))
+    packed = "cu_seqlens_q" in options
+    extra = draw(st.sampled_from(["none", "none", "bool", "float", "bias", "alibi"]))
     lead = (draw(st.sampled_from([1, b])), draw(st.sampled_from([1, h * group])), draw(st.sampled_from([1, length])))
-    if mask != "none":
+    if packed and extra not in ("none", "alibi"):
+        extra = "none"  # as large as the longest sequences: tests/attention has them
+    if extra == "alibi":
+        shapes.append((h * group,))
+    elif extra != "none":
         shapes.append((*lead, keys))
-    options["mask"] = mask
+    options["extra"] = extra
 
     def call(f: Any, q: Tensor, k: Tensor, v: Tensor, m: Tensor | None = None) -> Any:
-        given = {key: value for key, value in options.items() if key != "mask"}
-        if given["key_lengths"] is not None:
-            given["key_lengths"] = torch.tensor(given["key_lengths"], dtype=torch.int64)
-        if mask == "bool" and m is not None:
-            m = m.detach() > -0.5
-        return f(q, k, v, m, **given)
+        given = {key: value for key, value in options.items() if key != "extra"}
+        for key in ("key_lengths", "cu_seqlens_q", "cu_seqlens_k"):
+            if given.get(key) is not None:
+                given[key] = torch.tensor(given[key], dtype=torch.int64 if key == "key_lengths" else torch.int32)
+        if m is not None:
+            name = {"alibi": "alibi_slopes", "bias": "bias"}.get(extra, "attn_mask")
+            given[name] = m.detach() > -0.5 if extra == "bool" else m.detach().abs() if extra == "alibi" else m
+            if extra == "bias":
+                given[name] = m.masked_fill(m < -1.5, -math.inf)
+        torch.manual_seed(0)  # dropout draws the same from the same generator
+        return f(q, k, v, **given)
 
     return shapes, options, call
 
@@ -217,35 +285,91 @@ def additive(draw: Any, name: str) -> tuple:
     return [(b, length, d), (b, keys, d), (b, keys, e), (d,), (d,)], options, call
 
 
+def decays(draw: Any, heads: int) -> Any:
+    """Between 0 and 1, for all heads or for each; none half of the time."""
+    if draw(st.booleans()):
+        return None
+    numbers = st.sampled_from([0.0, 0.25, 0.9, 0.97, 1.0])
+    return [draw(numbers) for _ in range(heads)] if draw(st.booleans()) else draw(numbers)
+
+
 @st.composite
 def linear(draw: Any, name: str) -> tuple:
     b, h, length, d, e = draw(st.integers(1, 3)), draw(st.integers(1, 3)), *(draw(small(65)) for _ in range(3))
-    causal = draw(st.booleans())
-    keys = length if causal else draw(small(130))
-    lengths = [draw(st.integers(0, keys)) for _ in range(b)] if draw(st.booleans()) else None
-    feature_map = draw(st.sampled_from(["elu", "identity"]))
+    feature_map = draw(st.sampled_from(MAPS))
+    causal = feature_map != "softmax" and draw(st.booleans())
+    packed = draw(st.integers(0, 5)) == 0
+    length = draw(small(130)) if causal else length
+    keys = length if causal or packed else draw(small(130))
+    starts = boundaries(draw, length) if packed else None
+    b = 1 if packed else b
+    # Without the sum of scores in the denominator signs cancel; with it they must not.
+    normalize = False if feature_map in ("softmax", "identity") else draw(st.booleans())
     options = {
-        "causal": causal, "feature_map": feature_map, "normalize": feature_map == "elu",
-        "return_state": draw(st.booleans()), "key_lengths": lengths,
+        "causal": causal, "feature_map": feature_map, "normalize": normalize, "cu_seqlens": starts,
+        "decay": decays(draw, h) if causal else None,
+        "return_state": feature_map != "softmax" and draw(st.booleans()),
+        "scale": draw(st.sampled_from([None, 0.5])),
+        "key_lengths": [draw(st.integers(0, keys)) for _ in range(b)] if not packed and draw(st.booleans()) else None,
     }  # fmt: skip
+    shapes = [(b, h, length, d), (b, h, keys, d), (b, h, keys, e)]
+    if feature_map != "softmax" and draw(st.booleans()):
+        sequences = b if starts is None else len(starts) - 1
+        shapes += [(sequences, h, d, e), (sequences, h, d)]
 
-    def call(f: Any, q: Tensor, k: Tensor, v: Tensor) -> Any:
-        ends = None if lengths is None else torch.tensor(lengths, dtype=torch.int64)
-        return f(q, k, v, **{**options, "key_lengths": ends})
+    def call(f: Any, q: Tensor, k: Tensor, v: Tensor, *state: Tensor) -> Any:
+        given: dict[str, Any] = dict(options)
+        for key, dtype in (("key_lengths", torch.int64), ("cu_seqlens", torch.int32)):
+            if given[key] is not None:
+                given[key] = torch.tensor(given[key], dtype=dtype)
+        if state:
+            given["initial_state"] = started(q, *state)
+        return f(q, k, v, **given)
 
-    return [(b, h, length, d), (b, h, keys, d), (b, h, keys, e)], options, call
+    return shapes, options, call
+
+
+def amplification(options: dict[str, Any], tensors: list[Tensor]) -> float:
+    """How much larger than its results the terms of a gradient may be: features over the smallest sum of scores."""
+    if not options["normalize"]:
+        return 1.0
+    q, k, v, *state = (t.double() for t in tensors)
+    given = {**options, "normalize": False, "return_state": True}
+    for key, dtype in (("key_lengths", torch.int64), ("cu_seqlens", torch.int32)):
+        if given.get(key) is not None:
+            given[key] = torch.tensor(given[key], dtype=dtype)
+    if state:
+        _, z = started(q, *state)
+        given["initial_state"] = z.unsqueeze(-1), z
+    total, (_, z) = F.linear_attention_reference(q, k, torch.ones_like(v[..., :1]), **given)
+    total = total[total > 0]  # a row without keys is zero, and so are its gradients
+    if not total.numel():
+        return 1.0
+    scale = given.get("scale") or 1.0
+    a = _features(KERNEL_MAPS[options["feature_map"]], q * scale)
+    return max(1.0, float(torch.stack([a.max(), z.max()]).max() / (total.min() + 1e-6)))
+
+
+def started(query: Tensor, s: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    """A state as earlier keys could have left it, in the dtype of the sums."""
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return s.to(wide), z.to(wide).abs() + 1
 
 
 @st.composite
 def linear_step(draw: Any, name: str) -> tuple:
     b, h, d, e = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(small(65)), draw(small(65))
+    feature_map = draw(st.sampled_from([m for m in MAPS if m != "softmax"]))
+    options = {
+        "feature_map": feature_map, "normalize": feature_map != "identity" and draw(st.booleans()),
+        "decay": decays(draw, h),
+    }  # fmt: skip
     shapes = [(b, h, d), (b, h, d), (b, h, e), (b, h, d, e), (b, h, d)]
 
     def call(f: Any, q: Tensor, k: Tensor, v: Tensor, s: Tensor, z: Tensor) -> Any:
-        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-        return f(q, k, v, (s.to(wide), z.to(wide).abs() + 1))
+        return f(q, k, v, started(q, s, z), **options)
 
-    return shapes, {}, call
+    return shapes, options, call
 
 
 @st.composite
@@ -254,15 +378,17 @@ def ctc(draw: Any, name: str) -> tuple:
     longest = draw(st.integers(0, 9))
     ends = [draw(st.integers(1, t)) for _ in range(b)]
     sizes = [draw(st.integers(0, longest)) for _ in range(b)]
-    targets = [[draw(st.integers(1, c - 1)) for _ in range(longest)] for _ in range(b)]
     options = {
         "input_lengths": ends, "target_lengths": sizes, "zero_infinity": draw(st.booleans()), "reduction": "none",
-        "targets": targets,
+        "targets": draw(st.integers(0, 99)),
     }  # fmt: skip
 
     def call(f: Any, x: Tensor) -> Any:
         given = {key: value for key, value in options.items() if key != "targets"}
-        return f(x, torch.tensor(targets, dtype=torch.int64).reshape(b, longest), from_logits=True, **given)
+        generator = torch.Generator().manual_seed(options["targets"])
+        # Of few labels, so that some come twice in a row.
+        targets = torch.randint(1, min(c, 4), (b, longest), generator=generator)
+        return f(x, targets, from_logits=True, **given)
 
     return [(t, b, c)], options, call
 
@@ -271,14 +397,31 @@ def ctc(draw: Any, name: str) -> tuple:
 def chain(draw: Any, name: str) -> tuple:
     b, t, c = draw(small(9)), draw(small(17)), draw(small(33))
     ends = [draw(st.integers(1, t)) for _ in range(b)] if draw(st.booleans()) else None
-    tags = [[draw(st.integers(0, c - 1)) for _ in range(t)] for _ in range(b)]
-    options = {"ends": ends, "tags": tags if "likelihood" in name else None}
+    options = {"ends": ends, "tags": draw(st.integers(0, 99))}
 
     def call(f: Any, x: Tensor, *potentials: Tensor) -> Any:
         mask = None if ends is None else torch.arange(t) < torch.tensor(ends)[:, None]
-        return f(x, torch.tensor(tags), mask, *potentials) if "likelihood" in name else f(x, mask, *potentials)
+        if "likelihood" not in name:
+            return f(x, mask, *potentials)
+        tags = torch.randint(c, (b, t), generator=torch.Generator().manual_seed(options["tags"]))
+        return f(x, tags, mask, *potentials)
 
     return [(b, t, c), (c,), (c,), (c, c)], options, call
+
+
+@st.composite
+def decoding(draw: Any, name: str) -> tuple:
+    shapes, options, _ = draw(chain(name))
+    (_, t, _), ends = shapes[0], options["ends"]
+    nbest, forbids = draw(st.sampled_from([1, 1, 2, 3, 5])), draw(st.booleans())
+
+    def call(f: Any, x: Tensor, *potentials: Tensor) -> Any:
+        mask = None if ends is None else torch.arange(t) < torch.tensor(ends)[:, None]
+        if forbids:
+            potentials = tuple(p.masked_fill(p == p.amax(), -math.inf) for p in potentials)
+        return f(x, mask, *potentials, nbest, return_scores=True)
+
+    return shapes, {"ends": ends, "nbest": nbest, "forbids": forbids}, call
 
 
 @st.composite
@@ -294,19 +437,21 @@ def locally_connected(draw: Any, name: str) -> tuple:
     return [(n, c, height, width), (p, q, k, c, r, s), (k, p, q)], options, lambda f, *t: f(*t, **options)
 
 
+CONVOLUTION = ("conv_forward", "conv_input_gradient", "conv_weight_gradient", "conv_bias_gradient")
+BLOCK = tuple(f"conv_relu_pool_{part}" for part in ("forward", "input_gradient", "weight_gradient", "bias_gradient"))
+ATTENTION = tuple(f"attention_{part}" for part in ("forward", "backward", "weights", "delta", "bias_gradient"))
+ADDITIVE = tuple(f"additive_attention_{part}" for part in ("forward", "backward", "weights"))
+
 # function: its strategy, the family in the dispatch tables, whether its data are small integers
 FUNCTIONS: dict[str, tuple[Callable[[str], st.SearchStrategy], tuple[str, ...], bool]] = {
-    "conv1d": (convolution, ("conv_forward", "conv_input_gradient", "conv_weight_gradient"), False),
-    "conv2d": (convolution, ("conv_forward", "conv_input_gradient", "conv_weight_gradient"), False),
+    "conv1d": (convolution, CONVOLUTION, False),
+    "conv2d": (convolution, CONVOLUTION, False),
     "conv1d_relu": (convolution, ("conv_relu_pool_forward",), True),
     "conv2d_relu": (convolution, ("conv_relu_pool_forward",), True),
-    "conv2d_relu_max_pool2d": (
-        convolution, ("conv_relu_pool_forward", "conv_relu_pool_input_gradient", "conv_relu_pool_weight_gradient"),
-        True,
-    ),
+    "conv2d_relu_max_pool2d": (convolution, BLOCK, True),
     "locally_connected2d": (locally_connected, (), False),
-    "max_pool1d": (pooling, ("max_pool_forward", "max_pool_backward"), True),
-    "max_pool2d": (pooling, ("max_pool_forward", "max_pool_backward"), True),
+    "max_pool1d": (pooling, ("max_pool_forward", "max_pool_backward", "max_pool_indices"), True),
+    "max_pool2d": (pooling, ("max_pool_forward", "max_pool_backward", "max_pool_indices"), True),
     "rnn": (recurrent, ("recurrent_forward", "recurrent_backward"), False),
     "gru": (recurrent, ("recurrent_forward", "recurrent_backward"), False),
     "lstm": (recurrent, ("recurrent_forward", "recurrent_backward"), False),
@@ -314,15 +459,15 @@ FUNCTIONS: dict[str, tuple[Callable[[str], st.SearchStrategy], tuple[str, ...], 
     "rnn_cell": (cell, (), False),
     "gru_cell": (cell, (), False),
     "lstm_cell": (cell, (), False),
-    "scaled_dot_product_attention": (
-        attention, ("attention_forward", "attention_backward", "attention_weights", "attention_bias_gradient"), False,
-    ),
-    "additive_attention": (additive, ("additive_attention_forward", "additive_attention_backward"), False),
+    "jordan_cell": (cell, (), False),
+    "scaled_dot_product_attention": (attention, ATTENTION, False),
+    "additive_attention": (additive, ADDITIVE, False),
     "linear_attention": (linear, ("linear_attention_forward", "linear_attention_backward"), False),
     "linear_attention_step": (linear_step, (), False),
     "ctc_loss": (ctc, ("ctc_loss",), False),
     "crf_log_likelihood": (chain, ("crf_log_likelihood", "crf_gradient"), False),
     "crf_log_partition": (chain, ("crf_log_likelihood", "crf_gradient"), False),
+    "crf_decode": (decoding, ("crf_viterbi",), True),
     "crf_marginals": (chain, ("crf_gradient",), False),
 }  # fmt: skip
 
@@ -332,7 +477,7 @@ def problems(draw: Any, tables: dict[str, dict[str, list[str]]], name: str | Non
     name = name or draw(st.sampled_from(sorted(FUNCTIONS)))
     strategy, operations, integers = FUNCTIONS[name]
     shapes, options, call = draw(strategy(name))
-    dtypes = (torch.float32, torch.float64) if integers and "relu" in name else DTYPES
+    dtypes = (torch.float32, torch.float64) if has_kinks(options) else DTYPES
     kernels = [f"{operation}:{kernel}" for operation in operations for kernel in tables[operation]["cpu"]]
     return Problem(
         name, tuple(shapes), options, draw(st.sampled_from(dtypes)),

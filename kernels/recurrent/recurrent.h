@@ -75,7 +75,7 @@ struct RecurrentProblem {
 
   OutputUnit output = OutputUnit::identity;  // phi of a Jordan net,
   double decay = 0;                          // and of its state
-  double limit = 0;                          // of clipping; 0: none
+  double limit = 0;                          // of clipping; 0: none. Of cells without c a number of the dtype
   double zone_h = 0, zone_c = 0;             // rates of zoneout where there is no mask
   bool zone_masks = false;                   // whether masks are given
 

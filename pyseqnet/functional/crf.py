@@ -7,6 +7,7 @@ Rabiner: A tutorial on hidden Markov models and selected applications in speech 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -353,23 +354,59 @@ def crf_marginals_reference(
         return torch.autograd.grad(total.sum(), view)[0]
 
 
+def _best_of_one(
+    emissions: Tensor, start: Tensor, end: Tensor, transitions: Tensor, nbest: int
+) -> tuple[list[list[int]], Tensor]:
+    """Of one sequence (T, C): up to `nbest` paths, best first, and their scores (nbest), -inf where there is none."""
+
+    def best(candidates: Tensor) -> tuple[Tensor, Tensor]:
+        """Over the first dimension; of equal ones the first first."""
+        values, order = candidates.sort(dim=0, descending=True, stable=True)
+        return values[:nbest], order[:nbest]
+
+    num_tags = emissions.shape[1]
+    scores, history = (start + emissions[0])[None], []  # (up to nbest, C): of the best sequences that end in a tag
+    for e in emissions[1:]:
+        arrived = scores.t()[:, :, None] + transitions[:, None]  # (C, ranks, C)
+        ranks = arrived.shape[1]
+        values, origin = best(arrived.reshape(num_tags * ranks, num_tags))
+        history.append((origin, ranks))
+        scores = values + e
+    ranks = scores.shape[0]
+    values, order = best((scores + end).t().reshape(-1))
+    paths = []
+    for place in order[values > -math.inf].tolist():
+        tag, rank = divmod(place, ranks)
+        path = [tag]
+        for origin, before in reversed(history):
+            tag, rank = divmod(int(origin[rank, tag]), before)
+            path.append(tag)
+        paths.append(path[::-1])
+    return paths, torch.nn.functional.pad(values, (0, nbest - values.shape[0]), value=-math.inf)
+
+
 def crf_decode_reference(
-    emissions: Tensor, mask: Tensor | None, start: Tensor, end: Tensor, transitions: Tensor
-) -> list[list[int]]:
-    """`crf_decode` for one best sequence, in plain torch."""
+    emissions: Tensor,
+    mask: Tensor | None,
+    start: Tensor,
+    end: Tensor,
+    transitions: Tensor,
+    nbest: int = 1,
+    *,
+    return_scores: bool = False,
+) -> Any:
+    """`crf_decode` in plain torch: sequence by sequence, every candidate of a step sorted."""
     check_shapes(emissions, None, mask, start, end, transitions)
-    result = []
-    for e, n in zip(emissions, lengths_of_mask(mask, emissions).tolist(), strict=True):
-        score, history = start + e[0], []
-        for step in range(1, n):
-            best = (score[:, None] + transitions).max(0)
-            history.append(best.indices)
-            score = best.values + e[step]
-        path = [int((score + end).argmax())]
-        for origin in reversed(history):
-            path.append(int(origin[path[-1]]))
-        result.append(path[::-1])
-    return result
+    with torch.no_grad():
+        emissions, *potentials = _potentials(emissions, start, end, transitions)
+        lengths = lengths_of_mask(mask, emissions).tolist()
+        e = emissions.to(potentials[0].dtype)
+        found = [_best_of_one(one[:n], *potentials, nbest) for one, n in zip(e, lengths, strict=True)]
+        paths: Any = [paths for paths, _ in found]
+        scores = torch.stack([s for _, s in found]) if found else potentials[0].new_zeros(0, nbest)
+    if nbest == 1:
+        paths, scores = [best[0] if best else [] for best in paths], scores.squeeze(1)
+    return (paths, scores) if return_scores else paths
 
 
 # ---------------------------------------------------------------- shapes for compilers
