@@ -101,6 +101,25 @@ def compare(
         torch.testing.assert_close(a.grad, b.grad.split(lengths, 2)[dist.get_rank()])
 
 
+def second_derivatives(
+    parallel: Callable[..., Tensor], alone: Callable[..., Tensor], shape: tuple[int, ...], lengths: list[int]
+) -> None:
+    """Of the sum of squares of all gradients: every rank's share of it, and this rank's slice of its gradient."""
+    rank = dist.get_rank()
+    torch.manual_seed(2)
+    full = [torch.randn(shape, dtype=torch.float64).requires_grad_() for _ in range(3)]
+    direction = torch.randn(shape, dtype=torch.float64)
+
+    def twice(f: Callable[..., Tensor], tensors: list[Tensor], direction: Tensor) -> list[Tensor]:
+        first = torch.autograd.grad((f(*tensors) * direction).sum(), tensors, create_graph=True)
+        return list(torch.autograd.grad(sum(g.square().sum() for g in first), tensors))
+
+    expected = twice(alone, full, direction)
+    mine = [t.detach().split(lengths, 2)[rank].clone().requires_grad_() for t in full]
+    for a, b in zip(twice(parallel, mine, direction.split(lengths, 2)[rank]), expected, strict=True):
+        torch.testing.assert_close(a, b.split(lengths, 2)[rank])
+
+
 def linear() -> None:
     ranks = dist.get_world_size()
     lengths = [7 + 3 * rank for rank in range(ranks)]
@@ -108,7 +127,8 @@ def linear() -> None:
     total = sum(lengths)
     shapes = [(2, 3, total, 8), (2, 3, total, 8), (2, 3, total, 5)]
     for options in ({"causal": True}, {}, {"causal": True, "normalize": False, "feature_map": "relu", "scale": 0.5},
-                    {"causal": True, "feature_map": torch.exp}):  # fmt: skip
+                    {"causal": True, "feature_map": torch.exp},
+                    {"causal": True, "decay": [0.5, 0.9, 1.0]}):  # fmt: skip
         compare(
             lambda q, k, v, o=options: spread.linear_attention(q, k, v, **o),
             lambda q, k, v, o=options: F.linear_attention(q, k, v, **o), shapes, lengths,
@@ -116,10 +136,17 @@ def linear() -> None:
     ends = torch.tensor([total - 2, lengths[0] + 1])  # of the whole sequence, and of each slice
     before = sum(lengths[: dist.get_rank()])
     own = (ends - before).clamp(0, lengths[dist.get_rank()])
-    compare(
-        lambda q, k, v: spread.linear_attention(q, k, v, causal=True, key_lengths=own),
-        lambda q, k, v: F.linear_attention(q, k, v, causal=True, key_lengths=ends), shapes, lengths,
-    )  # fmt: skip
+    for decay in (None, 0.9):
+        compare(
+            lambda q, k, v, g=decay: spread.linear_attention(q, k, v, causal=True, decay=g, key_lengths=own),
+            lambda q, k, v, g=decay: F.linear_attention(q, k, v, causal=True, decay=g, key_lengths=ends),
+            shapes, lengths,
+        )  # fmt: skip
+    for options in ({}, {"causal": True, "decay": 0.8}):
+        second_derivatives(
+            lambda q, k, v, o=options: spread.linear_attention(q, k, v, **o),
+            lambda q, k, v, o=options: F.linear_attention(q, k, v, **o), (1, 2, total, 4), lengths,
+        )  # fmt: skip
 
 
 def local() -> None:

@@ -33,10 +33,15 @@ from pyseqnet import _C
 BATCH = 200
 WITHOUT_GRADIENTS = ("crf_marginals", "crf_decode")
 TORCH, ULPS, ACCUMULATED = 4.0, 16.0, 256.0  # the bound, in torch's errors, ulp of the result and of the sums
+INPUTS, DRAWS = 2.0, 4  # and where that is passed, in what the exact results move when inputs move by an ulp
 
 
 class Miss(AssertionError):
     """A result that is off, a crash, or an error that is no refusal."""
+
+
+class Off(Miss):
+    """A result whose error is beyond the bound."""
 
 
 def parts(result: Any) -> Iterator[Any]:
@@ -75,8 +80,10 @@ def step(problem: Problem, f: Callable[..., Any], inputs: list[Tensor]) -> tuple
     return [*(y.detach() for y in outputs), *grads], exactly(result)
 
 
-def compare(ours: list[Tensor], theirs: list[Tensor], exact: list[Tensor], terms: float) -> None:
-    """`terms`: how large the terms of a sum are together that may itself be zero."""
+def compare(
+    ours: list[Tensor], theirs: list[Tensor], exact: list[Tensor], terms: float, moved: list[float] | None = None
+) -> None:
+    """`terms`: how large the terms of a sum are together that may itself be zero. `moved`: see `sensitivity`."""
     if len(ours) != len(exact):
         raise Miss(f"{len(ours)} results, {len(exact)} expected")
     scale = max((float(e[e.isfinite()].abs().max()) for e in exact if e.isfinite().any()), default=0.0)
@@ -102,8 +109,9 @@ def compare(ours: list[Tensor], theirs: list[Tensor], exact: list[Tensor], terms
         # The output that a backward reads was rounded to the dtype: where its terms cancel, that is what is left.
         coarse = max(ACCUMULATED * accumulated, 2 * torch.finfo(dtype).eps) * scale
         bound = TORCH * torchs + ULPS * torch.finfo(dtype).eps * size + coarse + least
+        bound += 0 if moved is None else INPUTS * moved[number]
         if not error <= bound or math.isnan(error):
-            raise Miss(f"{where}: error {error:.3g}, bound {bound:.3g} (torch's {torchs:.3g}, size {size:.3g})")
+            raise Off(f"{where}: error {error:.3g}, bound {bound:.3g} (torch's {torchs:.3g}, size {size:.3g})")
 
 
 def check(problem: Problem) -> str:
@@ -124,10 +132,30 @@ def check(problem: Problem) -> str:
         raise Miss(f"indices or paths {our_paths}, expected {exact_paths}")
     chain = problem.function.startswith("crf_")  # gradients of transitions are differences of counts
     terms: float = math.prod(problem.shapes[0][:2]) if chain else 1
-    if problem.function == "linear_attention":
+    if problem.function.startswith("linear_attention"):
         terms = amplification(problem.options, inputs)
-    compare(ours, step(problem, reference, inputs)[0], exact, terms)
+    theirs = step(problem, reference, inputs)[0]
+    try:
+        compare(ours, theirs, exact, terms)
+    except Off:
+        compare(ours, theirs, exact, terms, sensitivity(problem, reference, inputs, exact))
     return "passed"
+
+
+def sensitivity(
+    problem: Problem, reference: Callable[..., Any], inputs: list[Tensor], exact: list[Tensor]
+) -> list[float]:
+    """How far each exact result moves when every input does by an ulp: a long recurrence may be chaotic, where torch
+    is near by luck."""
+    generator = torch.Generator().manual_seed(problem.seed)
+    moved = [0.0] * len(exact)
+    for _ in range(DRAWS):
+        steps = [torch.randint(2, x.shape, generator=generator).double() * 2 - 1 for x in inputs]
+        nearby = [x.double() * (1 + s * torch.finfo(x.dtype).eps) for x, s in zip(inputs, steps, strict=True)]
+        for n, (a, e) in enumerate(zip(step(problem, reference, nearby)[0], exact, strict=True)):
+            apart = (a - e)[e.isfinite() & a.isfinite()]
+            moved[n] = max(moved[n], float(apart.abs().max()) if apart.numel() else 0.0)
+    return moved
 
 
 def batch(

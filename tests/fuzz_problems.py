@@ -334,7 +334,9 @@ def amplification(options: dict[str, Any], tensors: list[Tensor]) -> float:
     if not options["normalize"]:
         return 1.0
     q, k, v, *state = (t.double() for t in tensors)
-    given = {**options, "normalize": False, "return_state": True}
+    if q.dim() == 3:  # of one step
+        q, k, v = (t.unsqueeze(2) for t in (q, k, v))
+    given = {"causal": True, **options, "normalize": False, "return_state": True}
     for key, dtype in (("key_lengths", torch.int64), ("cu_seqlens", torch.int32)):
         if given.get(key) is not None:
             given[key] = torch.tensor(given[key], dtype=dtype)

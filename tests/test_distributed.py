@@ -47,6 +47,10 @@ def test_refusals() -> None:
     q = torch.randn(1, 2, 4, 8)
     with pytest.raises(ValueError, match="softmax"):
         spread.linear_attention(q, q, q, feature_map="softmax")
+    with pytest.raises(ValueError, match="whole sequences"):
+        spread.linear_attention(q, q, q, causal=True, cu_seqlens=torch.tensor([0, 4]))
+    with pytest.raises(ValueError, match="decay needs causal"):
+        spread.linear_attention(q, q, q, decay=0.5)
     with pytest.raises(ValueError, match="same positions"):
         spread.local_attention(q, q[:, :, :3], q, 2)
     with pytest.raises(ValueError, match="left"):

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import math
 import pickle
 
 import pytest
 import torch
-from support import DTYPES, normal
+from support import DTYPES, Implementation, implementations, is_beyond_this_machine, is_refusal, normal
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
@@ -552,3 +553,27 @@ def test_a_cells_zoneout_draws_in_training_and_mixes_in_evaluation(device: str, 
     torch.testing.assert_close(drawn, torch.where(kept, h, new))
     torch.testing.assert_close(flat(cell.eval()(x, hx))[0], 0.3 * h + 0.7 * new)
     assert "zoneout=0.3" in repr(cell)
+
+
+@pytest.mark.parametrize("kernel", implementations("recurrent"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_gradient_passes_a_clipped_unit(kernel: Implementation, dtype: torch.dtype) -> None:
+    """Whichever side the limit rounds to: backward compares it with what was stored."""
+    for name, limit in itertools.product(("rnn", "jordan"), (0.3, 0.7, 0.9)):
+        x = torch.full((2, 3, 4), 3.0, dtype=dtype, device=kernel.device, requires_grad=True)
+        params = [torch.ones(s, dtype=dtype, device=kernel.device) for s in ((5, 4), (5, 5), (5, 5))]
+        with kernel.pinned():
+            try:
+                output, _ = getattr(F, name)(x, None, params[: 2 + (name == "jordan")], clip=limit)
+                (grad,) = torch.autograd.grad(output.sum(), x)
+            except RuntimeError as error:
+                if is_refusal(error) or is_beyond_this_machine(error):
+                    continue
+                raise
+        assert not grad.any(), (name, limit)
+
+
+def test_a_limit_that_the_dtype_rounds_to_zero_is_refused() -> None:
+    x, w = torch.ones(2, 3, 4).half(), torch.ones(4, 4).half()
+    with pytest.raises(RuntimeError, match="limit rounds to zero"):
+        F.rnn(x, None, [w, w], clip=1e-9)
