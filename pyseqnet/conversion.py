@@ -152,7 +152,7 @@ def _exchange_attention(model: _TorchModule, untouched: set[int], report: Conver
         if any(id(part) in untouched and isinstance(part, library.PreTrainedModel) for part in module.modules()):
             report.attention[name] = "skipped"
             continue
-        from pyseqnet import huggingface  # that library is not ours to import unasked
+        from pyseqnet.integrations import huggingface  # that library is not ours to import unasked
 
         report.attention[name] = huggingface.switch(module) or huggingface.NAME
 
@@ -172,7 +172,7 @@ def convert(model: _TorchModule, skip: Skip = (), *, fuse: bool = True, attentio
             as one operation: see `pyseqnet.nn.Sequential`, which such a row becomes. A layer that is hooked then or
             later, called alone, or used in a slice still runs by itself.
         attention: a model of Hugging Face ``transformers`` that runs ``sdpa`` gets ``attn_implementation="pyseqnet"``;
-            ``model.set_attn_implementation("sdpa")`` undoes it. See `pyseqnet.huggingface`.
+            ``model.set_attn_implementation("sdpa")`` undoes it. See `pyseqnet.integrations.huggingface`.
 
     Returns:
         A `Conversion`: which layers were replaced, which run as one, which were left, and why. ``print`` shows it.

@@ -33,6 +33,7 @@ from pyseqnet import _C
 BATCH = 200
 WITHOUT_GRADIENTS = ("crf_marginals", "crf_decode")
 TORCH, ULPS, ACCUMULATED = 4.0, 16.0, 256.0  # the bound, in torch's errors, ulp of the result and of the sums
+EVERY = 4  # of so many problems one is held against torch in its own dtype in any case: dtypes of results
 INPUTS, DRAWS = 2.0, 4  # and where that is passed, in what the exact results move when inputs move by an ulp
 
 
@@ -134,6 +135,14 @@ def check(problem: Problem) -> str:
     terms: float = math.prod(problem.shapes[0][:2]) if chain else 1
     if problem.function.startswith("linear_attention"):
         terms = amplification(problem.options, inputs)
+    if (
+        problem.seed % EVERY
+    ):  # most are near enough whatever error torch makes, which costs a third of a problem to know
+        try:
+            compare(ours, [e.to(a.dtype) for a, e in zip(ours, exact, strict=False)], exact, terms)
+            return "passed"
+        except Miss:
+            pass
     theirs = step(problem, reference, inputs)[0]
     try:
         compare(ours, theirs, exact, terms)

@@ -35,10 +35,21 @@ def test_pages_that_should_have_examples_have_some() -> None:
     assert without <= {"api.md"}
 
 
+def test_every_row_of_the_gallery_has_a_picture() -> None:
+    page = (ROOT / "docs" / "gallery.md").read_text()
+    drawn = set(re.findall(r"^@picture\ndef (\w+)", (ROOT / "docs" / "pictures.py").read_text(), re.MULTILINE))
+    assert set(re.findall(r"\(_pictures/(\w+)\.png\)", page)) == drawn
+    rows = [line for line in page.splitlines() if line.startswith("| ") and "mechanism" not in line]
+    headings = {heading.lower().replace(" ", "-") for heading in re.findall(r"^## (.*)$", page, re.MULTILINE)}
+    for row in rows:
+        assert re.match(r"\| \[.*?\]\(#([\w-]+)\)", row)[1] in headings, row
+
+
 @pytest.mark.slow
 def test_documentation_builds(tmp_path: Path) -> None:
     pytest.importorskip("sphinx")
     pytest.importorskip("furo")
+    pytest.importorskip("matplotlib")
     command = [
         sys.executable,
         "-m",

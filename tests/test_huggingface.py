@@ -19,7 +19,7 @@ from pyseqnet import nn
 transformers = pytest.importorskip("transformers", minversion="5.0")
 transformers.utils.logging.set_verbosity_error()
 
-import pyseqnet.huggingface  # noqa: E402 - needs transformers
+import pyseqnet.integrations.huggingface  # noqa: E402 - needs transformers
 
 VOCABULARY, LENGTH = 60, 24
 SMALL = {
@@ -268,13 +268,13 @@ def test_attention_of_many_kinds_equals_the_definition(name: str) -> None:
 @pytest.mark.parametrize("make", [lambda: mistral(300), modern_bert])
 def test_a_window_becomes_a_pattern(make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[tuple[bool, bool]] = []
-    function = pyseqnet.huggingface.scaled_dot_product_attention
+    function = pyseqnet.integrations.huggingface.scaled_dot_product_attention
 
     def spy(*args: Any, **options: Any) -> Any:
         called.append((options["pattern"] is not None, options["attn_mask"] is not None))
         return function(*args, **options)
 
-    monkeypatch.setattr(pyseqnet.huggingface, "scaled_dot_product_attention", spy)
+    monkeypatch.setattr(pyseqnet.integrations.huggingface, "scaled_dot_product_attention", spy)
     model = make().eval()
     model.set_attn_implementation("pyseqnet")
     with torch.no_grad():
@@ -292,7 +292,7 @@ def test_a_mask_that_is_no_window_stays_a_mask() -> None:
 
     options = {"batch_size": 2, "q_length": LONG, "kv_length": LONG, "local_size": 300}
     chunks = chunked_causal_mask_function(300, torch.zeros(2, dtype=torch.int64))
-    mask = pyseqnet.huggingface.attention_mask(**options, mask_function=chunks, allow_is_causal_skip=False)
+    mask = pyseqnet.integrations.huggingface.attention_mask(**options, mask_function=chunks, allow_is_causal_skip=False)
     assert mask is not None
     assert not hasattr(mask, "_pyseqnet_pattern")
 
@@ -342,8 +342,11 @@ def test_dropout_is_torchs_in_distribution_and_off_outside_training() -> None:
     assert not torch.equal(one, model(tokens()).logits)
     layer = model.transformer.h[0].attn
     q, k, v = (normal((1, 4, LENGTH, 8), seed, torch.float32) for seed in range(3))
-    mean = sum(pyseqnet.huggingface.attention(layer, q, k, v, None, dropout=0.5)[0] for _ in range(2000)) / 2000
-    without = pyseqnet.huggingface.attention(layer, q, k, v, None)[0]
+    mean = (
+        sum(pyseqnet.integrations.huggingface.attention(layer, q, k, v, None, dropout=0.5)[0] for _ in range(2000))
+        / 2000
+    )
+    without = pyseqnet.integrations.huggingface.attention(layer, q, k, v, None)[0]
     assert (mean - without).abs().max() < 0.15  # about five standard deviations of such a mean
     model.eval()
     assert torch.equal(model(tokens()).logits, model(tokens()).logits)
@@ -360,7 +363,7 @@ def test_weights_on_request() -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
     layer, q = gpt_oss().model.layers[0].self_attn, torch.randn(1, 4, 3, 8)
     with pytest.raises(ValueError, match="s_aux"):
-        pyseqnet.huggingface.attention(layer, q, q, q, None, s_aux=layer.sinks, output_attentions=True)
+        pyseqnet.integrations.huggingface.attention(layer, q, q, q, None, s_aux=layer.sinks, output_attentions=True)
 
 
 def test_compiles_and_exports() -> None:

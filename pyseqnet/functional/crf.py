@@ -398,12 +398,12 @@ def crf_decode_reference(
     """`crf_decode` in plain torch: sequence by sequence, every candidate of a step sorted."""
     check_shapes(emissions, None, mask, start, end, transitions)
     with torch.no_grad():
-        emissions, *potentials = _potentials(emissions, start, end, transitions)
+        emissions, first, last, moves = _potentials(emissions, start, end, transitions)
         lengths = lengths_of_mask(mask, emissions).tolist()
-        e = emissions.to(potentials[0].dtype)
-        found = [_best_of_one(one[:n], *potentials, nbest) for one, n in zip(e, lengths, strict=True)]
+        e = emissions.to(first.dtype)
+        found = [_best_of_one(one[:n], first, last, moves, nbest) for one, n in zip(e, lengths, strict=True)]
         paths: Any = [paths for paths, _ in found]
-        scores = torch.stack([s for _, s in found]) if found else potentials[0].new_zeros(0, nbest)
+        scores = torch.stack([s for _, s in found]) if found else first.new_zeros(0, nbest)
     if nbest == 1:
         paths, scores = [best[0] if best else [] for best in paths], scores.squeeze(1)
     return (paths, scores) if return_scores else paths
