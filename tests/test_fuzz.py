@@ -12,6 +12,7 @@ import fuzz
 import pytest
 import torch
 from fuzz_problems import FUNCTIONS, started
+from fuzz_summary import summary
 from hypothesis import given, settings
 from torch import Tensor
 
@@ -140,3 +141,14 @@ def test_a_step_with_few_features_magnifies_the_rounding_of_the_output() -> None
         assert run("linear_attention_step", *shapes, call=call, options=options, dtype=torch.bfloat16, seed=seed) == (
             "passed"
         )
+
+
+def test_a_log_is_summarised() -> None:
+    counts: Counter[str] = Counter()
+    assert fuzz.batch(1, "max_pool1d", counts, examples=20) is None
+    batches = [{"seed": 1, "commit": "abc", "counts": counts, "miss": None}]
+    batches.append({"seed": 2, "commit": "abc", "counts": {"passed": 1000, "gru": 1000}, "miss": "off\n  Problem()"})
+    text = summary(batches)
+    assert f"{1000 + counts['passed']} problems passed in 2 batches" in text
+    assert "| gru | 1000 |" in text
+    assert "seed 2 at abc: off" in text
