@@ -62,7 +62,7 @@ def test_documentation_builds(tmp_path: Path) -> None:
         str(ROOT / "docs"),
         str(tmp_path),
     ]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr[-3000:]
     page = (tmp_path / "api.html").read_text()
     for name in ("scaled_dot_product_attention", "LongformerSelfAttention", "local_attention"):

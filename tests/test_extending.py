@@ -1,4 +1,4 @@
-"""The cell of docs/extending.md is compiled as it stands there; its gradient is held against differences of its step."""
+"""The cell of docs/extending.md is compiled as it stands there; its gradient is held against differences of steps."""
 
 from __future__ import annotations
 
