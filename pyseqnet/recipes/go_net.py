@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyseqnet.data import go
-from pyseqnet.models import GoPolicy, ImageClassifier
+from pyseqnet.models import GoPolicy
 from pyseqnet.recipes import Score, Settings
 from pyseqnet.training import History, batches, fit
 
@@ -66,7 +66,7 @@ def run(settings: Settings) -> list[Score]:
     torch.manual_seed(settings.seed)
     policy = GoPolicy(go.PLANES, FILTERS, LAYERS, go.SIZE)
     torch.manual_seed(settings.seed)
-    pooled = ImageClassifier(go.PLANES, go.SIZE, (FILTERS, 2 * FILTERS), go.SIZE * go.SIZE)
+    pooled = GoPolicy(go.PLANES, FILTERS, LAYERS, go.SIZE, pool=2)  # as many weights
     right, history = train("no pooling", policy, data, test, settings)
     right_pooled, history_pooled = train("pooling", pooled, data, test, settings)
     draw.curves({"no pooling": history, "pooling": history_pooled}, settings.out / "learning_curves.png")

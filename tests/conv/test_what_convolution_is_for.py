@@ -206,6 +206,10 @@ def test_policy_of_go() -> None:
     assert parameters(whole) == filters + 361
     with pytest.raises(ValueError, match="layers must be"):
         models.GoPolicy(layers=0)
+    pooled = models.GoPolicy(3, 4, 2, 5, pool=2)
+    board = pooled(normal((1, 3, 5, 5), 0, torch.float32)).view(5, 5)
+    torch.testing.assert_close(board[0], board[1])  # rows 0 and 1 share what was pooled, row 2 begins the next
+    assert (board[1] - board[2]).abs().max() > 1e-6
 
 
 def test_boards_need_every_point() -> None:
