@@ -130,7 +130,7 @@ SHOWN: dict[str, list[str]] = {
         "recipe: ntm",
     ],
     "C35 machine reading": ["recipe: babi: accuracy, task 1, %", TASK + "test_memory_reading_is_the_papers"],
-    "C36 visual questions": ["recipe: vqa"],
+    "C36 visual questions": ["recipe: vqa: accuracy, %"],
     "C37 spoken questions": ["recipe: spoken-qa", TASK + "test_padding_of_questions_and_memory_is_not_read"],
     "C38 recurrent or structured": ["docs: conventions.md: structured learning"],
     "C39 HMM": [CHAIN + "hmm.py::test_forward_viterbi_and_posteriors_count_every_sequence"],
