@@ -1,11 +1,11 @@
 // The best tag sequence of each sentence on the CPU (Viterbi, 1967): crf.h with the largest value for the sum.
 //
-// A vector holds VL tags j of a step; the tags i of the step before pass one after another, as a broadcast, and each
-// lane keeps the largest a[i] + A[i,j] and its i. Values are compared, not added up, apart from one addition a step: no
-// range to look after. The tags that values came from are kept, 4 bytes each, and followed back from the end.
+// The way forward keeps values alone, of all steps: the largest a[i] + A[i,j] over the tags i of the step before, which
+// pass one after another as a broadcast, for up to eight vectors of tags j in registers. Where a value came from is
+// found on the way back, for the one tag a step that is asked, by the same sums again: a row of A transposed. A and its
+// transpose are copied into whole vectors once for all the sequences that a thread does.
 //
-// Bound: C^2 / VL times (addition, comparison, two selections) a step; with C tags of a row in registers the loads of A
-// are one a vector. Items are sequences.
+// Bound: C^2 / VL times (addition, maximum) a step. Items are sequences.
 #include "chain/chain_math.h"
 #include "chain/crf.h"
 #include "common/element_lanes.h"
@@ -14,14 +14,33 @@ namespace pyseqnet {
 inline namespace PYSEQNET_ISA {
 namespace {
 
+constexpr int block = 8;  // vectors of tags side by side
+
 struct Scratch {
   int64_t columns;
-  float *now, *before;
-  int32_t* from;  // (T, columns)
+  float *a, *transposed;  // (C, columns) each; -infinity behind the last tag
+  float* values;          // (T, columns)
+  bool* sound;            // no NaN and no +infinity among the transitions
   Scratch(const CrfProblem& p, Carver& carver) {
     columns = (p.C + VL - 1) / VL * VL;
-    now = carver.take<float>(columns), before = carver.take<float>(columns);
-    from = carver.take<int32_t>(p.T * columns);
+    a = carver.take<float>(p.C * columns), transposed = carver.take<float>(p.C * columns);
+    values = carver.take<float>(p.T * columns), sound = carver.take<bool>(1);
+  }
+  void read(const CrfProblem& p, const float* transitions) const {
+    vi bad = {};
+    for (int64_t i = 0; i < p.C; i++) {
+      for (int64_t j = 0; j < columns; j += VL) {
+        const float* from = transitions + i * p.C + j;
+        const vf x = p.C - j >= VL ? load(from) : load_between(from, 0, p.C - j, set1(-HUGE_VALF));
+        bad |= ~(x < HUGE_VALF);
+        store(a + i * columns + j, x);
+      }
+      for (int64_t j = 0; j < p.C; j++) transposed[i * columns + j] = transitions[j * p.C + i];
+      for (int64_t j = p.C; j < columns; j++) transposed[i * columns + j] = -HUGE_VALF;
+    }
+    int32_t any = 0;
+    for (int l = 0; l < VL; ++l) any |= bad[l];
+    *sound = !any;
   }
 };
 
@@ -39,32 +58,49 @@ struct Sequence {
     return x;
   }
   const T* emissions(int64_t step) const { return static_cast<const T*>(t.e) + b * p.e_b + step * p.e_t; }
+  float* values(int64_t step) const { return s.values + step * s.columns; }
 
-  // Values of the last step in `now`. False for NaN and +infinity.
-  bool forward(float*& now, float*& before) const {
-    const float *a = static_cast<const float*>(t.transitions), *start = static_cast<const float*>(t.start);
+  template <int NV>
+  PYSEQNET_INLINE void advance(int64_t step, int64_t j, vi& bad) const {
+    const float* before = values(step - 1);
+    vf best[NV];
+    for (vf& one : best) one = set1(-HUGE_VALF);
+    for (int64_t i = 0; i < p.C; i++) {
+      const float* a = s.a + i * s.columns + j;
+#pragma GCC unroll 8
+      for (int x = 0; x < NV; ++x) best[x] = vmax(best[x], load(a + x * VL) + before[i]);
+    }
+    for (int x = 0; x < NV; ++x)
+      store(values(step) + j + x * VL, best[x] + lanes(emissions(step), j + x * VL, bad));
+  }
+
+  // Values of all steps. False for NaN and +infinity.
+  bool forward() const {
+    const float* start = static_cast<const float*>(t.start);
     vi bad = {};
-    for (int64_t j = 0; j < p.C; j += VL) store(now + j, lanes(start, j, bad) + lanes(emissions(0), j, bad));
+    for (int64_t j = 0; j < p.C; j += VL)
+      store(values(0) + j, lanes(start, j, bad) + lanes(emissions(0), j, bad));
     for (int64_t step = 1; step < n; step++) {
-      float* swap = now;
-      now = before, before = swap;
-      int32_t* from = s.from + step * s.columns;
-      for (int64_t j = 0; j < p.C; j += VL) {
-        vf best = set1(-HUGE_VALF);
-        vi origin = {};
-        for (int64_t i = 0; i < p.C; i++) {
-          const vf value = lanes(a + i * p.C, j, bad) + before[i];
-          const vi better = value > best;  // of equal ones the first stays
-          origin = better ? vi{} + int32_t(i) : origin;
-          best = better ? value : best;
-        }
-        store(reinterpret_cast<float*>(from + j), (vf)origin);
-        store(now + j, best + lanes(emissions(step), j, bad));
-      }
+      int64_t j = 0;
+      for (; j + block * VL <= s.columns; j += block * VL) advance<block>(step, j, bad);
+      for (; j + 4 * VL <= s.columns; j += 4 * VL) advance<4>(step, j, bad);
+      for (; j + 2 * VL <= s.columns; j += 2 * VL) advance<2>(step, j, bad);
+      for (; j < s.columns; j += VL) advance<1>(step, j, bad);
     }
     int32_t any = 0;
     for (int l = 0; l < VL; ++l) any |= bad[l];
-    return !any;
+    return !any && (*s.sound || n < 2);
+  }
+
+  // The first tag of the step before from which the best value of `tag` came; -1 where it is -infinity.
+  int64_t origin(int64_t step, int64_t tag) const {
+    const float *before = values(step - 1), *a = s.transposed + tag * s.columns;
+    vf best = set1(-HUGE_VALF);
+    for (int64_t i = 0; i < s.columns; i += VL) best = vmax(best, load(before + i) + load(a + i));
+    const float most = hmax(best);
+    for (int64_t i = 0; most > -HUGE_VALF && i < p.C; i++)
+      if (before[i] + a[i] == most) return i;
+    return -1;
   }
 
   void run() const {
@@ -73,8 +109,8 @@ struct Sequence {
     float& score = static_cast<float*>(t.scores)[b];
     for (int64_t step = 0; step < p.T; step++) path[step] = -1;
     score = not_a_number;
-    float *now = s.now, *before = s.before;
-    if (!crf_is_valid(p, t, b) || !forward(now, before)) return;
+    if (!crf_is_valid(p, t, b) || !forward()) return;
+    const float* now = values(n - 1);
     const float* end = static_cast<const float*>(t.end);
     float best = -HUGE_VALF;
     int64_t at = -1;
@@ -85,7 +121,7 @@ struct Sequence {
     score = best;
     for (int64_t step = n - 1; step >= 0 && at >= 0; step--) {
       path[step] = at;
-      if (step) at = s.from[step * s.columns + at];
+      if (step) at = origin(step, at);
     }
   }
 };
@@ -111,6 +147,7 @@ WorkPlan plan(const CrfProblem& p) {
 void run(const CrfProblem& p, const CrfTensors& t, const WorkSlice& slice) {
   Carver carver(slice.scratch);
   const Scratch scratch(p, carver);
+  scratch.read(p, static_cast<const float*>(t.transitions));
   with_element(p.dtype, [&](auto element) {
     for (int64_t b = slice.begin; b < slice.end; b++)
       Sequence<decltype(element)>{p, t, scratch, b, t.lengths[b]}.run();

@@ -29,8 +29,7 @@
 //   loss (B)        float; double for f64
 //   targets         (targets_size) int64; the labels of b at target_offsets[b]
 //   target_offsets, input_lengths, target_lengths   (B) int64
-// Sums are kept in float for 16-bit and f32 problems, each step relative to the step before, with what was taken
-// off summed in double.
+// 16-bit and f32 problems are summed up in float or double, each step relative to the step before.
 #pragma once
 #include <string>
 

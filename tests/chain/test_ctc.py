@@ -204,6 +204,27 @@ def test_long_targets_and_many_steps() -> None:
     assert error_of(found, exact) < 2e-6 * exact.max()
 
 
+def test_states_that_vanish_and_come_back() -> None:
+    """Blank is all but certain, yet hardly a step is free for it: the states that count fall to 2^-3000 of the best."""
+    steps, labels = 60, 58
+    logits = torch.zeros(steps, 2, 5)
+    logits[:, :, 0] = 40
+    targets = torch.arange(labels).remainder(4).add(1).expand(2, -1)
+    arguments = (targets, torch.tensor([steps, steps]), torch.tensor([labels, labels - 20]))
+    exact = logits.double().log_softmax(2).requires_grad_()
+    wanted = torch_ctc_loss(exact, *arguments, reduction="none")
+    (wanted_grad,) = torch.autograd.grad(wanted.sum(), exact)
+    for from_logits in (True, False):
+        x = (logits if from_logits else logits.log_softmax(2)).requires_grad_()
+        loss = F.ctc_loss(x, *arguments, reduction="none", from_logits=from_logits)
+        torch.testing.assert_close(loss.double(), wanted, rtol=1e-6, atol=0)
+        (grad,) = torch.autograd.grad(loss.sum(), x)
+        torch.testing.assert_close(grad.double(), wanted_grad, rtol=1e-3, atol=1e-3)
+        with torch.no_grad():
+            alone = F.ctc_loss(x, *arguments, reduction="none", from_logits=from_logits)
+        torch.testing.assert_close(alone, loss, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_padding_does_not_matter(device: str) -> None:
     x = normal((6, 2, 4), 1, torch.float32).to(device)
