@@ -20,7 +20,9 @@ def summary(batches: list[dict]) -> str:
         total.update(batch["counts"])
     misses = [batch for batch in batches if batch["miss"]]
     dtypes = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
-    commits = Counter(batch["commit"] for batch in batches)
+    commits = Counter[str]()
+    for batch in batches:
+        commits[batch["commit"]] += batch["counts"].get("passed", 0)
     kernels = {name: number for name, number in sorted(total.items()) if ":" in name}
     lines = [
         "# Random problems",
@@ -29,7 +31,9 @@ def summary(batches: list[dict]) -> str:
         "and backward, against the float64 reference; refused ones, whose pinned kernel is not for them, do not.",
         "",
         f"{total['passed']} problems passed in {len(batches)} batches, {total['refused']} were refused, {len(misses)}",
-        "batches ended in a miss. Sources: " + ", ".join(f"{c} ({n} batches)" for c, n in commits.items()) + ".",
+        "batches ended in a miss. Bounds and kernels may differ from commit to commit: "
+        + ", ".join(f"{c} ({n} problems)" for c, n in commits.items())
+        + ".",
         *table("function", {name: total[name] for name in sorted(FUNCTIONS)}),
         *table("dtype", {name: total[name] for name in dtypes}),
         *table("kernel", {"own choice": total["own choice"], **kernels}),

@@ -64,6 +64,38 @@ def wav2vec2(norm: str, stable: bool) -> Any:
     return transformers.Wav2Vec2ForCTC(config)
 
 
+def vit() -> Any:
+    return transformers.ViTForImageClassification(transformers.ViTConfig(image_size=32, patch_size=8, **SMALL))
+
+
+def convnext() -> Any:
+    config = transformers.ConvNextConfig(hidden_sizes=[8, 16, 16, 16], depths=[1] * 4, num_labels=5)
+    return transformers.ConvNextForImageClassification(config)
+
+
+def t5() -> Any:
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    return transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=VOCABULARY, **sizes))
+
+
+def whisper() -> Any:
+    both = {f"{side}_{what}": n for side in ("encoder", "decoder")
+            for what, n in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 48))}  # fmt: skip
+    config = transformers.WhisperConfig(
+        vocab_size=VOCABULARY, d_model=32, num_mel_bins=8, max_source_positions=20, max_target_positions=20,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1, **both,
+    )  # fmt: skip
+    return transformers.WhisperForConditionalGeneration(config)
+
+
+def conformer() -> Any:
+    config = transformers.Wav2Vec2ConformerConfig(
+        **SMALL, conv_dim=(16, 16, 16), conv_stride=(5, 2, 2), conv_kernel=(10, 3, 2), num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=4, conv_depthwise_kernel_size=7, mask_time_prob=0.0,
+    )  # fmt: skip
+    return transformers.Wav2Vec2ConformerForCTC(config)
+
+
 def mistral(window: int | None = 8) -> Any:
     return transformers.MistralForCausalLM(transformers.MistralConfig(**TEXT, sliding_window=window))
 
@@ -98,7 +130,16 @@ MODELS: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, Tensor]], set[
     "mistral": (mistral, text("right"), set()),
     "mistral, left": (mistral, text("left"), set()),
     "mistral, without a window": (lambda: mistral(None), lambda: {"input_ids": tokens()}, set()),
+    "vit": (vit, lambda: {"pixel_values": normal((2, 3, 32, 32), 0, torch.float32)}, {nn.Conv2d, nn.LayerNorm}),
+    "convnext": (convnext, lambda: {"pixel_values": normal((2, 3, 64, 64), 0, torch.float32)}, {nn.Conv2d}),
+    "t5": (t5, lambda: {"input_ids": tokens(), "decoder_input_ids": tokens(9)}, set()),
+    "whisper": (
+        whisper, lambda: {"input_features": normal((3, 8, 40), 0, torch.float32), "decoder_input_ids": tokens(9)},
+        {nn.Conv1d, nn.LayerNorm},
+    ),
+    "conformer": (conformer, sound, {nn.Conv1d, nn.LayerNorm}),
 }  # fmt: skip
+WITHOUT_ATTENTION = ("resnet", "convnext")
 
 
 def results(model: Any, inputs: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -108,7 +149,7 @@ def results(model: Any, inputs: dict[str, Tensor], dtype: torch.dtype = torch.fl
     kept = inputs.get("attention_mask")
     if kept is not None and kept.shape == logits.shape[:2]:  # a padded query sees nothing or anything
         logits = logits * kept.unsqueeze(-1)
-    parameters = list(model.parameters())
+    parameters = [p for p in model.parameters() if p.requires_grad]
     found = torch.autograd.grad(logits.square().sum(), parameters, allow_unused=True)
     return [logits.detach(), *(torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True))]
 
@@ -140,7 +181,9 @@ def test_a_converted_model_gives_the_same(name: str) -> None:
     assert set(report.replaced) <= set(named)
     leaves = {n for n, part in named.items() if not list(part.children())}
     assert leaves <= set(report.replaced) | set(report.left)  # every layer is accounted for
-    if "resnet" not in name:
+    if name.startswith(WITHOUT_ATTENTION):
+        assert report.attention == {"": "it has no 'sdpa' attention"}
+    else:
         assert report.attention == {"": "pyseqnet"}
         assert ours.config._attn_implementation == "pyseqnet"
         assert "attention of (the model): pyseqnet" in str(report)

@@ -24,6 +24,13 @@ enum class RecurrentCell : int32_t {
 };
 constexpr int recurrent_cells = 9;
 
+// The cells that fused, step-by-step and persistent kernels have code of their own for; every other cell is walked
+// by its facts.
+PYSEQNET_HOST_DEVICE constexpr bool has_kernels_of_its_own(RecurrentCell cell) {
+  return cell == RecurrentCell::rnn_tanh || cell == RecurrentCell::rnn_relu || cell == RecurrentCell::lstm ||
+         cell == RecurrentCell::gru;
+}
+
 // f(Cell{}) for the cell with this Math.
 template <class Math, class F>
 PYSEQNET_HOST_DEVICE constexpr auto with_cell(RecurrentCell cell, F&& f) {

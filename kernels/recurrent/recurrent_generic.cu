@@ -455,8 +455,7 @@ int64_t backward_bytes(const RecurrentProblem& p) {
 Refusal refuses(const RecurrentProblem& p) {
   // list_rows() counts them in an int.
   if (p.T * p.B >= int64_t(1) << 31) return "2^31 or more rows";
-  if (p.has_options() || p.facts().parameters || p.facts().feeds_cell || p.is_jordan())
-    return "only the plain cells go step by step";
+  if (p.has_options() || !has_kernels_of_its_own(p.cell)) return "only the plain cells go step by step";
   return accepted;
 }
 

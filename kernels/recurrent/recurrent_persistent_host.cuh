@@ -143,8 +143,7 @@ inline bool choose_team(Team& best, const RecurrentProblem& p, const PersistentS
 inline Refusal refuses_persistent(const RecurrentProblem& p) {
   if (p.dtype != DType::bf16 && p.dtype != DType::f16) return "not a 16-bit dtype";
   if (p.P) return "a projection";
-  if (p.has_options() || p.facts().parameters || p.facts().feeds_cell || p.is_jordan())
-    return "only the plain cells are persistent";
+  if (p.has_options() || !has_kernels_of_its_own(p.cell)) return "only the plain cells are persistent";
   if ((p.T + 1) * p.B >= int64_t(1) << 31) return "2^31 or more rows";
   if (p.H >= 1 << 16) return "more than 65535 hidden units";
   // Without a reserve the input's part of all steps needs memory of its own.

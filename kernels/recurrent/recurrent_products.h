@@ -243,11 +243,8 @@ __attribute__((noinline)) inline void multiply_rows(int64_t M, int64_t N, int64_
   product_of_rows<4, true>(M, N, K, [&](int64_t i) { return a[i]; }, b, stride, step, StoreRows{rows, add});
 }
 
-// A cell whose sums and states are all that a unit needs.
-inline bool is_plain(const RecurrentProblem& p) {
-  const CellFacts facts = p.facts();
-  return !p.zoneout() && p.limit == 0 && !facts.parameters && !facts.feeds_cell && !facts.feeds_output;
-}
+// A cell that is fused, with nothing that goes across cells but a projection.
+inline bool is_plain(const RecurrentProblem& p) { return has_kernels_of_its_own(p.cell) && !p.has_options(); }
 // What products of words cannot do.
 inline Refusal refuses_products(const RecurrentProblem& p) {
   if (p.dtype == DType::f64) return "float64 runs on the reference";
