@@ -54,6 +54,7 @@ def test_every_family_has_cases_with_their_own_names() -> None:
         "conv",
         "conv_relu_pool",
         "efficient",
+        "generation",
         "linear_attention",
         "pool",
         "recurrent",
