@@ -359,6 +359,8 @@ def test_bad_input(change: dict, error: type[Exception], message: str) -> None:
 
 
 def test_bad_dtype_and_shape() -> None:
+    with pytest.raises(RuntimeError, match="log_probs tensor must not be empty"):
+        F.ctc_loss(torch.zeros(4, 2, 0), **GOOD)
     with pytest.raises((TypeError, RuntimeError), match=r"int64|Long"):
         F.ctc_loss(Y.long(), **GOOD)
     with pytest.raises((ValueError, RuntimeError)):

@@ -152,6 +152,16 @@ def test_hybrid_takes_the_priors_out_of_a_networks_posteriors() -> None:
     assert right > (posteriors[0].argmax(1) == states).sum()
 
 
+def test_nan_in_padding_is_not_read() -> None:
+    mask = torch.arange(5) < torch.tensor([5, 2])[:, None]
+    initial, transitions, emissions = (torch.randn(shape).log_softmax(-1) for shape in (3, (3, 3), (3, 4)))
+    clean = chain.emissions_of_symbols(torch.randint(4, (2, 5)), mask, emissions)
+    spoilt = clean.masked_fill(~mask[:, :, None], torch.nan)
+    for function in (chain.hmm_log_likelihood, chain.hmm_posteriors, chain.hmm_decode):
+        wanted, found = (function(x, mask, initial, transitions) for x in (clean, spoilt))
+        assert torch.equal(found, wanted) if isinstance(wanted, torch.Tensor) else found == wanted
+
+
 def test_bad_input() -> None:
     for size in ((0, 2), (2, 0)):
         with pytest.raises(ValueError, match=r"invalid number of (states|symbols): 0"):
@@ -167,6 +177,12 @@ def test_bad_input() -> None:
         hmm(torch.tensor([[1, 2]]), torch.ones(1, 3, dtype=torch.bool))
     with pytest.raises(ValueError, match="mask of the first timestep must all be on"):
         hmm(torch.tensor([[1, 2]]), torch.tensor([[False, True]]))
+    with pytest.raises(ValueError, match="mask must be on without holes"):
+        hmm(torch.tensor([[1, 2, 1]]), torch.tensor([[True, False, True]]))
+    with pytest.raises(ValueError, match="symbols must lie between 0 and V - 1"):
+        hmm(torch.tensor([[-1]]))
+    with pytest.raises(ValueError, match="at least one tag"):
+        chain.hmm_log_likelihood(torch.zeros(1, 2, 0), None, torch.zeros(0), torch.zeros(0, 0))
     with pytest.raises(ValueError, match=r"log_priors must be one value a state, got \(3,\) for \(1, 1, 2\)"):
         chain.scaled_log_likelihoods(torch.zeros(1, 1, 2), torch.zeros(3))
     strange, mask = torch.tensor([[1, -7]]), torch.tensor([[True, False]])
