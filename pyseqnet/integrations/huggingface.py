@@ -128,7 +128,7 @@ def switch(model: torch.nn.Module) -> str:
     if used == NAME:
         return ""
     if used != "sdpa":
-        return f"its attention is {used!r}, not 'sdpa'" if model._supports_sdpa else "it has no 'sdpa' attention"  # type: ignore[union-attr]
+        return f"its attention is {used!r}, not 'sdpa'" if model._supports_sdpa else "it has no 'sdpa' attention"
     try:
         model.set_attn_implementation(NAME)  # type: ignore[operator]
     except (ValueError, KeyError) as error:
