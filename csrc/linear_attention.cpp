@@ -19,6 +19,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using Problem = LinearAttentionProblem;
 using Tensors = LinearAttentionTensors;
+using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 using RunPass = void (*)(LinearAttentionPass, const Problem&, const Tensors&, const Tensor& like);
 
@@ -272,14 +273,15 @@ Five forward(const Tensor& query, const Tensor& key, const Tensor& value,
   return {out, inverse, saved, last, last_z};
 }
 
-Five backward(const Tensor& grad_output, const std::optional<Tensor>& grad_state,
+Six backward(const Tensor& grad_output, const std::optional<Tensor>& grad_state,
               const std::optional<Tensor>& grad_normalizer, const Tensor& query, const Tensor& key,
               const Tensor& value, const std::optional<Tensor>& lengths, const Tensor& output,
               const Tensor& inverse, const Tensor& saved, int64_t feature_map, bool causal, bool normalize,
               double scale, bool need_state, const std::optional<Tensor>& decay,
-              const std::optional<Tensor>& starts, RunPass run) {
+              const std::optional<Tensor>& starts, bool need_decay, RunPass run) {
   Problem p = make_problem(query, key, value, feature_map, causal, normalize, scale);
   p.with_saved = true;
+  require(!need_decay || decay, "linear_attention: there is no decay to want a gradient of");
   const ScalarType type = state_type(p.dtype);
   require(is_shape(grad_output, {p.B, p.H, p.L, p.E}) && is_shape(output, {p.B, p.H, p.L, p.E}),
           "linear_attention: output and grad_output must be (B, H, L, E)");
@@ -328,9 +330,16 @@ Five backward(const Tensor& grad_output, const std::optional<Tensor>& grad_state
     first = new_matrix(q, p), first_z = new_normalizer(q, p);
     t.dstate0 = first.mutable_data_ptr(), t.dnormalizer0 = first_z.mutable_data_ptr();
   }
+  Tensor shares = empty(q, type);
+  if (need_decay) {
+    const int64_t sizes[] = {shapes.saved[0], shapes.saved[1], shapes.saved[2] / p.state_size()};
+    shares = new_dense(q, sizes, type);
+    if (p.packed) shares = torch::stable::zero_(shares);
+    t.ddecay = shares.mutable_data_ptr();
+  }
   place(p, t);
   run(LinearAttentionPass::backward, p, t, q);
-  return {dq, dk, dv, first, first_z};
+  return {dq, dk, dv, first, first_z, shares};
 }
 
 // One position: query and key (B, H, D), value (B, H, E). An operation of its own because a decoder calls it
@@ -402,10 +411,10 @@ std::tuple<Tensor, Tensor, Tensor> step(const Tensor& query, const Tensor& key, 
       const Tensor &query, const Tensor &key, const Tensor &value, std::optional<Tensor> lengths,         \
       const Tensor &output, const Tensor &inverse, const Tensor &saved, int64_t feature_map, bool causal, \
       bool normalize, double scale, bool need_state, std::optional<Tensor> decay,                         \
-      std::optional<Tensor> starts
+      std::optional<Tensor> starts, bool need_decay
 #define BACKWARD_ARGUMENTS                                                                                   \
   grad_output, grad_state, grad_normalizer, query, key, value, lengths, output, inverse, saved, feature_map, \
-      causal, normalize, scale, need_state, decay, starts
+      causal, normalize, scale, need_state, decay, starts, need_decay
 
 void run_pass_on_cpu(LinearAttentionPass pass, const Problem& p, const Tensors& t, const Tensor& like) {
   run_on_cpu("linear_attention", operation_of(pass), linear_attention_cpu_table(pass), p, t, like);
@@ -415,7 +424,7 @@ std::tuple<Tensor, Tensor, Tensor> step_cpu(STEP_PARAMETERS) {
   return step(STEP_ARGUMENTS, false, run_pass_on_cpu);
 }
 Tensor step_in_place_cpu(STEP_PARAMETERS) { return std::get<0>(step(STEP_ARGUMENTS, true, run_pass_on_cpu)); }
-Five backward_cpu(BACKWARD_PARAMETERS) { return backward(BACKWARD_ARGUMENTS, run_pass_on_cpu); }
+Six backward_cpu(BACKWARD_PARAMETERS) { return backward(BACKWARD_ARGUMENTS, run_pass_on_cpu); }
 
 STABLE_TORCH_LIBRARY_IMPL(pyseqnet, CPU, m) {
   m.impl("linear_attention_forward", TORCH_BOX(&forward_cpu));
@@ -435,7 +444,7 @@ std::tuple<Tensor, Tensor, Tensor> step_cuda(STEP_PARAMETERS) {
 Tensor step_in_place_cuda(STEP_PARAMETERS) {
   return std::get<0>(step(STEP_ARGUMENTS, true, run_pass_on_cuda));
 }
-Five backward_cuda(BACKWARD_PARAMETERS) { return backward(BACKWARD_ARGUMENTS, run_pass_on_cuda); }
+Six backward_cuda(BACKWARD_PARAMETERS) { return backward(BACKWARD_ARGUMENTS, run_pass_on_cuda); }
 
 STABLE_TORCH_LIBRARY_IMPL(pyseqnet, CUDA, m) {
   m.impl("linear_attention_forward", TORCH_BOX(&forward_cuda));

@@ -107,7 +107,7 @@ STABLE_TORCH_LIBRARY(pyseqnet, m) {
       "query, Tensor key, Tensor value, Tensor? key_lengths, Tensor output, Tensor inverse, Tensor saved, "
       "int feature_map, bool causal, bool normalize, float scale, bool need_state, Tensor? decay=None, "
       "Tensor? "
-      "starts=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "starts=None, bool need_decay=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   // One step of one cell for inference: input (B, I), h, c (B, H), None: zeros; the next h and c (empty unless
   // lstm). csrc/recurrent_step.cpp
   m.def(

@@ -31,6 +31,8 @@
 //                                                      (with decay: R[j] = g R[j+1] + a[j] dn[j]^T)
 //   df[j] = R[j] v[j] + r[j]                                      dk = df phi'
 //   dv[j] = R[j]^T f[j]                                           dS0, dz0 = R, r over all queries
+//   dg = sum over the keys j of R[j] . S[j-1] + r[j] . z[j-1]     in one share for every chunk of rows: which
+//                                        share holds which terms is the kernel's, their sum is the gradient
 //
 // Tensors, owned by the caller. Rows of q, k, v, out and their gradients have unit stride and lie at
 // b strides.b + h strides.h + row strides.row; everything else is dense.
@@ -40,6 +42,7 @@
 //   state0, state, gstate, dstate0 (B,H,D,E)   normalizer0 ... (B,H,D)           float32, float64 for float64
 //   inverse (B,H,L)   saved (B,H,saved_states()*(D*E + D))                       likewise; packed:
 //   inverse (1,H,total), causal saved (1,H,slots()*(D*E + D)): a sequence's chunks from first_slot() on
+//   ddecay: one number for each causal saved state, likewise; packed: zeros on arrival
 #pragma once
 #include <string>
 
@@ -96,7 +99,7 @@ struct LinearAttentionRows {
 //   forward   q, k, v [key_lengths, decay, starts, state0 + normalizer0]
 //             -> out [inverse + saved, state + normalizer]
 //   backward  gout [gstate, gnormalizer], q, k, v [key_lengths, decay, starts], out, inverse, saved
-//             -> dq, dk, dv [dstate0 + dnormalizer0]
+//             -> dq, dk, dv [dstate0 + dnormalizer0, ddecay]
 struct LinearAttentionTensors {
   const void *q = nullptr, *k = nullptr, *v = nullptr;
   const int64_t* key_lengths = nullptr;
@@ -108,7 +111,7 @@ struct LinearAttentionTensors {
   void *state = nullptr, *normalizer = nullptr;
   const void *gout = nullptr, *gstate = nullptr, *gnormalizer = nullptr;
   void *dq = nullptr, *dk = nullptr, *dv = nullptr;
-  void *dstate0 = nullptr, *dnormalizer0 = nullptr;
+  void *dstate0 = nullptr, *dnormalizer0 = nullptr, *ddecay = nullptr;
 
   PYSEQNET_HOST_DEVICE static int64_t between(int64_t low, int64_t n, int64_t high) {
     return n < low ? low : n > high ? high : n;

@@ -38,6 +38,11 @@ PYSEQNET_HOST_DEVICE double integer_power(double g, int64_t n) {
   return power;
 }
 
+// Its derivative by g, n g^(n-1).
+PYSEQNET_HOST_DEVICE double integer_power_gradient(double g, int64_t n) {
+  return n > 0 ? double(n) * integer_power(g, n - 1) : 0.0;
+}
+
 template <FeatureMap m>
 struct FeatureTag {
   static constexpr FeatureMap map = m;

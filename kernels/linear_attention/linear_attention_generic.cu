@@ -6,6 +6,7 @@
 // Backward: weigh_rows     a warp: one row's dd and 1/sum, or 0 where its gradient is all zero
 //           sum_parts, scan_states  the same over queries: sums of a dn^T, from the other end
 //           write_query_gradients, write_key_gradients, write_value_gradients
+//           write_decay_gradients where the decay wants one (linear_attention_decay.cuh)
 // A part is a chunk of 64 rows where attention is causal; the scan leaves the state before (backward: behind)
 // each. Otherwise parts are up to 16 pieces of the sequence and the scan leaves their total. The triangular
 // matrix of a chunk is formed again by every block that needs it: cheaper than storing it.
@@ -20,49 +21,13 @@
 // chunk, 17 Gflop, 0.29 ms at the peak, 0.6 ms expected at half of it; 0.34 GB with the states, 0.08 ms.
 // Backward 12 products, 52 Gflop, 1.7 ms. Tensor cores would make forward memory-bound; these kernels do
 // without.
+#include "linear_attention/linear_attention_decay.cuh"
 #include "linear_attention/linear_attention_generic.cuh"
 
 namespace pyseqnet {
 namespace {
 
 // ---------------------------------------------------------------- kernels
-
-// Rows of queries of all heads, and tiles of rows.
-PYSEQNET_HOST_DEVICE int64_t rows_of(const LinearAttentionProblem& p) {
-  return p.packed ? p.H * p.total : p.heads() * p.L;
-}
-PYSEQNET_HOST_DEVICE int64_t tiles_of(const LinearAttentionProblem& p, int64_t rows) {
-  return p.packed ? p.H * p.slots() : p.heads() * ceil_divide(rows, tile);
-}
-
-// Blocks of a kernel: heads, then `second`, then `third`, the last fastest. Packed sequences whose rows are
-// cut in tiles: a head of all sequences, its slots; a block finds its sequence, no row in spare slots.
-struct BlockIndex {
-  int64_t head, second, third;
-  PYSEQNET_DEVICE BlockIndex(int64_t seconds, int64_t thirds) {
-    const int64_t b = blockIdx.x;
-    third = b % thirds, second = b / thirds % seconds, head = b / thirds / seconds;
-  }
-  template <class T>
-  PYSEQNET_DEVICE static BlockIndex of_tiles(const Call<T>& c, int64_t rows, int64_t thirds) {
-    const LinearAttentionProblem& p = c.p;
-    if (!p.packed) return BlockIndex(ceil_divide(rows, tile), thirds);
-    BlockIndex block(p.slots(), thirds);
-    int64_t low = 0, high = p.B - 1;  // the last sequence whose first slot is not behind this one
-    while (low < high) {
-      const int64_t middle = (low + high + 1) / 2;
-      const int64_t start = LinearAttentionTensors::between(0, c.t.starts[middle], p.total);
-      if (p.first_slot(start, middle) <= block.second)
-        low = middle;
-      else
-        high = middle - 1;
-    }
-    const int64_t start = LinearAttentionTensors::between(0, c.t.starts[low], p.total);
-    block.head = low * p.H + block.head;
-    block.second -= p.first_slot(start, low);
-    return block;
-  }
-};
 
 // dd = -(gout . out) / sum and factor = 1 / sum of each row; 0 and 0 where gout is all zero. A warp a row.
 template <class T>
@@ -455,6 +420,8 @@ int launch_backward(const LinearAttentionProblem& p, const LinearAttentionTensor
       error = launch_blocks<T>(key_tiles * ceil_divide(p.D, tile), stream, write_key_gradients<T>, c);
     if (error == launch_ok)
       error = launch_blocks<T>(key_tiles * ceil_divide(p.E, tile), stream, write_value_gradients<T>, c);
+    if (error == launch_ok && t.ddecay)
+      error = launch_blocks<T>(query_tiles, stream, write_decay_gradients<T>, c);
     return error;
   });
 }

@@ -99,6 +99,43 @@ struct Head {
   }
 };
 
+// Rows of queries of all heads, and tiles of rows.
+PYSEQNET_HOST_DEVICE int64_t rows_of(const LinearAttentionProblem& p) {
+  return p.packed ? p.H * p.total : p.heads() * p.L;
+}
+PYSEQNET_HOST_DEVICE int64_t tiles_of(const LinearAttentionProblem& p, int64_t rows) {
+  return p.packed ? p.H * p.slots() : p.heads() * ceil_divide(rows, tile);
+}
+
+// Blocks of a kernel: heads, then `second`, then `third`, the last fastest. Packed sequences whose rows are
+// cut in tiles: a head of all sequences, its slots; a block finds its sequence, no row in spare slots.
+struct BlockIndex {
+  int64_t head, second, third;
+  PYSEQNET_DEVICE BlockIndex(int64_t seconds, int64_t thirds) {
+    const int64_t b = blockIdx.x;
+    third = b % thirds, second = b / thirds % seconds, head = b / thirds / seconds;
+  }
+  template <class T>
+  PYSEQNET_DEVICE static BlockIndex of_tiles(const Call<T>& c, int64_t rows, int64_t thirds) {
+    const LinearAttentionProblem& p = c.p;
+    if (!p.packed) return BlockIndex(ceil_divide(rows, tile), thirds);
+    BlockIndex block(p.slots(), thirds);
+    int64_t low = 0, high = p.B - 1;  // the last sequence whose first slot is not behind this one
+    while (low < high) {
+      const int64_t middle = (low + high + 1) / 2;
+      const int64_t start = LinearAttentionTensors::between(0, c.t.starts[middle], p.total);
+      if (p.first_slot(start, middle) <= block.second)
+        low = middle;
+      else
+        high = middle - 1;
+    }
+    const int64_t start = LinearAttentionTensors::between(0, c.t.starts[low], p.total);
+    block.head = low * p.H + block.head;
+    block.second -= p.first_slot(start, low);
+    return block;
+  }
+};
+
 // Powers of a head's decay in shared memory, ones without, and what the rows of a causal chunk with `keys`
 // keys weigh: a query the state at the chunk's start, a key in the state at its end, a key in a query's sum.
 template <class Acc>

@@ -29,7 +29,7 @@ struct Scratch {
     v = carver.take<float>(rows * E);
     wide = carver.take<float>(rows * larger(D, E));
     weights = carver.take<float>(rows);
-    powers = carver.take<float>(p.decayed ? 4 * chunk : 0);
+    powers = carver.take<float>(p.decayed ? 2 * powers_size : 0);
     if (single) return;
     state = carver.take<float>(tile_state_size(p));
     A = carver.take<float>(chunk * chunk);
@@ -98,6 +98,9 @@ struct Head {
   float power(int64_t n) const { return m.powers[n]; }
   // g^(n-1) .. g^0, then zeros: what n keys weigh at their end.
   const float* powers_down(int64_t n) const { return m.powers + 3 * chunk - n; }
+  // The same of n g^(n-1), the powers' derivatives by g.
+  float power_gradient(int64_t n) const { return m.powers[powers_size + n]; }
+  const float* power_gradients_down(int64_t n) const { return powers_down(n) + powers_size; }
   // How often the state has faded when query i of a chunk with nk keys reads it.
   static int64_t fades(int64_t i, int64_t nk) { return smaller(i + 1, nk); }
   // A chunk's lower triangular matrix: key j weighs g^(fades - 1 - j) with query i.
@@ -340,6 +343,52 @@ struct Head {
     fade_queries(n, nk, E, m.dn);
     fade_state(nk, r);
   }
+  // What the decay says inside a chunk: scores and their gradients, neither faded yet.
+  double decay_gradient_of_pairs(int64_t n, int64_t nk) const {
+    double sum = 0;
+    for (int64_t i = 0; i < n; i++) {
+      const float* down = power_gradients_down(fades(i, nk));
+      vf part = {};
+      for (int64_t x = 0; x <= i; x += VL)
+        part += load(m.A + i * chunk + x) * load(m.dA + i * chunk + x) * load(down + x);
+      sum += hsum(part);
+    }
+    return sum;
+  }
+  // Through the state at the chunk's start: m.wide = S dn of the queries, not faded, z_row padded.
+  double decay_gradient_of_queries(int64_t n, int64_t nk, const float* z_row) const {
+    double sum = 0;
+    for (int64_t i = 0; i < n; i++) {
+      vf part = {};
+      for (int64_t x = 0; x < D; x += VL)
+        part += load(m.a + i * D + x) * (load(m.wide + i * D + x) + load(z_row + x) * m.weights[i]);
+      sum += hsum(part) * power_gradient(fades(i, nk));
+    }
+    return sum;
+  }
+  // Through the state at its end: m.wide = R v of the keys, not faded.
+  double decay_gradient_of_keys(int64_t nk, const float* z_gradient) const {
+    double sum = 0;
+    for (int64_t j = 0; j < nk; j++) {
+      vf part = {};
+      for (int64_t x = 0; x < D; x += VL)
+        part += load(m.f + j * D + x) * (load(m.wide + j * D + x) + load(z_gradient + x));
+      sum += hsum(part) * power_gradient(nk - 1 - j);
+    }
+    return sum;
+  }
+  // From the one to the other: s dense, r a tile.
+  double decay_gradient_of_state(int64_t nk, const float* s, const float* r) const {
+    double sum = 0;
+    for (int64_t d = 0; d <= p.D; d++) {  // the last row is the normaliser's
+      const int64_t width = d < p.D ? p.E : p.D;
+      vf part = {};
+      for (int64_t x = 0; x < width; x += VL)
+        part += load_n(s + d * p.E + x, int(smaller(VL, width - x))) * load(r + d * E + x);
+      sum += hsum(part);
+    }
+    return sum * power_gradient(nk);
+  }
   // One chunk of causal gradients; r sums the queries behind it and becomes the sum with its own.
   void causal_chunk_gradient(int64_t row, int64_t n, float* r) const {
     const int64_t nk = valid_keys(row, n);
@@ -350,18 +399,24 @@ struct Head {
     lower_product(n, p.D, m.a, D, m.turned, nullptr, m.A);
     transpose_tile(nk, p.E, m.v, E, m.turned, chunk);
     lower_product(n, p.E, m.dn, E, m.turned, p.normalize ? m.weights : nullptr, m.dA);
-    if (p.decayed) fade_scores(n, nk, m.A), fade_scores(n, nk, m.dA), fade_weights(n, nk);
+    double decay = t.ddecay ? decay_gradient_of_pairs(n, nk) + decay_gradient_of_state(nk, s, r) : 0.0;
+    if (p.decayed) fade_scores(n, nk, m.A), fade_scores(n, nk, m.dA);
 
     transpose_tile(p.D, p.E, s, p.E, m.turned, D);
     rows_product(n, D, p.E, m.dn, E, m.turned, D, m.wide, D, false, false);
-    if (p.decayed) fade_queries(n, nk, D, m.wide);
-    rows_product(n, D, nk, m.dA, chunk, m.f, D, m.wide, D, true, true);
     float* z_row = m.turned;  // free again, and padded as the rows are
     load_tile(DType::f32, z, 0, p.D, 1, p.D, z_row);
+    if (t.ddecay) decay += decay_gradient_of_queries(n, nk, z_row);
+    if (p.decayed) fade_queries(n, nk, D, m.wide), fade_weights(n, nk);
+    rows_product(n, D, nk, m.dA, chunk, m.f, D, m.wide, D, true, true);
     store_query_gradients(row, n, z_row);
 
     transpose_tile(p.D, p.E, r, E, m.turned, D);
     rows_product(nk, D, p.E, m.v, E, m.turned, D, m.wide, D, false, false);
+    if (t.ddecay) {
+      decay += decay_gradient_of_keys(nk, normalizer_of(p, r));
+      static_cast<float*>(t.ddecay)[rows.saved + row / chunk] = float(decay);
+    }
     if (p.decayed) fade_keys(nk, D, m.wide);
     columns_product(nk, D, n, m.dA, chunk, m.a, D, m.wide, D, true, true);
     store_key_gradients(row, nk, normalizer_of(p, r), p.decayed ? powers_down(nk) : nullptr);

@@ -3,7 +3,9 @@
 // 15). It is also the kernel that serves float64.
 //
 //   forward    keys enter the state one by one; causal queries read it as it grows, others when it is full
-//   backward   the same sweep gives dq; a sweep from the other end, over queries, gives dk and dv
+//   backward   the same sweep gives dq; a sweep from the other end, over queries, gives dk and dv. The
+//              gradient of the decay goes forward: beside the state S its derivative by g,
+//              S'[i] = S[i-1] + g S'[i-1], which queries and the last state's gradient read
 //
 // One item is one head. About 4 D E multiplications a position forward, twice that backward.
 #include <cmath>
@@ -66,6 +68,9 @@ struct Head {
     for (int64_t x = 0; x < p.state_size(); x++) to[x] = A(s[x]);
   }
 
+  void save_decay_share(int64_t i, double share) const {
+    static_cast<A*>(t.ddecay)[rows.saved + i / p.chunk_rows] = A(share);
+  }
   void read_saved(double* s) const {
     const A* from = static_cast<const A*>(t.saved) + rows.saved * p.state_size();
     for (int64_t x = 0; x < p.state_size(); x++) s[x] = double(from[x]);
@@ -80,6 +85,10 @@ struct Head {
   void fade(double* s) const {
     if (!p.decayed) return;
     for (int64_t x = 0; x < p.state_size(); x++) s[x] *= decay;
+  }
+  // The state's derivative by the decay fades and takes up the state before it fades.
+  void fade_derivative(const double* s, double* derivative) const {
+    for (int64_t x = 0; x < p.state_size(); x++) derivative[x] = s[x] + decay * derivative[x];
   }
   void add_key(int64_t j, const double* f, double* s) const {
     for (int64_t d = 0; d < p.D; d++) {
@@ -165,16 +174,39 @@ struct Head {
     }
   }
 
+  // What query i says to the decay through a state's derivative.
+  double decay_gradient(int64_t i, const double* derivative, double* a, double* dn) const {
+    if (!output_gradient(i, dn)) return 0;
+    query_features(i, a);
+    double sum = 0;
+    for (int64_t d = 0; d < p.D; d++) {
+      sum += a[d] * derivative[p.D * p.E + d] * dn[p.E];
+      for (int64_t e = 0; e < p.E; e++) sum += a[d] * derivative[d * p.E + e] * dn[e];
+    }
+    return sum;
+  }
+
   void backward(double* scratch) const {
     double *s = scratch, *feature = s + p.state_size(), *row = feature + p.D;
+    double* derivative = t.ddecay ? row + p.E + 1 : nullptr;
+    for (int64_t x = 0; derivative && x < p.state_size(); x++) derivative[x] = 0;
+    double share = 0;
     // Causal: the state before the first key. Otherwise: with all keys in it.
     if (rows.L > 0) read_saved(s);
     for (int64_t i = 0; i < rows.L; i++) {
+      if (derivative && i < rows.keys) fade_derivative(s, derivative);
       if (p.causal && i < rows.keys) fade(s), key_features(i, feature), add_key(i, feature, s);
       query_gradient(i, s, feature, row);
+      if (!derivative) continue;
+      share += decay_gradient(i, derivative, feature, row);
+      if ((i + 1) % p.chunk_rows == 0 && i + 1 < rows.L) save_decay_share(i, share), share = 0;
     }
     double* r = s;
     read_state(t.gstate, t.gnormalizer, r);
+    if (derivative && rows.L > 0) {
+      for (int64_t x = 0; x < p.state_size(); x++) share += r[x] * derivative[x];
+      save_decay_share(rows.L - 1, share);
+    }
     if (!p.causal)
       for (int64_t i = 0; i < rows.L; i++) add_query(i, r, feature, row);
     for (int64_t j = rows.S - 1; j >= 0; j--) {
@@ -198,7 +230,8 @@ WorkPlan plan(const LinearAttentionProblem& p) {
   const int64_t work = (p.L + p.S) * p.D * p.E + 1;
   WorkPlan plan;
   plan.add_phase(p.heads(), work < products_worth_a_thread ? products_worth_a_thread / work : 1);
-  plan.thread_bytes = align_up((p.state_size() + p.D + p.E + 1) * int64_t(sizeof(double)));
+  const int64_t states = p.decayed ? 2 : 1;
+  plan.thread_bytes = align_up((states * p.state_size() + p.D + p.E + 1) * int64_t(sizeof(double)));
   return plan;
 }
 

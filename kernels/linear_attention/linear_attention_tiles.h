@@ -261,13 +261,17 @@ PYSEQNET_SHARED_CODE void add_vectors(int64_t n, const float* from, float* to) {
 PYSEQNET_INLINE void scale_vectors(int64_t n, float by, float* x) {
   for (int64_t i = 0; i < n; i += VL) store(x + i, load(x + i) * by);
 }
-// powers[n] = g^n for n up to a chunk; from 2 chunks on g^(chunk-1) .. g^0 and then as many zeros.
+// powers[n] = g^n for n up to a chunk; from 2 chunks on g^(chunk-1) .. g^0 and then as many zeros. Behind
+// them the same of the derivatives n g^(n-1).
+constexpr int64_t powers_size = 4 * chunk;
 PYSEQNET_INLINE void write_powers(double g, float* powers) {
-  clear(powers, 4 * chunk);
-  double power = 1;
-  for (int64_t n = 0; n <= chunk; n++, power *= g) {
-    powers[n] = float(power);
-    if (n < chunk) powers[3 * chunk - 1 - n] = float(power);
+  float* derivatives = powers + powers_size;
+  clear(powers, 2 * powers_size);
+  double power = 1, before = 0;
+  for (int64_t n = 0; n <= chunk; n++) {
+    powers[n] = float(power), derivatives[n] = float(double(n) * before);
+    if (n < chunk) powers[3 * chunk - 1 - n] = powers[n], derivatives[3 * chunk - 1 - n] = derivatives[n];
+    before = power, power *= g;
   }
 }
 // z += sum of weight[i] f[i], or of f[i]

@@ -46,8 +46,6 @@ def read_decay(decay: Any, query: Tensor, heads: int) -> Tensor:
     if isinstance(decay, Tensor):
         if not decay.is_floating_point():
             raise TypeError(f"linear_attention: decay must be floating point, got {decay.dtype}")
-        if decay.requires_grad:
-            raise ValueError("linear_attention: decay is a constant and has no gradient: pass decay.detach()")
         numbers = decay.to(query.device, torch.float64)
     elif isinstance(decay, (int, float)) or (
         isinstance(decay, (tuple, list)) and all(isinstance(g, (int, float)) for g in decay)

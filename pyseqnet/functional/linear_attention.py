@@ -88,17 +88,17 @@ class _LinearAttention(torch.autograd.Function):
             return (*(found.pop(0) if need else None for need in ctx.needs_input_grad[:tensors]), *(None,) * 6)
         if grad_out is None:
             grad_out = torch.zeros_like(out)
-        need_state = ctx.needs_input_grad[6] or ctx.needs_input_grad[7]
-        gq, gk, gv, gs, gz = _backward(
+        need_decay, need_state = ctx.needs_input_grad[4], ctx.needs_input_grad[6] or ctx.needs_input_grad[7]
+        gq, gk, gv, gs, gz, shares = _backward(
             grad_out, grad_state, grad_normalizer, query, key, value, key_lengths, out, inverse, saved,
-            feature_map, causal, normalize, scale, need_state, decay, starts,
+            feature_map, causal, normalize, scale, need_state, decay, starts, need_decay,
         )  # fmt: skip
-        made = (gq, gk, gv, None, None, None, gs, gz)
+        made = (gq, gk, gv, None, shares.double().sum((0, 2)) if need_decay else None, None, gs, gz)
         return (*(g if need else None for g, need in zip(made, ctx.needs_input_grad, strict=False)), *(None,) * 6)
 
 
 def _kernel(call: Call, with_state: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    tensors = (call.query, call.key, call.value, call.state, call.normalizer)
+    tensors = (call.query, call.key, call.value, call.decay, call.state, call.normalizer)
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if recorded or forward_ad._current_level >= 0:
         result = _LinearAttention.apply(*call, with_state)
@@ -152,8 +152,8 @@ def linear_attention(
         causal: query i sees keys j <= i; needs L == S.
         normalize: divide by ``sum of scores + eps``. None: yes, but not for ``"softmax"``, whose rows sum to one.
         decay: a number between 0 and 1 or one for each head, ``(H,)``: the state fades by it at every position, and
-            key j weighs ``decay ** (i - j)`` with query i (retention). Needs ``causal``. A constant: a tensor that
-            wants a gradient is refused. A float64 tensor on the query's device is taken as it is.
+            key j weighs ``decay ** (i - j)`` with query i (retention). Needs ``causal``. Differentiable. A float64
+            tensor on the query's device is taken as it is.
         key_lengths: ``(B,)`` integers between 0 and S, on the query's device. Keys beyond the length count nowhere,
             whatever they hold; their gradients are zero; nothing fades there. (On CUDA values outside the range count
             as the nearest.)
@@ -249,6 +249,7 @@ def linear_attention_step(
                 or key.requires_grad
                 or value.requires_grad
                 or (start is not None and start_z is not None and (start.requires_grad or start_z.requires_grad))
+                or (isinstance(decay, Tensor) and decay.requires_grad)
             )
             if not recorded:
                 factor = 1.0 if scale is None else float(scale)
@@ -373,6 +374,7 @@ def _backward_fake(
     need_state: bool,
     decay: Tensor | None = None,
     starts: Tensor | None = None,
+    need_decay: bool = False,
 ) -> tuple[Tensor, ...]:
     same_device("linear_attention", grad_output, query, key, value, output, saved)
     _check_shapes(query, key, value, causal)
@@ -381,7 +383,14 @@ def _backward_fake(
         _empty_heads(key, key.shape[2], key.shape[3]),
         _empty_heads(value, value.shape[2], value.shape[3]),
         *_new_states(query, value, query.shape[0] if starts is None else starts.shape[0] - 1, need_state),
+        saved.new_empty(_shares(saved, query, value) if need_decay else 0),
     )
+
+
+def _shares(saved: Tensor, query: Tensor, value: Tensor) -> tuple[int, int, int]:
+    """A number for each saved state of a causal call."""
+    b, h, numbers = saved.shape
+    return b, h, numbers // (query.shape[3] * (value.shape[3] + 1))
 
 
 @torch.library.register_fake("pyseqnet::linear_attention_step")

@@ -30,8 +30,8 @@ class LinearAttention(Module):
         kdim, vdim: sizes of the keys and values; None: ``embed_dim``.
         batch_first: tensors are ``(N, L, embed_dim)`` rather than ``(L, N, embed_dim)``.
         feature_map, causal, normalize, decay, scale, eps: as in `pyseqnet.functional.linear_attention`. A module as
-            ``feature_map`` is registered, and its parameters are trained. ``decay`` stays
-            float64 and is not in the state_dict.
+            ``feature_map`` is registered, and its parameters are trained. ``decay`` stays float64 and is not in the
+            state_dict; a `torch.nn.Parameter` is registered and trained, and must stay between 0 and 1.
 
     Shapes of ``forward(query, key=None, value=None)``; ``key`` defaults to ``query``, ``value`` to ``key``:
         query ``(L, N, embed_dim)``, key ``(S, N, kdim)``, value ``(S, N, vdim)`` -> ``(L, N, embed_dim)``; without the
@@ -85,7 +85,10 @@ class LinearAttention(Module):
         self.feature_map, self.causal, self.normalize = feature_map, causal, normalize
         self.scale, self.eps = scale, eps
         # No buffer: casting the layer to half floats would round it, often to 1.
-        self.decay = None if decay is None else read_decay(decay, torch.empty(0), num_heads).clone()
+        constant = None if decay is None else read_decay(decay, torch.empty(0), num_heads).clone()
+        if constant is not None and constant.requires_grad and not isinstance(decay, Parameter):
+            raise ValueError("decay must be a number for each head, or a Parameter to be trained")
+        self.decay = decay if isinstance(decay, Parameter) else constant
         factory = {"device": device, "dtype": dtype}
         names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
         if self.kdim == embed_dim and self.vdim == embed_dim:
@@ -149,7 +152,7 @@ class LinearAttention(Module):
             x.unflatten(-1, (self.num_heads, self.head_dim)).permute(*((0, 2, 1, 3) if rows else (1, 2, 0, 3)))
             for x in projected
         )
-        if self.decay is not None and self.decay.device != query.device:
+        if self.decay is not None and not isinstance(self.decay, Parameter) and self.decay.device != query.device:
             self.decay = self.decay.to(query.device)
         result = F.linear_attention(
             *heads,

@@ -135,6 +135,12 @@ void check_problem(Suite& suite, Problem p, const Options& o) {
   Tensor dv(element, v.count(), "dv"), want_dv(element, v.count(), "want dv");
   Tensor dstate(number, matrix, "dstate0"), want_dstate(number, matrix, "want dstate0");
   Tensor dz(number, vector, "dz0"), want_dz(number, vector, "want dz0");
+  Tensor shares(number, p.decayed ? saved_states : 0, "decay's shares");
+  Tensor want_shares(number, shares.count(), "want shares");
+  for (Tensor* t : {&shares, &want_shares}) {
+    for (int64_t i = 0; i < t->count(); i++) t->set(i, 0);
+    t->upload();
+  }
 
   LinearAttentionTensors host, device;
   const auto both = [&](auto member, Tensor& on_host, Tensor& on_device) {
@@ -153,6 +159,7 @@ void check_problem(Suite& suite, Problem p, const Options& o) {
     host.decay = static_cast<const double*>(decay.host());
     device.decay = static_cast<const double*>(decay.device());
   }
+  if (p.decayed) both(&T::ddecay, want_shares, shares);
   if (p.packed) {
     host.starts = static_cast<const int32_t*>(starts.host());
     device.starts = static_cast<const int32_t*>(starts.device());
@@ -222,13 +229,32 @@ void check_problem(Suite& suite, Problem p, const Options& o) {
   copy(out, want_out), copy(inverse, want_inverse), copy(saved, want_saved);
   std::vector<Tensor*> gradients = {&dq, &dk, &dv};
   if (o.states) gradients.insert(gradients.end(), {&dstate, &dz});
+  if (p.decayed && !p.packed) gradients.push_back(&shares);  // packed: spare places stay zero
+  const auto fetch_shares = [&] {
+    if (p.packed) shares.download();
+  };
+  // Which share holds which terms is a kernel's choice; their sums are compared, head by head.
+  Tensor decay_sums(Kind::f64, p.H, "decay"), want_decay_sums(Kind::f64, p.H, "want decay");
+  const auto add_shares = [&](const Tensor& t, Tensor& sums) {
+    for (int64_t h = 0; h < p.H; h++) {
+      double sum = 0;
+      for (int64_t i = 0; i < t.count(); i++)
+        sum += i / (p.packed ? p.slots() : p.chunks()) % p.H == h ? t.at(i) : 0.0;
+      sums.set(h, sum);
+    }
+  };
   suite.check(
       "backward", gradients, [&] { return run_cuda(linear_attention_backward_cuda, p, device); },
       [&] {
         // Gradients of queries and keys are differences, of terms as large as those of values.
         const double terms = largest(want_dv);
+        fetch_shares();
         std::string words = wrong(dq, want_dq, p.dtype, accumulation, terms);
         words += wrong(dk, want_dk, p.dtype, accumulation, terms) + wrong(dv, want_dv, p.dtype, accumulation);
+        if (p.decayed) {
+          add_shares(shares, decay_sums), add_shares(want_shares, want_decay_sums);
+          words += wrong(decay_sums, want_decay_sums, accumulation, accumulation, terms * double(p.B * p.L));
+        }
         if (o.states) words += wrong(dstate, want_dstate, accumulation, accumulation);
         return o.states ? words + wrong(dz, want_dz, accumulation, accumulation) : words;
       });

@@ -105,6 +105,20 @@ linear.swap("a column too many of the state", "sum_parts(const Call<T> c)", "e <
 label = "f32 elu B3 H2 L150"  # decayed, packed
 linear.swap("a query fades a step too little", "int fades(int row)", "row + 1", "row", file=header, label=label)
 linear.swap("a key fades a step too much", "of_key(int row)", "keys - 1 - row", "keys - row", file=header, label=label)
+decay = "linear_attention_decay.cuh"
+slope = "slopes[powers[0].fades(r) - 1 - s]"
+linear.swap(
+    "a pair weighs its power",
+    "sum += scores[i][j]",
+    slope,
+    slope.replace("slopes", "powers[0].at"),
+    file=decay,
+    label=label,
+)
+linear.swap(
+    "the state's slope is left out", "sum_of_block(sum", "slopes[powers[0].keys]", "Acc(0)", file=decay, label=label
+)
+linear.drop("warps are summed before they are written", "warps[threadIdx.x / 32] = x;", file=decay, label=label)
 linear.swap("the state does not fade over a part", "scan_states(", "p.decayed", "false", label=label)
 
 label = "bf16 elu B1 H1 L140"  # decayed

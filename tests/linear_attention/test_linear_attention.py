@@ -100,19 +100,20 @@ class Problem:
         }  # fmt: skip
 
 
-def weights(p: Problem, lengths: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
+def weights(p: Problem, lengths: Tensor | None, decay: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
     """decay ** (i - j) for the keys that query i sees, (B, H, L, L), and decay ** (keys seen), (B, H, L, 1)."""
     at = torch.arange(p.L, dtype=torch.float64, device=device)
     seen = (at + 1).expand(p.B, -1) if lengths is None else torch.minimum(at + 1, lengths[:, None])
     seen = seen[:, None, :, None]
-    decay = p.decay()
-    decay = torch.ones(p.H, dtype=torch.float64) if decay is None else decay
-    decay = decay.to(device)[:, None, None]
+    decay = torch.ones(p.H, dtype=torch.float64, device=device) if decay is None else decay
+    decay = decay[:, None, None]
     between = seen - 1 - at
     return torch.where(between >= 0, decay ** between.clamp(min=0), 0.0), decay**seen
 
 
-def in_dtype(p: Problem, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, *state: Tensor) -> tuple[Tensor, ...]:
+def in_dtype(
+    p: Problem, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, decay: Tensor | None, *state: Tensor
+) -> tuple[Tensor, ...]:
     """What a user writes in torch, in the dtype of its inputs: the yardstick for rounding."""
     a, f = (
         {
@@ -125,7 +126,7 @@ def in_dtype(p: Problem, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None
     )
     if lengths is not None:
         f = f * (torch.arange(p.S, device=f.device) < lengths[:, None])[:, None, :, None]
-    weight, first = weights(p, lengths, q.device)
+    weight, first = weights(p, lengths, decay, q.device)
     counted = f * weight[:, :, -1].unsqueeze(3).to(q.dtype) if p.L and p.causal else f
     total, z = counted.transpose(2, 3) @ v, counted.sum(2)
     start, start_z = (x.to(q.dtype) for x in state) if state else (torch.zeros_like(total), torch.zeros_like(z))
@@ -140,20 +141,24 @@ def in_dtype(p: Problem, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None
 
 
 def results(p: Problem, dtype: torch.dtype, device: str, function: str) -> list[Tensor]:
-    """out, S, z and the gradients of everything, by "ours", "torch" or "reference"."""
+    """out, S, z and the gradients of everything, the decay's last, by "ours", "torch" or "reference"."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     kinds = [dtype] * 3 + [wide] * 2
     inputs = [t.to(device, kind) for t, kind in zip(p.inputs(), kinds, strict=False)]
     viewed = [as_view(t, p.view) if i < 3 and t.numel() else t for i, t in enumerate(inputs)]
     leaves = [t.detach().requires_grad_() for t in viewed]
+    states, options = leaves[3:], p.options()
+    if p.decayed:
+        leaves.append(options["decay"].to(device).requires_grad_())
+        options["decay"] = leaves[-1]
     lengths = p.key_lengths()
     lengths = None if lengths is None else lengths.to(device)
     if function == "torch":
-        out, state, z = in_dtype(p, *leaves[:3], lengths, *leaves[3:])
+        out, state, z = in_dtype(p, *leaves[:3], lengths, options["decay"], *states)
     else:
         call = F.linear_attention if function == "ours" else F.linear_attention_reference
-        start = tuple(leaves[3:]) if p.state else None
-        out, (state, z) = call(*leaves[:3], key_lengths=lengths, initial_state=start, return_state=True, **p.options())
+        start = tuple(states) if p.state else None
+        out, (state, z) = call(*leaves[:3], key_lengths=lengths, initial_state=start, return_state=True, **options)
     shapes = [(p.B, p.H, p.L, p.E), (p.B, p.H, p.D, p.E), (p.B, p.H, p.D)]
     gradients = [normal(shape, p.seed + 10 + i).bfloat16() for i, shape in enumerate(shapes)]
     gradients[0] = as_view(gradients[0], p.gradient_view) if gradients[0].numel() else gradients[0]
@@ -163,7 +168,7 @@ def results(p: Problem, dtype: torch.dtype, device: str, function: str) -> list[
     return [out.detach(), state.detach(), z.detach(), *zeros]
 
 
-NAMES = ("out", "S", "z", "query's gradient", "key's", "value's", "S0's", "z0's")
+NAMES = ("out", "S", "z", "query's gradient", "key's", "value's")
 
 
 def check(entry: Implementation, p: Problem) -> bool:
@@ -181,15 +186,19 @@ def check(entry: Implementation, p: Problem) -> bool:
     theirs = results(p, p.dtype, "cpu", "torch")
     # One key and one query: gradients of the query are what cancellation leaves of terms as large as these.
     magnitude = torch.stack([t.abs().max() for t in exact if t.numel()] + [torch.ones((), dtype=torch.float64)])
-    for i, (name, a, b, c) in enumerate(zip(NAMES, ours, exact, theirs, strict=False)):
+    wide = torch.float64 if p.dtype == torch.float64 else torch.float32
+    names = (*NAMES, *(("S0's", "z0's") if p.state else ()), *(("decay's",) if p.decayed else ()))
+    for i, (name, a, b, c) in enumerate(zip(names, ours, exact, theirs, strict=True)):
         cancelling = magnitude * (8 if p.normalize and i >= 3 else 1)
+        if name == "decay's":  # a sum over all rows, in the precision of the states
+            assert a.dtype == torch.float64
+            cancelling, c = cancelling * p.B * math.sqrt(p.L), c.to(wide)
+            a = a.to(wide)
         bound = allowed_error(c.to(a.dtype), b, cancelling, 2 if i == 0 else 3)
         if p.dtype in (torch.bfloat16, torch.float16) and i >= 3:
             bound += 2 * torch.finfo(p.dtype).eps * largest(magnitude)
         assert error_of(a, b) <= bound, f"{name} of {p}: {error_of(a, b)} > {bound}"
-        assert a.dtype == (
-            p.dtype if i in (0, 3, 4, 5) else torch.float64 if p.dtype == torch.float64 else torch.float32
-        )
+        assert a.dtype == (p.dtype if i in (0, 3, 4, 5) else wide)
     return True
 
 
@@ -544,7 +553,6 @@ REFUSED = {
     "decay's heads": (ValueError, r"shape \(3,\), got \(2,\)", (X, X, X), {"decay": [0.5, 0.5], "causal": True}),
     "decay's dtype": (TypeError, "floating", (X, X, X), {"decay": torch.ones(3, dtype=torch.int64), "causal": True}),
     "decay's type": (TypeError, "str", (X, X, X), {"decay": "0.5", "causal": True}),
-    "trained decay": (ValueError, "detach", (X, X, X), {"decay": torch.ones(3).requires_grad_(), "causal": True}),
     "starts and lengths": (ValueError, "give one", (X, X, X), {"cu_seqlens": STARTS, "key_lengths": STARTS}),
     "starts of a batch": (ValueError, "packed", (X, X, X), {"cu_seqlens": STARTS}),
     "starts of float": (TypeError, "float32", (X[:1], X[:1], X[:1]), {"cu_seqlens": STARTS.float()}),

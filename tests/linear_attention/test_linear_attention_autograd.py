@@ -46,7 +46,7 @@ OPTIONS = [
 
 
 def call(options: dict, device: str, function=F.linear_attention):
-    """A function of query, key, value [, S, z] and those tensors."""
+    """A function of query, key, value [, S, z] [, decay] and those tensors."""
     options = dict(options)
     lengths = torch.tensor([5, 3], device=device) if options.pop("lengths", False) else None
     packed = torch.tensor([0, 2, 2, 10], device=device) if options.pop("packed", False) else None
@@ -60,9 +60,14 @@ def call(options: dict, device: str, function=F.linear_attention):
         tensors += states(device)
         if packed is not None:
             tensors[3:] = [torch.cat([t, t[:1]]).detach().requires_grad_() for t in tensors[3:]]
+    decayed = "decay" in options
+    if decayed:
+        tensors.append(torch.tensor(options.pop("decay"), dtype=torch.float64, device=device).requires_grad_())
 
     def run(*t: Tensor):
-        start = t[3:] if with_state else None
+        start = t[3:5] if with_state else None
+        if decayed:
+            options["decay"] = t[-1]
         result = function(*t[:3], key_lengths=lengths, cu_seqlens=packed, initial_state=start, return_state=with_state,
                           **options)  # fmt: skip
         return (result[0], *result[1]) if with_state else result
@@ -175,6 +180,10 @@ def test_opcheck(device: str, causal: bool, with_saved: bool) -> None:
     for gradients, need in (((None, None), False), ((last, last_z), True)):
         arguments = (out, *gradients, q, k, v, lengths, out, inverse, saved, 1, causal, True, 1.0, need)
         torch.library.opcheck(ops.linear_attention_backward, arguments, test_utils=tests)
+        if causal:
+            decay = torch.tensor([0.5, 0.9], dtype=torch.float64, device=device)
+            arguments = (*arguments, decay, None, True)
+            torch.library.opcheck(ops.linear_attention_backward, arguments, test_utils=tests)
 
 
 def test_opcheck_of_the_step(device: str) -> None:

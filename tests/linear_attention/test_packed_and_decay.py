@@ -263,3 +263,54 @@ def test_layer_with_decay(device: str) -> None:
         out, state = layer(x[:, i : i + 1], initial_state=state, return_state=True)
         torch.testing.assert_close(out, whole[:, i : i + 1])
     assert layer.bfloat16().decay.tolist() == decay
+    with pytest.raises(ValueError, match="Parameter"):
+        nn.LinearAttention(8, 2, decay=torch.ones(2).requires_grad_() * 0.5)
+
+
+def test_a_decay_is_trained(device: str) -> None:
+    """A layer finds the decays that made its targets; the step and a compiled call give the gradient too."""
+    torch.manual_seed(0)
+    options = {"causal": True, "batch_first": True, "normalize": False, "device": device}
+    teacher = nn.LinearAttention(8, 2, decay=[0.3, 0.8], **options)
+    wanted = torch.tensor([0.3, 0.8])
+    pupil = nn.LinearAttention(8, 2, decay=torch.nn.Parameter(torch.tensor([0.5, 0.5], device=device)), **options)
+    assert "decay" in dict(pupil.named_parameters())
+    pupil.load_state_dict({**teacher.state_dict(), "decay": pupil.decay.detach()})
+    optimizer = torch.optim.Adam([pupil.decay], 0.02)
+    for _ in range(150):
+        x = torch.randn(4, 70, 8, device=device)
+        loss = torch.nn.functional.mse_loss(pupil(x), teacher(x))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    torch.testing.assert_close(pupil.decay.detach().cpu(), wanted, atol=0.02, rtol=0)
+
+    q, k, v = (normal((2, 3, 4), i).to(device) for i in range(3))
+    g = torch.full((3,), 0.5, dtype=torch.float64, device=device, requires_grad=True)
+    start = normal((2, 3, 4, 4), 3).to(device), normal((2, 3, 4), 4).abs().to(device)
+    out, _ = F.linear_attention_step(q, k, v, start, decay=g)
+    wanted_out = F.linear_attention_reference(
+        *(t.unsqueeze(2) for t in (q, k, v)), causal=True, initial_state=start, decay=g
+    )
+    (found,), (expected,) = (torch.autograd.grad(t.sum(), g) for t in (out, wanted_out))
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)
+    q, k, v = (normal((2, 3, 70, 4), i, torch.float32).to(device) for i in range(3))
+
+    def total(g: Tensor) -> Tensor:
+        return F.linear_attention(q, k, v, causal=True, decay=g).square().sum()
+
+    compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
+    (found,), (expected,) = (torch.autograd.grad(f(g), g) for f in (compiled, total))
+    assert torch.equal(found, expected)
+
+
+def test_the_decay_of_a_long_sequence_has_an_exact_gradient(device: str) -> None:
+    """Nothing is divided by the decay and no large sums cancel: at 0, at 1, and after 20 000 positions in float32."""
+    q, k, v = (normal((1, 3, 20_000, 4), i, torch.float32).to(device) for i in range(3))
+    gradients = []
+    for dtype in (torch.float32, torch.float64):
+        g = torch.tensor([0.0, 0.99, 1.0], dtype=torch.float64, device=device, requires_grad=True)
+        out = F.linear_attention(*(t.to(dtype) for t in (q, k, v)), causal=True, decay=g)
+        weight = normal(tuple(out.shape), 5).to(device, dtype)
+        gradients.append(torch.autograd.grad(out, g, weight)[0])
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
