@@ -13,6 +13,7 @@ python -m bench.quality --task listops --only softmax --only linear --steps 50 -
 from __future__ import annotations
 
 import argparse
+import json
 import pathlib
 import random
 import time
@@ -247,7 +248,7 @@ def list_operations_model(attention: str, steps: int, seed: int) -> dict[str, fl
 TASKS = {
     "duplication": (duplication_model, ("softmax", *(f"reformer-{n}" for n in HASHES)), 1500),
     "characters": (character_model, CAUSAL, 2000),
-    "listops": (list_operations_model, tuple(OPTIONS), 3000),
+    "listops": (list_operations_model, tuple(OPTIONS), 1000),
 }
 Results = dict[str, dict[str, dict[str, float]]]
 
@@ -314,20 +315,25 @@ def main() -> None:
     parser.add_argument("--only", choices=(*OPTIONS, *TASKS["duplication"][1]), action="append", help="these layers")
     parser.add_argument("--steps", type=int, help="of training, the same for all tasks")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kept", type=pathlib.Path, help="JSON of finished models: read first, written after each")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS / "efficient-quality.md")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    results: Results = {}
+    kept = options.kept
+    results: Results = json.loads(kept.read_text()) if kept is not None and kept.exists() else {}
     steps: dict[str, int] = {}
-    for task in options.task or TASKS:
-        run, names, default = TASKS[task]
+    for task, (_, _, default) in TASKS.items():
         steps[task] = options.steps or default
+    for task in options.task or TASKS:
+        run, names, _ = TASKS[task]
         for name in names:
-            if options.only and name not in options.only:
+            if (options.only and name not in options.only) or name in results.get(task, {}):
                 continue
             found = run(name, steps[task], options.seed)
             print(task, name, {key: round(value, 4) for key, value in found.items()}, flush=True)
             results.setdefault(task, {})[name] = found
+            if kept is not None:
+                kept.write_text(json.dumps(results, indent=1))
             options.out.write_text(table(results, steps, options.seed))
 
 

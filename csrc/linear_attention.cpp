@@ -80,6 +80,8 @@ Problem make_problem(const Tensor& q, const Tensor& k, const Tensor& v, int64_t 
           "linear_attention: value must be (B, H, S, E), key (B, H, S, D)");
   check_sizes(p, feature_map);
   require(!causal || p.L == p.S, "linear_attention: causal needs as many queries as keys");
+  require(feature_map != int64_t(FeatureMap::softmax) || (!causal && normalize),
+          "linear_attention: the map softmax is normalised and not causal");
   require(product_fits({p.B, p.H, p.L, p.D + p.E}) && product_fits({p.B, p.H, p.S, p.D + p.E}),
           "linear_attention: the tensors are too large");
   p.feature_map = static_cast<FeatureMap>(feature_map);
@@ -236,6 +238,8 @@ Five forward(const Tensor& query, const Tensor& key, const Tensor& value,
   const int64_t rows = p.L;
   require(state.has_value() == normalizer.has_value(),
           "linear_attention: a state and its normaliser come together");
+  require(!p.softmax() || (!state && !with_state && eps == 0),
+          "linear_attention: the map softmax has no state and no eps");
   const Tensor q = with_unit_rows(query), k = with_unit_rows(key), v = with_unit_rows(value);
   p.q = strides_of(q), p.k = strides_of(k), p.v = strides_of(v);
   Tensors t;
@@ -274,13 +278,15 @@ Five forward(const Tensor& query, const Tensor& key, const Tensor& value,
 }
 
 Six backward(const Tensor& grad_output, const std::optional<Tensor>& grad_state,
-              const std::optional<Tensor>& grad_normalizer, const Tensor& query, const Tensor& key,
-              const Tensor& value, const std::optional<Tensor>& lengths, const Tensor& output,
-              const Tensor& inverse, const Tensor& saved, int64_t feature_map, bool causal, bool normalize,
-              double scale, bool need_state, const std::optional<Tensor>& decay,
-              const std::optional<Tensor>& starts, bool need_decay, RunPass run) {
+             const std::optional<Tensor>& grad_normalizer, const Tensor& query, const Tensor& key,
+             const Tensor& value, const std::optional<Tensor>& lengths, const Tensor& output,
+             const Tensor& inverse, const Tensor& saved, int64_t feature_map, bool causal, bool normalize,
+             double scale, bool need_state, const std::optional<Tensor>& decay,
+             const std::optional<Tensor>& starts, bool need_decay, RunPass run) {
   Problem p = make_problem(query, key, value, feature_map, causal, normalize, scale);
   p.with_saved = true;
+  require(!p.softmax() || (!grad_state && !grad_normalizer && !need_state),
+          "linear_attention: the map softmax has no state");
   require(!need_decay || decay, "linear_attention: there is no decay to want a gradient of");
   const ScalarType type = state_type(p.dtype);
   require(is_shape(grad_output, {p.B, p.H, p.L, p.E}) && is_shape(output, {p.B, p.H, p.L, p.E}),
@@ -362,6 +368,8 @@ std::tuple<Tensor, Tensor, Tensor> step(const Tensor& query, const Tensor& key, 
   require(state.has_value() == normalizer.has_value(),
           "linear_attention_step: a state and its normaliser come together");
   check_sizes(p, feature_map);
+  require(feature_map != int64_t(FeatureMap::softmax),
+          "linear_attention_step: the map softmax is not causal");
   p.dtype = dtype_of(query);
   p.L = p.S = 1;
   p.feature_map = static_cast<FeatureMap>(feature_map);

@@ -157,6 +157,33 @@ class Layer:
 SEQUENCE, THREE, TWO = ((T, B, D),), ((T, B, D),) * 3, ((T, B, D),) * 2
 PROJECTION = normal((6, D), 5, torch.float32)
 EDGES = torch.tensor([[0, 1, 2, 3, 1], [1, 2, 3, 0, 3]])
+
+
+def _mixer(name: str, **options: Any) -> Layer:
+    return Layer(name, (D, 2), options, ((T, B, D),), lambda layer, x: layer(x, x, x)[0])
+
+
+_MIXERS = [
+    _mixer("LocalAttention", window=2),
+    _mixer("BigBirdAttention", window=1, global_tokens=1, random_blocks=1, block=2),
+    _mixer("MixedHeadAttention", patterns=[Local(1), Causal()]),
+    _mixer("TopKAttention", k=3),
+    _mixer("ClusteredAttention", clusters=2),
+    _mixer("ReformerAttention", bucket_size=2, n_hashes=2),
+    _mixer("RoutingAttention", clusters=2),
+    _mixer("SinkhornAttention", block_size=2),
+    _mixer("MemoryCompressedAttention"),
+    _mixer("LinformerAttention", seq_len=T, k=3),
+    _mixer("EfficientAttention"),
+    _mixer("RandomFeatureAttention", num_features=8),
+    _mixer("PerformerAttention", num_features=8),
+    _mixer("SynthesizerAttention", seq_len=T),
+    _mixer("FNetMixing"),
+    _mixer("GatedMLPMixing", seq_len=T),
+    _mixer("MLPMixing", seq_len=T),
+]
+
+
 LAYERS = [
     Layer("Conv1d", (4, 6, 3), {"padding": 1}, (LINE,)),
     Layer("Conv2d", (4, 6, 3), {"stride": 2}, (IMAGE,)),
@@ -205,6 +232,7 @@ LAYERS = [
     ),
     Layer("CRF", (4,), {}, ((T, B, 4),), lambda layer, x: layer(x, TAGS.T.to(x.device), KEPT.T.to(x.device))),
     Layer("HMM", (4,), {}, ((B, T, 4),), lambda layer, x: layer(x, KEPT.to(x.device))),
+    *_MIXERS,
     Layer("MonotonicAttention", (2,), {"noise": 0.0}, ((B, 5, T), (B, T, 3)), lambda layer, *x: layer(*x)),
 ]  # fmt: skip
 
@@ -215,4 +243,4 @@ HELD = {
 }  # fmt: skip
 
 # Beginnings of modules whose layers are made of those above and have tests of their own, but no entry here yet.
-ELSEWHERE = ("pyseqnet.nn.efficient", "pyseqnet.nn.pointer")
+ELSEWHERE = ("pyseqnet.nn.pointer",)

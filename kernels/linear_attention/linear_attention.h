@@ -12,6 +12,11 @@
 //   S[i] = g S[i-1] + f[i] v[i]^T,  S[-1] = S0                    (g = 1: the sums above)
 // so that key j weighs g^(i-j) with query i. Positions beyond the length are none: there nothing fades.
 //
+// The map `softmax` (Shen et al.: Efficient attention, 2021; not causal, no states in or out) is two maps:
+//   a[i] = exp(scale q[i] - its largest)    f[j] = exp(k[j] - log_sum), log_sum[d] = log sum of exp k[j][d]
+// so that z = 1 and the normaliser (eps = 0) makes the first a softmax over features; the second is one over
+// keys. Where z would be saved, log_sum is. Without keys out is 0. In the backward r[d] = -R[d] . S[d].
+//
 // Packed sequences: B sequences stand one behind the other along the rows of tensors without a batch; rows
 // starts[b] .. starts[b + 1] are sequence b's, L = S is the length of the longest.
 //
@@ -52,10 +57,10 @@
 
 namespace pyseqnet {
 
-enum class FeatureMap : int32_t { identity, elu, relu, exp };
-constexpr int feature_maps = 4;
+enum class FeatureMap : int32_t { identity, elu, relu, exp, softmax };
+constexpr int feature_maps = 5;
 constexpr const char* name_of(FeatureMap f) {
-  constexpr const char* names[feature_maps] = {"identity", "elu", "relu", "exp"};
+  constexpr const char* names[feature_maps] = {"identity", "elu", "relu", "exp", "softmax"};
   return names[int(f)];
 }
 
@@ -79,6 +84,7 @@ struct LinearAttentionProblem {
   HeadStrides q, k, v, out, gout, dq, dk, dv;
   bool lines_aligned = false;  // every row begins at a multiple of 16 bytes
 
+  PYSEQNET_HOST_DEVICE bool softmax() const { return feature_map == FeatureMap::softmax; }
   int64_t heads() const { return B * H; }
   int64_t chunks() const { return (L + chunk_rows - 1) / chunk_rows; }
   PYSEQNET_HOST_DEVICE int64_t state_size() const { return D * E + D; }

@@ -14,6 +14,9 @@
 // Bound: the products run from the first two cache levels at the machine's multiply-add peak; loading,
 // feature maps, transposes and stores take a fifth on top at D = 64.
 //
+// Efficient attention (the map softmax) reads the keys twice more, for the largest and the sum of exponentials
+// of each feature; a segment has its own, and the states are weighed when they are put together.
+//
 // Decay scales rows and states by powers of g between the products; its table is made for each head.
 //
 // A single position (decoding) is not a chunk: the state is read, updated, used and written in one pass,
@@ -103,6 +106,28 @@ void combine_partials(const Head& head, const Segments& segments, bool reverse, 
   if (!p.causal) memcpy(partial, start, size_t(size) * sizeof(float));
 }
 
+// States of segments, each of keys weighed by exp(k - its log-sum), as one: in partial[0].
+void combine_softmax(const Head& head, const Segments& segments, float* partial) {
+  const Problem& p = head.p;
+  const int64_t size = tile_state_size(p), width = padded(p.E);
+  float* to = partial;
+  for (int64_t d = 0; d < p.D; d++) {
+    const auto log_sum = [&](int64_t g) { return normalizer_of(p, partial + g * size) + d; };
+    float most = -HUGE_VALF, sum = 0;
+    for (int64_t g = 0; g < segments.count; g++) most = *log_sum(g) > most ? *log_sum(g) : most;
+    if (most == -HUGE_VALF) continue;  // no keys: zeros
+    for (int64_t g = 0; g < segments.count; g++) sum += std::exp(*log_sum(g) - most);
+    const float all = most + std::log(sum);
+    for (int64_t g = 0; g < segments.count; g++) {
+      const float weight = std::exp(*log_sum(g) - all);
+      const float* from = partial + g * size + d * width;
+      for (int64_t x = 0; x < width; x += VL)
+        store(to + d * width + x, (g ? load(to + d * width + x) : vf{}) + load(from + x) * weight);
+    }
+    *log_sum(0) = all;
+  }
+}
+
 void forward_item(const Problem& p, const Head& head, const Cut& cut, int step, int64_t g, float* partial) {
   const Tensors& t = head.t;
   float* s = head.m.state;
@@ -118,7 +143,8 @@ void forward_item(const Problem& p, const Head& head, const Cut& cut, int step, 
   };
   if (step == combine) {
     read_state(p, head.matrix(t.state0), head.vector(t.normalizer0), s);
-    combine_partials(head, cut.keys, false, partial, s);
+    p.softmax() ? combine_softmax(head, cut.keys, partial)
+                : combine_partials(head, cut.keys, false, partial, s);
     if (!p.causal) finish_state(partial);
     return;
   }
@@ -150,12 +176,14 @@ void backward_item(const Problem& p, const Head& head, const Cut& cut, int step,
     read_state(p, head.matrix(t.gstate), head.vector(t.gnormalizer), r);
     combine_partials(head, cut.queries, true, partial, r);
     if (!p.causal) head.write(partial, t.dstate0, t.dnormalizer0);
+    if (p.softmax()) head.write_softmax_correction(partial);
     return;
   }
   const int64_t begin = g * cut.keys.rows, end = smaller(head.rows.S, begin + cut.keys.rows);
   if (cut.whole()) {
     read_state(p, head.matrix(t.gstate), head.vector(t.gnormalizer), r);
     if (!p.causal) head.query_gradients(0, head.rows.L, r), head.write(r, t.dstate0, t.dnormalizer0);
+    if (p.softmax()) head.write_softmax_correction(r);
   } else if (p.causal) {
     memcpy(r, partial + g * size, size_t(size) * sizeof(float));
   } else {

@@ -16,14 +16,14 @@ template <class Acc>
 PYSEQNET_DEVICE Acc feature_of(FeatureMap map, Acc x) {
   if (map == FeatureMap::elu) return feature<FeatureMap::elu>(x, Exponential{});
   if (map == FeatureMap::relu) return feature<FeatureMap::relu>(x, Exponential{});
-  if (map == FeatureMap::exp) return feature<FeatureMap::exp>(x, Exponential{});
+  if (map == FeatureMap::exp || map == FeatureMap::softmax) return feature<FeatureMap::exp>(x, Exponential{});
   return x;
 }
 template <class Acc>
 PYSEQNET_DEVICE Acc feature_gradient_of(FeatureMap map, Acc f) {
   if (map == FeatureMap::elu) return feature_gradient<FeatureMap::elu>(f);
   if (map == FeatureMap::relu) return feature_gradient<FeatureMap::relu>(f);
-  if (map == FeatureMap::exp) return feature_gradient<FeatureMap::exp>(f);
+  if (map == FeatureMap::exp || map == FeatureMap::softmax) return feature_gradient<FeatureMap::exp>(f);
   return Acc(1);
 }
 

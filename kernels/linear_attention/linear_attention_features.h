@@ -5,6 +5,7 @@
 //   elu        elu(x) + 1 = x + 1 above 0, exp(x) below     (Katharopoulos et al., 2020)
 //   relu       max(x, 0)
 //   exp        exp(x)                                    also the last step of positive random features
+//   softmax    exp(x) of what the kernels have shifted, see linear_attention.h
 // A derivative is a function of the feature alone, so backward keeps no argument: elu's is exp(x) = f below
 // 0, where f < 1, and 1 above.
 #pragma once
@@ -56,6 +57,7 @@ PYSEQNET_HOST_DEVICE auto with_feature_map(FeatureMap map, F&& f) {
     case FeatureMap::relu:
       return f(FeatureTag<FeatureMap::relu>{});
     case FeatureMap::exp:
+    case FeatureMap::softmax:
       return f(FeatureTag<FeatureMap::exp>{});
     default:
       return f(FeatureTag<FeatureMap::identity>{});

@@ -7,6 +7,7 @@
 //           sum_parts, scan_states  the same over queries: sums of a dn^T, from the other end
 //           write_query_gradients, write_key_gradients, write_value_gradients
 //           write_decay_gradients where the decay wants one (linear_attention_decay.cuh)
+// The map softmax has kernels before sum_parts and behind the scan (linear_attention_softmax.cuh).
 // A part is a chunk of 64 rows where attention is causal; the scan leaves the state before (backward: behind)
 // each. Otherwise parts are up to 16 pieces of the sequence and the scan leaves their total. The triangular
 // matrix of a chunk is formed again by every block that needs it: cheaper than storing it.
@@ -23,6 +24,7 @@
 // without.
 #include "linear_attention/linear_attention_decay.cuh"
 #include "linear_attention/linear_attention_generic.cuh"
+#include "linear_attention/linear_attention_softmax.cuh"
 
 namespace pyseqnet {
 namespace {
@@ -134,7 +136,7 @@ __global__ void __launch_bounds__(threads)
     sum += added;
     if (p.causal) *part = before;
   }
-  if (!p.causal) c.total[n] = sum;
+  if (!p.causal && (in_matrix || !p.softmax())) c.total[n] = sum;
   if (to) to[dense] = sum;
 }
 
@@ -160,7 +162,7 @@ __global__ void __launch_bounds__(threads) write_outputs(const Call<T> c) {
     const int row = int(threadIdx.x) / 4, lane = int(threadIdx.x) % 4;
     Acc sum = 0;
     if (c.p.normalize) {
-      for (int64_t d = lane; d < c.p.D; d += 4) sum += query(row, d) * state[c.p.D * c.p.E + d];
+      for (int64_t d = lane; d < c.p.D; d += 4) sum += query(row, d) * head.normalizer(state, d);
       if (c.p.causal) sum *= powers[0].of_query(row);
       for (int j = lane; c.p.causal && j < tile; j += 4) sum += scores[0].at[row][j];
     }
@@ -206,7 +208,7 @@ __global__ void __launch_bounds__(threads) write_query_gradients(const Call<T> c
   const int64_t row0 = block.second * tile, d0 = block.third * tile;
   if (row0 >= head.rows.L) return;
   powers[0].fill(head, row0);
-  const Acc *state = head.saved(block.second), *z = state + c.p.D * c.p.E;
+  const Acc* state = head.saved(block.second);
   const auto gradient = [&](int x, int64_t k) { return head.output_gradient(row0 + x, k); };
   Acc sum[each][each] = {};
   add_product<true, true>(
@@ -230,7 +232,7 @@ __global__ void __launch_bounds__(threads) write_query_gradients(const Call<T> c
       const Acc faded = c.p.causal ? powers[0].of_query(my_row() + i) : Acc(1);
       Acc g = 0;
       if (head.factor[row] != Acc(0))
-        g = (sum[i][j] + z[d] * head.dd[row] * faded) *
+        g = (sum[i][j] + head.normalizer(state, d) * head.dd[row] * faded) *
             feature_gradient_of(c.p.feature_map, head.query(row, d)) * Acc(c.p.scale);
       store(head.result(c.t.dq, c.p.dq, row) + d, g);
     }
@@ -327,7 +329,7 @@ Parts parts_of(const LinearAttentionProblem& p, int64_t rows) {
 // The workspace, in numbers of the accumulation type; forward keeps states in `saved` where it is asked for
 // them.
 struct Workspace {
-  int64_t sums = 0, total = 0, factor = 0, dd = 0, numbers = 0;
+  int64_t sums = 0, total = 0, factor = 0, dd = 0, largest = 0, part_logs = 0, numbers = 0;
   Workspace(const LinearAttentionProblem& p, bool backward) {
     const auto take = [&](int64_t count) {
       const int64_t at = numbers;
@@ -337,6 +339,8 @@ struct Workspace {
     const int64_t rows = backward ? p.L : p.S;
     sums = take((p.causal ? tiles_of(p, rows) : p.heads() * parts_of(p, rows).count) * p.state_size());
     if (!p.causal) total = take(p.heads() * p.state_size());
+    if (p.softmax()) largest = take(rows_of(p));
+    if (p.softmax() && !backward) part_logs = take(p.heads() * parts_of(p, rows).count * 2 * p.D);
     if (!backward) return;
     factor = take(rows_of(p));
     dd = take(rows_of(p));
@@ -364,6 +368,17 @@ int launch_blocks(int64_t blocks, void* stream, void (*kernel)(Parameters...),
                 arguments...);
 }
 
+// The map softmax: what maps of queries (and in forward of keys) start from.
+template <class T>
+int prepare_softmax(const Call<T>& c, bool backward, void* stream) {
+  int error = launch_blocks<T>(ceil_divide(rows_of(c.p), threads / 32), stream, find_largest<T>, c);
+  if (error != launch_ok || backward) return error;
+  const int64_t parts = c.heads * c.parts * ceil_divide(c.p.D, tile);
+  error = launch_blocks<T>(parts, stream, sum_exponentials<T>, c);
+  if (error != launch_ok) return error;
+  return launch_blocks<T>(ceil_divide(c.heads * c.p.D, threads), stream, join_log_sums<T>, c);
+}
+
 template <class T>
 int sum_and_scan(const Call<T>& c, bool backward, const void* start, const void* start_z, void* last,
                  void* last_z, void* stream) {
@@ -389,6 +404,7 @@ Call<T> call_of(const LinearAttentionProblem& p, const LinearAttentionTensors& t
   c.parts = parts.count, c.part_rows = parts.rows;
   c.sums = memory + w.sums, c.total = memory + w.total;
   if (backward) c.factor = memory + w.factor, c.dd = memory + w.dd;
+  if (p.softmax()) c.largest = memory + w.largest, c.part_logs = memory + w.part_logs;
   return c;
 }
 
@@ -399,7 +415,10 @@ int launch_forward(const LinearAttentionProblem& p, const LinearAttentionTensors
     using Acc = accumulator_t<T>;
     Call<T> c = call_of<T>(p, t, workspace, false);
     if (t.saved) (p.causal ? c.sums : c.total) = static_cast<Acc*>(t.saved);
-    const int error = sum_and_scan<T>(c, false, t.state0, t.normalizer0, t.state, t.normalizer, stream);
+    c.log_sums = p.softmax() ? c.total + p.D * p.E : nullptr;
+    int error = p.softmax() ? prepare_softmax(c, false, stream) : launch_ok;
+    if (error != launch_ok) return error;
+    error = sum_and_scan<T>(c, false, t.state0, t.normalizer0, t.state, t.normalizer, stream);
     if (error != launch_ok) return error;
     return launch_blocks<T>(tiles_of(p, p.L) * ceil_divide(p.E, tile), stream, write_outputs<T>, c);
   });
@@ -409,11 +428,15 @@ int launch_backward(const LinearAttentionProblem& p, const LinearAttentionTensor
                     void* stream) {
   return dispatch_dtype(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const Call<T> c = call_of<T>(p, t, workspace, true);
+    Call<T> c = call_of<T>(p, t, workspace, true);
+    if (p.softmax()) c.log_sums = static_cast<const accumulator_t<T>*>(t.saved) + p.D * p.E;
     const int64_t query_tiles = tiles_of(p, p.L), key_tiles = tiles_of(p, p.S);
     int error = launch_blocks<T>(ceil_divide(rows_of(p), threads / 32), stream, weigh_rows<T>, c);
+    if (error == launch_ok && p.softmax()) error = prepare_softmax(c, true, stream);
     if (error == launch_ok)
       error = sum_and_scan<T>(c, true, t.gstate, t.gnormalizer, t.dstate0, t.dnormalizer0, stream);
+    if (error == launch_ok && p.softmax())
+      error = launch_blocks<T>(ceil_divide(c.heads * p.D, threads / 32), stream, correct_softmax<T>, c);
     if (error == launch_ok)
       error = launch_blocks<T>(query_tiles * ceil_divide(p.D, tile), stream, write_query_gradients<T>, c);
     if (error == launch_ok)

@@ -33,6 +33,9 @@ struct Call {
   Acc* sums = nullptr;                   // [heads][parts][D*E + D]; causal: after the scan, states
   Acc* total = nullptr;                  // [heads][D*E + D], not causal
   Acc *factor = nullptr, *dd = nullptr;  // backward: [heads][L]
+  Acc* largest = nullptr;                // the map softmax: of each query [heads][L]
+  Acc* part_logs = nullptr;              // and forward [heads][parts][2][D]
+  const Acc* log_sums = nullptr;         // and of head 0's keys, a state apart
 };
 
 // One head of a call: operands as functions of row and column, zero outside.
@@ -44,7 +47,7 @@ struct Head {
   int64_t index;
   LinearAttentionRows rows;
   const T *q, *k, *v, *gout, *out_read;
-  const Acc *factor, *dd;
+  const Acc *factor, *dd, *largest, *log_sums;
 
   PYSEQNET_DEVICE Head(const Call<T>& call, int64_t head) : c(call), p(call.p), index(head) {
     const int64_t b = head / p.H, h = head % p.H;
@@ -56,6 +59,8 @@ struct Head {
     out_read = at(call.t.out, p.out, b, h, rows.begin);
     factor = call.factor ? call.factor + rows.inverse : nullptr;
     dd = call.dd ? call.dd + rows.inverse : nullptr;
+    largest = call.largest ? call.largest + rows.inverse : nullptr;
+    log_sums = call.log_sums ? call.log_sums + head * call.state_size : nullptr;
   }
   PYSEQNET_DEVICE static const T* at(const void* base, const HeadStrides& s, int64_t b, int64_t h,
                                      int64_t begin) {
@@ -67,10 +72,13 @@ struct Head {
 
   PYSEQNET_DEVICE Acc query(int64_t i, int64_t d) const {
     if (i >= rows.L || d >= p.D || (factor && factor[i] == Acc(0))) return Acc(0);
-    return feature_of(p.feature_map, load(q + i * p.q.row + d) * Acc(p.scale));
+    const Acc x = load(q + i * p.q.row + d) * Acc(p.scale);
+    return feature_of(p.feature_map, largest ? x - largest[i] : x);
   }
   PYSEQNET_DEVICE Acc key(int64_t j, int64_t d) const {
-    return j < rows.keys && d < p.D ? feature_of(p.feature_map, load(k + j * p.k.row + d)) : Acc(0);
+    if (j >= rows.keys || d >= p.D) return Acc(0);
+    const Acc x = load(k + j * p.k.row + d);
+    return feature_of(p.feature_map, log_sums ? x - log_sums[d] : x);
   }
   PYSEQNET_DEVICE Acc value(int64_t j, int64_t e) const {
     return j < rows.keys && e < p.E ? load(v + j * p.v.row + e) : Acc(0);
@@ -83,6 +91,10 @@ struct Head {
   // The state that rows of a chunk read (or the one that all read), as [D*E] then [D].
   PYSEQNET_DEVICE const Acc* saved(int64_t chunk) const {
     return static_cast<const Acc*>(c.t.saved) + (rows.saved + (p.causal ? chunk : 0)) * c.state_size;
+  }
+  // z of a state, or the ones that softmax makes of it.
+  PYSEQNET_DEVICE Acc normalizer(const Acc* state, int64_t d) const {
+    return log_sums ? Acc(1) : state[p.D * p.E + d];
   }
   PYSEQNET_DEVICE const Acc* scanned(int64_t chunk) const {
     return p.causal ? part(chunk) : c.total + index * c.state_size;

@@ -10,41 +10,6 @@ namespace {
 using Problem = LinearAttentionProblem;
 using Tensors = LinearAttentionTensors;
 
-// ---------------------------------------------------------------- scratch
-
-// Decoding: one query, one key at most, and nothing kept for backward.
-bool is_single_position(const Problem& p) { return p.L == 1 && p.S == 1 && !p.with_saved && !p.packed; }
-
-struct Scratch {
-  float *a, *f, *v, *wide, *weights, *powers;
-  float *dn = nullptr, *A = nullptr, *dA = nullptr, *turned = nullptr, *state = nullptr;
-  // Backward needs all of it. A single position needs five rows: the rest would cost it a page fault each 4
-  // KB.
-  Scratch(const Problem& p, Carver& carver, bool backward) {
-    const int64_t D = padded(p.D), E = padded(p.E);
-    const bool single = is_single_position(p) && !backward;
-    const int64_t rows = single ? 1 : chunk;
-    a = carver.take<float>(rows * D);
-    f = carver.take<float>(rows * D);
-    v = carver.take<float>(rows * E);
-    wide = carver.take<float>(rows * larger(D, E));
-    weights = carver.take<float>(rows);
-    powers = carver.take<float>(p.decayed ? 2 * powers_size : 0);
-    if (single) return;
-    state = carver.take<float>(tile_state_size(p));
-    A = carver.take<float>(chunk * chunk);
-    turned = carver.take<float>(larger(p.D, p.E) * larger(chunk, D));
-    if (!backward) return;
-    dn = carver.take<float>(chunk * E);
-    dA = carver.take<float>(chunk * chunk);
-  }
-};
-int64_t scratch_bytes(const Problem& p, bool backward) {
-  Carver carver(nullptr);
-  Scratch(p, carver, backward);
-  return carver.used();
-}
-
 // One head of one call, with the scratch of the thread that works on it.
 struct Head {
   const Problem& p;
@@ -87,10 +52,13 @@ struct Head {
 
   void load_queries(int64_t row, int64_t n) const {
     load_tile(p.dtype, t.q, offset(p.q, row), p.q.row, n, p.D, m.a, ahead);
+    if (p.softmax()) return exponentials_of_rows(float(p.scale), n, p.D, m.a);
     apply_features(p.feature_map, float(p.scale), n, p.D, m.a);
   }
-  void load_keys(int64_t row, int64_t n) const {
+  // log_sums: of the map softmax, padded.
+  void load_keys(int64_t row, int64_t n, const float* log_sums = nullptr) const {
     load_tile(p.dtype, t.k, offset(p.k, row), p.k.row, n, p.D, m.f, ahead);
+    if (log_sums) shift_rows(n, D, log_sums, m.f);
     apply_features(p.feature_map, 1.0f, n, p.D, m.f);
     load_tile(p.dtype, t.v, offset(p.v, row), p.v.row, n, p.E, m.v, ahead);
   }
@@ -125,7 +93,7 @@ struct Head {
   void add_keys(int64_t n, float* s) const {
     if (p.decayed) fade_state(n, s), fade_keys(n, D, m.f);
     columns_product(p.D, E, n, m.f, D, m.v, E, s, E, true, false);
-    add_rows(n, D, nullptr, m.f, normalizer_of(p, s));
+    if (!p.softmax()) add_rows(n, D, nullptr, m.f, normalizer_of(p, s));
   }
   // s += a dn^T, z += a dd: queries and their output gradients.
   void add_queries(int64_t n, float* s) const {
@@ -135,10 +103,31 @@ struct Head {
 
   // ---------------------------------------------------------------- forward
 
+  // to[d] = log of the sum of exp k[j][d] over keys of a segment; -inf where there are none.
+  void log_sums_of_keys(int64_t begin, int64_t end, float* to) const {
+    float *most = m.a, *sums = m.wide;  // free here
+    for (int64_t x = 0; x < D; x += VL) store(most + x, set1(-HUGE_VALF)), store(sums + x, vf{});
+    const auto each_key = [&](auto&& f) PYSEQNET_LAMBDA {
+      for (int64_t row = begin; row < smaller(end, rows.keys); row += chunk) {
+        const int64_t n = valid_keys(row, smaller(chunk, end - row));
+        load_tile(p.dtype, t.k, offset(p.k, row), p.k.row, n, p.D, m.f, ahead);
+        for (int64_t x = 0; x < D; x += VL)
+          for (int64_t j = 0; j < n; j++) f(x, load(m.f + j * D + x));
+      }
+    };
+    each_key([&](int64_t x, vf k) PYSEQNET_LAMBDA { store(most + x, vmax(load(most + x), k)); });
+    each_key([&](int64_t x, vf k) PYSEQNET_LAMBDA {
+      const vf y = k - load(most + x);
+      store(sums + x, load(sums + x) + (y != y ? y : expv(y)));
+    });
+    for (int64_t d = 0; d < D; d++) to[d] = d < p.D ? most[d] + std::log(sums[d]) : 0.0f;
+  }
   void sum_keys(int64_t row, int64_t end, float* s) const {
+    float* log_sums = p.softmax() ? normalizer_of(p, s) : nullptr;
+    if (log_sums) log_sums_of_keys(row, end, log_sums);
     for (; row < smaller(end, rows.keys); row += chunk) {
       const int64_t n = valid_keys(row, smaller(chunk, end - row));
-      load_keys(row, n);
+      load_keys(row, n, log_sums);
       add_keys(n, s);
     }
   }
@@ -186,7 +175,8 @@ struct Head {
       const int64_t n = smaller(chunk, end - row);
       load_queries(row, n);
       if (p.normalize)
-        for (int64_t i = 0; i < n; i++) m.weights[i] = dot(D, m.a + i * D, z);
+        for (int64_t i = 0; i < n; i++)
+          m.weights[i] = p.softmax() ? sum_of(D, m.a + i * D) : dot(D, m.a + i * D, z);
       rows_product(n, E, p.D, m.a, D, s, E, m.wide, E, false, false);
       store_outputs(row, n);
     }
@@ -438,6 +428,7 @@ struct Head {
     const float *s = saved(0), *z = s + p.D * p.E;
     transpose_tile(p.D, p.E, s, p.E, m.turned, D);
     load_tile(DType::f32, z, 0, p.D, 1, p.D, m.f);
+    for (int64_t x = 0; p.softmax() && x < D; x += VL) store(m.f + x, set1(1.0f));
     for (; row < end; row += chunk) {
       const int64_t n = smaller(chunk, end - row);
       load_output_gradients(row, n);
@@ -446,11 +437,23 @@ struct Head {
       store_query_gradients(row, n, m.f);
     }
   }
+  // The map softmax: what its sum over keys says, in place of r; R [D][E] and S, dense.
+  void write_softmax_correction(float* r) const {
+    const float* s = saved(0);
+    for (int64_t d = 0; d < p.D; d++) {
+      vf sum = {};
+      for (int64_t x = 0; x < p.E; x += VL)
+        sum += load_n(s + d * p.E + x, int(smaller(VL, p.E - x))) * load(r + d * E + x);
+      normalizer_of(p, r)[d] = -hsum(sum);
+    }
+  }
   void key_gradients(int64_t row, int64_t end, float* r) const {
+    float* log_sums = p.softmax() ? m.a : nullptr;
+    if (log_sums) load_tile(DType::f32, saved(0) + p.D * p.E, 0, p.D, 1, p.D, log_sums);
     transpose_tile(p.D, p.E, r, E, m.turned, D);
     for (; row < end; row += chunk) {
       const int64_t n = smaller(chunk, end - row), nk = valid_keys(row, n);
-      load_keys(row, nk);
+      load_keys(row, nk, log_sums);
       rows_product(nk, D, p.E, m.v, E, m.turned, D, m.wide, D, false, false);
       store_key_gradients(row, nk, normalizer_of(p, r));
       rows_product(nk, E, p.D, m.f, D, r, E, m.wide, E, false, false);

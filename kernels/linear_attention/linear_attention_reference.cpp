@@ -33,6 +33,7 @@ struct Head {
   int64_t b, h;
   LinearAttentionRows rows = t.rows(p, b, h);
   double decay = p.decayed ? t.decay[h] : 1.0;
+  double* log_sums = nullptr;  // the map softmax: of each key feature
 
   int64_t index() const { return b * p.H + h; }
   template <class P>
@@ -77,11 +78,25 @@ struct Head {
   }
 
   void query_features(int64_t i, double* a) const {
-    for (int64_t d = 0; d < p.D; d++) a[d] = feature_of(p.feature_map, p.scale * to_double(q(i)[d]));
+    double most = 0;
+    for (int64_t d = 0; p.softmax() && d < p.D; d++)
+      most = d == 0 || p.scale * to_double(q(i)[d]) > most ? p.scale * to_double(q(i)[d]) : most;
+    for (int64_t d = 0; d < p.D; d++) a[d] = feature_of(p.feature_map, p.scale * to_double(q(i)[d]) - most);
   }
   void key_features(int64_t j, double* f) const {
-    for (int64_t d = 0; d < p.D; d++) f[d] = feature_of(p.feature_map, to_double(k(j)[d]));
+    for (int64_t d = 0; d < p.D; d++)
+      f[d] = feature_of(p.feature_map, to_double(k(j)[d]) - (log_sums ? log_sums[d] : 0.0));
   }
+  void sum_logs() {
+    for (int64_t d = 0; d < p.D; d++) {
+      double most = -HUGE_VAL, sum = 0;
+      for (int64_t j = 0; j < rows.keys; j++) most = std::fmax(most, to_double(k(j)[d]));
+      for (int64_t j = 0; j < rows.keys; j++) sum += std::exp(to_double(k(j)[d]) - most);
+      log_sums[d] = most + std::log(sum);
+    }
+  }
+  // What query i's features are summed with: z, or the ones that softmax makes of it.
+  double normalizer(const double* s, int64_t d) const { return p.softmax() ? 1.0 : s[p.D * p.E + d]; }
   void fade(double* s) const {
     if (!p.decayed) return;
     for (int64_t x = 0; x < p.state_size(); x++) s[x] *= decay;
@@ -97,11 +112,13 @@ struct Head {
     }
   }
 
-  void forward(double* scratch) const {
+  void forward(double* scratch) {
     double *s = scratch, *feature = s + p.state_size(), *numerator = feature + p.D;
     read_state(t.state0, t.normalizer0, s);
+    if (p.softmax()) log_sums = numerator + p.E + 1, sum_logs();
     if (!p.causal) {
       for (int64_t j = 0; j < rows.keys; j++) key_features(j, feature), add_key(j, feature, s);
+      for (int64_t d = 0; p.softmax() && d < p.D; d++) s[p.D * p.E + d] = log_sums[d];
       if (t.saved) save(0, s);
     }
     for (int64_t i = 0; i < rows.L; i++) {
@@ -114,7 +131,7 @@ struct Head {
       double sum = p.eps;
       for (int64_t d = 0; d < p.D; d++) {
         for (int64_t e = 0; e < p.E; e++) numerator[e] += feature[d] * s[d * p.E + e];
-        sum += feature[d] * s[p.D * p.E + d];
+        sum += feature[d] * normalizer(s, d);
       }
       const double inverse = !p.normalize ? 1.0 : sum == 0 ? 0.0 : 1.0 / sum;
       for (int64_t e = 0; e < p.E; e++) round_to(out(i)[e], inverse == 0 ? 0.0 : numerator[e] * inverse);
@@ -145,7 +162,7 @@ struct Head {
     for (int64_t d = 0; d < p.D; d++) {
       double g = 0;
       if (any) {
-        g = s[p.D * p.E + d] * dn[p.E];
+        g = normalizer(s, d) * dn[p.E];
         for (int64_t e = 0; e < p.E; e++) g += s[d * p.E + e] * dn[e];
         g *= feature_gradient_of(p.feature_map, a[d]) * p.scale;
       }
@@ -186,13 +203,17 @@ struct Head {
     return sum;
   }
 
-  void backward(double* scratch) const {
+  void backward(double* scratch) {
     double *s = scratch, *feature = s + p.state_size(), *row = feature + p.D;
     double* derivative = t.ddecay ? row + p.E + 1 : nullptr;
     for (int64_t x = 0; derivative && x < p.state_size(); x++) derivative[x] = 0;
     double share = 0;
     // Causal: the state before the first key. Otherwise: with all keys in it.
     if (rows.L > 0) read_saved(s);
+    if (p.softmax()) {
+      log_sums = row + p.E + 1;
+      for (int64_t d = 0; d < p.D; d++) log_sums[d] = s[p.D * p.E + d];
+    }
     for (int64_t i = 0; i < rows.L; i++) {
       if (derivative && i < rows.keys) fade_derivative(s, derivative);
       if (p.causal && i < rows.keys) fade(s), key_features(i, feature), add_key(i, feature, s);
@@ -209,6 +230,14 @@ struct Head {
     }
     if (!p.causal)
       for (int64_t i = 0; i < rows.L; i++) add_query(i, r, feature, row);
+    if (p.softmax() && rows.L > 0) {
+      const A* state = static_cast<const A*>(t.saved) + rows.saved * p.state_size();
+      for (int64_t d = 0; d < p.D; d++) {
+        double dot = 0;
+        for (int64_t e = 0; e < p.E; e++) dot += r[d * p.E + e] * double(state[d * p.E + e]);
+        r[p.D * p.E + d] = -dot;
+      }
+    }
     for (int64_t j = rows.S - 1; j >= 0; j--) {
       if (p.causal) add_query(j, r, feature, row);
       if (j < rows.keys) {
@@ -230,8 +259,8 @@ WorkPlan plan(const LinearAttentionProblem& p) {
   const int64_t work = (p.L + p.S) * p.D * p.E + 1;
   WorkPlan plan;
   plan.add_phase(p.heads(), work < products_worth_a_thread ? products_worth_a_thread / work : 1);
-  const int64_t states = p.decayed ? 2 : 1;
-  plan.thread_bytes = align_up((states * p.state_size() + p.D + p.E + 1) * int64_t(sizeof(double)));
+  const int64_t more = p.decayed ? p.state_size() : p.softmax() ? p.D : 0;
+  plan.thread_bytes = align_up((p.state_size() + p.D + p.E + 1 + more) * int64_t(sizeof(double)));
   return plan;
 }
 
@@ -240,7 +269,7 @@ void run_heads(LinearAttentionPass pass, const LinearAttentionProblem& p, const 
                const WorkSlice& slice) {
   double* scratch = reinterpret_cast<double*>(slice.scratch);
   for (int64_t k = slice.begin; k < slice.end; k++) {
-    const Head<T, A> head{p, t, k / p.H, k % p.H};
+    Head<T, A> head{p, t, k / p.H, k % p.H};
     pass == LinearAttentionPass::forward ? head.forward(scratch) : head.backward(scratch);
   }
 }

@@ -217,6 +217,28 @@ PYSEQNET_SHARED_CODE void apply_features(FeatureMap map, float scale, int64_t ro
     }
   });
 }
+// Efficient attention's queries: each row of the tile becomes exp(scale x - its largest).
+PYSEQNET_SHARED_CODE void exponentials_of_rows(float scale, int64_t rows, int64_t columns, float* tile) {
+  const int64_t width = padded(columns);
+  for (float* row = tile; row < tile + rows * width; row += width) {
+    const auto at = [&](int64_t x) PYSEQNET_LAMBDA {
+      return iota() < int(columns - x) ? load(row + x) * scale : set1(-HUGE_VALF);
+    };
+    vf most = at(0);
+    for (int64_t x = VL; x < width; x += VL) most = vmax(most, at(x));
+    const vf largest = set1(hmax(most));
+    for (int64_t x = 0; x < width; x += VL) {
+      const vf y = at(x) - largest;
+      store(row + x, iota() < int(columns - x) ? (y != y ? y : expv(y)) : vf{});
+    }
+  }
+}
+// Its keys: row -= shift, before the map exp.
+PYSEQNET_SHARED_CODE void shift_rows(int64_t rows, int64_t width, const float* shift, float* tile) {
+  for (int64_t i = 0; i < rows; i++)
+    for (int64_t x = 0; x < width; x += VL)
+      store(tile + i * width + x, load(tile + i * width + x) - load(shift + x));
+}
 // g = (g + weight[i] z) phi'(f) scale, in place; without weights the row z is added as it is.
 PYSEQNET_SHARED_CODE void finish_gradient(FeatureMap map, float scale, int64_t rows, int64_t width,
                                           const float* weight, const float* z, const float* f, float* g) {
@@ -286,10 +308,52 @@ PYSEQNET_SHARED_CODE void add_rows(int64_t rows, int64_t width, const float* wei
     store(z + x, load(z + x) + sum);
   }
 }
+PYSEQNET_INLINE float sum_of(int64_t width, const float* a) {
+  vf sum = {};
+  for (int64_t x = 0; x < width; x += VL) sum += load(a + x);
+  return hsum(sum);
+}
 PYSEQNET_INLINE float dot(int64_t width, const float* a, const float* b) {
   vf sum = {};
   for (int64_t x = 0; x < width; x += VL) sum += load(a + x) * load(b + x);
   return hsum(sum);
+}
+
+// ---------------------------------------------------------------- scratch
+
+// Decoding: one query, one key at most, and nothing kept for backward.
+bool is_single_position(const LinearAttentionProblem& p) {
+  return p.L == 1 && p.S == 1 && !p.with_saved && !p.packed;
+}
+
+struct Scratch {
+  float *a, *f, *v, *wide, *weights, *powers;
+  float *dn = nullptr, *A = nullptr, *dA = nullptr, *turned = nullptr, *state = nullptr;
+  // Backward needs all of it. A single position needs five rows: the rest would cost it a page fault each 4
+  // KB.
+  Scratch(const LinearAttentionProblem& p, Carver& carver, bool backward) {
+    const int64_t D = padded(p.D), E = padded(p.E);
+    const bool single = is_single_position(p) && !backward;
+    const int64_t rows = single ? 1 : chunk;
+    a = carver.take<float>(rows * D);
+    f = carver.take<float>(rows * D);
+    v = carver.take<float>(rows * E);
+    wide = carver.take<float>(rows * larger(D, E));
+    weights = carver.take<float>(rows);
+    powers = carver.take<float>(p.decayed ? 2 * powers_size : 0);
+    if (single) return;
+    state = carver.take<float>(tile_state_size(p));
+    A = carver.take<float>(chunk * chunk);
+    turned = carver.take<float>(larger(p.D, p.E) * larger(chunk, D));
+    if (!backward) return;
+    dn = carver.take<float>(chunk * E);
+    dA = carver.take<float>(chunk * chunk);
+  }
+};
+int64_t scratch_bytes(const LinearAttentionProblem& p, bool backward) {
+  Carver carver(nullptr);
+  Scratch(p, carver, backward);
+  return carver.used();
 }
 
 }  // namespace

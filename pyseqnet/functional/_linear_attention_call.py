@@ -13,7 +13,7 @@ from pyseqnet.functional._common import SUPPORTED_DTYPES, autocast_cast, autocas
 FeatureMap = str | Callable[[Tensor], Tensor]
 State = tuple[Tensor, Tensor]
 
-IDENTITY, ELU, RELU, EXP = 0, 1, 2, 3  # enum FeatureMap of kernels/linear_attention/linear_attention.h
+IDENTITY, ELU, RELU, EXP, SOFTMAX = 0, 1, 2, 3, 4  # enum FeatureMap of kernels/linear_attention/linear_attention.h
 KERNEL_MAPS = {"identity": IDENTITY, "elu": ELU, "relu": RELU, "exp": EXP}
 
 
@@ -102,25 +102,11 @@ def _read_starts(cu_seqlens: Any, query: Tensor, key: Tensor, value: Tensor, key
     return cu_seqlens.to(torch.int32)
 
 
-def _softmax_features(query: Tensor, key: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-    """Efficient attention: a query over its features, each key feature over the positions of its sequence."""
-    if call.key_lengths is not None:
-        # Not -inf: a batch without keys would be 0/0. The kernel masks these rows again.
-        key = key.masked_fill(padding(key, call.key_lengths), torch.finfo(key.dtype).min)
-    query = (query * call.scale).softmax(3)
-    if call.starts is None:
-        return query, key.softmax(2)
-    parts = key.split(call.starts.diff().tolist(), 2)
-    return query, torch.cat([part.softmax(2) for part in parts], 2) if parts else key
-
-
 def _apply_map(call: Call, feature_map: FeatureMap) -> Call:
     """With a map that is no kernel's: features in place of query and key."""
     query, key, factor = call.query, call.key, call.scale
     number = IDENTITY
-    if feature_map == "softmax":
-        query, key = _softmax_features(query, key, call)
-    elif callable(feature_map):
+    if callable(feature_map):
         if call.key_lengths is not None:
             # What padding holds must not reach the map's own parameters as 0 * NaN.
             key = key.masked_fill(padding(key, call.key_lengths), 0)
@@ -171,7 +157,7 @@ def prepare(
     number = KERNEL_MAPS.get(feature_map) if isinstance(feature_map, str) else None
     if feature_map == "softmax":
         _check_softmax(causal, normalize, initial_state, return_state)
-        normalize = False
+        number, normalize, eps = SOFTMAX, True, 0.0  # the sum of a query's features makes them a softmax
     call = Call(
         query, key, value, key_lengths, decay, starts, state, normalizer, IDENTITY if number is None else number,
         bool(causal), normalize is not False, 1.0 if scale is None else float(scale), float(eps),

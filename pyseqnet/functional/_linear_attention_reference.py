@@ -9,7 +9,17 @@ import torch
 from torch import Tensor
 
 from pyseqnet.functional._common import accumulation_dtype
-from pyseqnet.functional._linear_attention_call import ELU, EXP, RELU, Call, FeatureMap, State, padding, prepare
+from pyseqnet.functional._linear_attention_call import (
+    ELU,
+    EXP,
+    RELU,
+    SOFTMAX,
+    Call,
+    FeatureMap,
+    State,
+    padding,
+    prepare,
+)
 
 
 def _features(feature_map: int, x: Tensor) -> Tensor:
@@ -43,8 +53,14 @@ def plain(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     if call.key_lengths is not None:
         beyond = padding(key, call.key_lengths)
         key, value = key.masked_fill(beyond, 0), value.masked_fill(beyond, 0)
-    a = _features(call.feature_map, query.to(dtype) * call.scale)
-    f, v = _features(call.feature_map, key.to(dtype)), value.to(dtype)
+    a, v = query.to(dtype) * call.scale, value.to(dtype)
+    if call.feature_map == SOFTMAX:  # over the features of a query; over the keys
+        f = key.to(dtype)
+        if call.key_lengths is not None:
+            f = f.masked_fill(beyond, torch.finfo(dtype).min)  # not -inf: without keys it would be 0/0
+        a, f = a.softmax(3), f.softmax(2)
+    else:
+        a, f = _features(call.feature_map, a), _features(call.feature_map, key.to(dtype))
     if call.key_lengths is not None:
         f = f.masked_fill(beyond, 0)
     counted, begin = f, a

@@ -74,7 +74,7 @@ std::vector<int32_t> random_starts(Random& random, int64_t sequences, int64_t lo
 void check_problem(Suite& suite, Problem p, const Options& o) {
   if (!suite.begin(label(p, o))) return;
   p.with_saved = true;
-  p.scale = 0.75, p.eps = 1e-2;
+  p.scale = 0.75, p.eps = p.softmax() ? 0 : 1e-2;
   p.decayed = o.decayed && p.causal, p.packed = o.packed;
   const std::vector<int32_t> first = random_starts(suite.random, p.B, p.L);
   const int64_t sequences = p.B, longest = p.L;
@@ -293,6 +293,29 @@ void check_edges(Suite& suite) {
   }
 }
 
+// Efficient attention.
+void check_softmax(Suite& suite) {
+  const Problem edges[] = {
+      problem(1, 1, 1, 1, 1, 1, false),     problem(2, 2, 70, 90, 16, 9, false),
+      problem(1, 1, 0, 5, 3, 5, false),     problem(1, 2, 5, 0, 3, 5, false),
+      problem(1, 2, 5, 1100, 66, 3, false), problem(2, 1, 130, 20, 3, 67, false),
+      problem(0, 2, 3, 3, 4, 4, false),
+  };
+  int number = 0;
+  for (Problem p : edges) {
+    for (DType dtype : {DType::f32, all_dtypes[1 + number % 3]}) {
+      p.dtype = dtype, p.feature_map = FeatureMap::softmax;
+      check_problem(suite, p, {number % 2 == 1, false, number % 4 < 2});
+      if (p.L == p.S || number % 4 == 0) {
+        Problem in_a_row = p;
+        in_a_row.L = in_a_row.S = p.L < p.S ? p.S : p.L;
+        check_problem(suite, in_a_row, {false, false, number % 4 < 2, false, true});
+      }
+      number++;
+    }
+  }
+}
+
 void check_packed(Suite& suite) {
   const Problem edges[] = {problem(3, 2, 150, 150, 9, 5, true), problem(4, 1, 70, 70, 66, 3, false),
                            problem(5, 2, 3, 3, 4, 67, true),    problem(0, 2, 3, 3, 4, 4, true),
@@ -347,6 +370,7 @@ int main(int argc, char** argv) {
   Suite suite(argc, argv);
   check_edges(suite);
   check_packed(suite);
+  check_softmax(suite);
   check_tensor_cores(suite);
   check_random(suite);
   return suite.finish();

@@ -34,7 +34,7 @@ def attention_within_clusters(
         flat = (labels.reshape(groups, -1) + offset).flatten()
         order = flat.argsort(stable=True)
         begins = flat.new_zeros(groups * clusters + 1)
-        begins[1:] = torch.bincount(flat, minlength=groups * clusters).cumsum(0)
+        begins = begins.scatter_add(0, flat + 1, torch.ones_like(flat)).cumsum(0)
         return order, begins.int(), [t.flatten(0, 2)[order].unsqueeze(1) for t in tensors]
 
     order, begin_q, (q,) = packed(query_labels, query)
