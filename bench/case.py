@@ -76,6 +76,7 @@ class Case:
     user: Rival | None = None
     dtypes: tuple[str, ...] = ("f32",)
     devices: tuple[str, ...] = ("cpu", "cuda")
+    memory: bool = False  # whether the peak is a result, too
 
     def cost(self, mode: str) -> Cost:
         return self.forward if mode == "fwd" else self.forward + self.backward

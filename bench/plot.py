@@ -5,6 +5,7 @@ from __future__ import annotations
 import pathlib
 
 from bench.compare import load
+from bench.curves import curves
 
 COLOURS = {"FASTER": "#2f6f9f", "SAME": "#9aa5ad", "SLOWER": "#c8553d"}
 BAR_INCHES = 0.24
@@ -64,6 +65,7 @@ def chart(path: str | pathlib.Path, mode: str = "fwdbwd") -> pathlib.Path | None
 
 def plot(paths: list[str]) -> int:
     for path in paths:
-        target = chart(path) or chart(path, "fwd")
-        print(f"written: {target}")
+        for target in (chart(path) or chart(path, "fwd"), curves(path)):
+            if target is not None:
+                print(f"written: {target}")
     return 0

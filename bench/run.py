@@ -15,6 +15,7 @@ import torch
 from bench import machine, timing
 from bench.accuracy import judge
 from bench.case import DTYPES, Case, Function, Inputs
+from bench.memory import peak_bytes
 
 ROW_SECONDS, CUDA_ROW_SECONDS, QUICK_ROW_SECONDS = 1.5, 0.4, 0.3  # a GPU is quieter and dearer
 FEWEST_ROUNDS, QUICK_FEWEST_ROUNDS = 7, 3
@@ -117,6 +118,7 @@ def measure(
 
     seconds = QUICK_ROW_SECONDS if quick else CUDA_ROW_SECONDS if device.type == "cuda" else ROW_SECONDS
     rounds = QUICK_FEWEST_ROUNDS if quick else FEWEST_ROUNDS
+    peaks = {label: peak_bytes(step, device) for label, step in steps.items()} if case.memory else {}
     times = timing.interleaved(steps, device, seconds, rounds)
     cost = case.cost(mode)
     moved = cost.bytes(dtype)
@@ -130,6 +132,7 @@ def measure(
         "dtype": dtype_name,
         "mode": mode,
         "times": {label: asdict(value) for label, value in times.items()},
+        **({"peak_bytes": peaks} if peaks else {}),
         "speedup": {label: value.median / ours for label, value in times.items() if label != "ours"},
         "verdict": verdict,  # against torch eager
         "user": case.user.label if case.user else None,

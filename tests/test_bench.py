@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -158,6 +159,51 @@ def test_the_command_lists_refuses_and_pins_threads() -> None:
     told = bench("info", "--threads", "2").stdout
     assert re.search(r"^threads +2$", told, re.MULTILINE)
     assert re.search(r"^omp_wait_policy +passive$", told, re.MULTILINE)
+
+
+def test_curves_of_time_and_memory(tmp_path: Path) -> None:
+    """Crossovers are where lines of known slopes meet; such rows are drawn; a step's peak is what it holds."""
+    from bench.curves import crossover, curves, measured_crossover
+    from bench.memory import peak_bytes
+
+    assert (crossover(64, 64), round(crossover(64, 128), 1)) == (64, 85.3)  # G5
+    dense, linear = ({n: cost * n**power for n in (256, 1024, 4096)} for cost, power in ((1.0, 2), (512.0, 1)))
+    assert measured_crossover(dense, linear) == pytest.approx(512)
+    assert measured_crossover(linear, dense) is None
+
+    rows = [
+        {"family": "efficient", "mode": "fwdbwd", "dtype": "f32", "name": f"{name}_{n}",
+         "times": {"ours": {"median": seconds}}, "peak_bytes": {"ours": 1000 * n}}
+        for name, line in (("dense", dense), ("linear", linear))
+        for n, seconds in line.items()
+    ]  # fmt: skip
+    file = tmp_path / "here.json"
+    file.write_text(json.dumps({"meta": {"device": "a machine", "threads": 1, "date": "today"}, "rows": rows}))
+    assert curves(file) == tmp_path / "here-efficient.png"
+    assert (tmp_path / "here-efficient.png").stat().st_size > 10_000
+    file.write_text(json.dumps({"meta": {}, "rows": []}))
+    assert curves(file) is None
+
+    held = 64 * 2**20
+    found = peak_bytes(lambda i: torch.ones(held // 4).sum(), torch.device("cpu"))
+    assert held - 2**20 <= found <= held + 8 * 2**20
+    assert peak_bytes(lambda i: None, torch.device("cpu")) < 2**20
+
+
+def test_a_quality_task_is_trained_and_told() -> None:
+    from bench import quality
+
+    found = quality.duplication_model("reformer-2", 1, 0)
+    assert {"accuracy", "1 hashes", "8 hashes", "all pairs"} <= found.keys()
+    results = {
+        "duplication": {"reformer-2": {**found, "1 hashes": 0.5, "2 hashes": 0.8, "4 hashes": 0.9, "8 hashes": 0.9}},
+        "characters": {"softmax": {"loss": 1.8, "parameters": 1}, "linear": {"loss": 2.1, "parameters": 1}},
+    }
+    told = [shown for _, _, shown in quality.claims(results)]
+    assert told == [False, True, found["all pairs"] < 0.795]
+    text = quality.table(results, {"duplication": 1, "characters": 1}, 0)
+    assert "## duplication, length 64, 1 steps" in text
+    assert "+0.300 nats | not shown |" in text
 
 
 def test_list_operations_have_the_values_that_they_say() -> None:

@@ -2,6 +2,7 @@
 
 Beside each the same mechanism in plain torch. The lectures count (d + d') N^2 multiplications for dense attention and
 2 d d' N for linear: they are equal at N = 2 d d' / (d + d'), 32 here. Dense attention ends where a run takes minutes.
+Rows hold the peak of memory as well, and `python -m bench plot` draws both against the length.
 """
 
 from __future__ import annotations
@@ -138,6 +139,7 @@ def case(name: str, n: int, pairs: float, ours: Callable[..., Tensor], theirs: C
         gradients=names,
         tolerance=lambda dtype: Tolerance(ulps=32.0),
         devices=("cpu",) if name == "lsh" else ("cpu", "cuda"),  # its rotations lie on the CPU
+        memory=True,
     )
 
 

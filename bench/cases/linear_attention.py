@@ -82,9 +82,10 @@ def attention(
     def make(generator: torch.Generator) -> Inputs:
         return {name: torch.randn(shape, generator=generator) for name in ("query", "key", "value")}
 
-    # Multiply-adds of the products, the triangular ones counted whole.
-    product = 2.0 * b * h * n * d * (CHUNK if causal else d)
-    forward, backward = (4, 9) if causal else (2, 4)
+    # Multiply-adds of the products: those with the state, and causal the triangular ones of a chunk, counted whole.
+    with_state, in_chunk = 2.0 * b * h * n * d * d, 2.0 * b * h * n * d * CHUNK
+    forward = 2 * with_state + (2 * in_chunk if causal else 0)
+    backward = 4 * with_state + (5 * in_chunk if causal else 0)
     elements = math.prod(shape)
     # Causal training writes and reads a state of d*d + d floats for every chunk.
     states = b * h * (n // CHUNK) * (d * d + d) * 4 if causal else 0
@@ -95,8 +96,8 @@ def attention(
         make=make,
         ours=lambda query, key, value: F.linear_attention(query, key, value, causal=causal),
         torch=causal_in_chunks if causal else over_all_keys,
-        forward=Cost(forward * product, 4 * elements),
-        backward=Cost(backward * product, 8 * elements, 2 * states),
+        forward=Cost(forward, 4 * elements),
+        backward=Cost(backward, 8 * elements, 2 * states),
         gradients=("query", "key", "value"),
         tolerance=lambda dtype: Tolerance(),
         user=user,

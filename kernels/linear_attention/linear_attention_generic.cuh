@@ -47,7 +47,7 @@ struct Head {
   int64_t index;
   LinearAttentionRows rows;
   const T *q, *k, *v, *gout, *out_read;
-  const Acc *factor, *dd, *largest, *log_sums;
+  const Acc *factor, *dd;
 
   PYSEQNET_DEVICE Head(const Call<T>& call, int64_t head) : c(call), p(call.p), index(head) {
     const int64_t b = head / p.H, h = head % p.H;
@@ -59,8 +59,6 @@ struct Head {
     out_read = at(call.t.out, p.out, b, h, rows.begin);
     factor = call.factor ? call.factor + rows.inverse : nullptr;
     dd = call.dd ? call.dd + rows.inverse : nullptr;
-    largest = call.largest ? call.largest + rows.inverse : nullptr;
-    log_sums = call.log_sums ? call.log_sums + head * call.state_size : nullptr;
   }
   PYSEQNET_DEVICE static const T* at(const void* base, const HeadStrides& s, int64_t b, int64_t h,
                                      int64_t begin) {
@@ -73,12 +71,12 @@ struct Head {
   PYSEQNET_DEVICE Acc query(int64_t i, int64_t d) const {
     if (i >= rows.L || d >= p.D || (factor && factor[i] == Acc(0))) return Acc(0);
     const Acc x = load(q + i * p.q.row + d) * Acc(p.scale);
-    return feature_of(p.feature_map, largest ? x - largest[i] : x);
+    return feature_of(p.feature_map, p.softmax() ? x - c.largest[rows.inverse + i] : x);
   }
   PYSEQNET_DEVICE Acc key(int64_t j, int64_t d) const {
     if (j >= rows.keys || d >= p.D) return Acc(0);
     const Acc x = load(k + j * p.k.row + d);
-    return feature_of(p.feature_map, log_sums ? x - log_sums[d] : x);
+    return feature_of(p.feature_map, p.softmax() ? x - c.log_sums[index * c.state_size + d] : x);
   }
   PYSEQNET_DEVICE Acc value(int64_t j, int64_t e) const {
     return j < rows.keys && e < p.E ? load(v + j * p.v.row + e) : Acc(0);
@@ -94,7 +92,7 @@ struct Head {
   }
   // z of a state, or the ones that softmax makes of it.
   PYSEQNET_DEVICE Acc normalizer(const Acc* state, int64_t d) const {
-    return log_sums ? Acc(1) : state[p.D * p.E + d];
+    return p.softmax() ? Acc(1) : state[p.D * p.E + d];
   }
   PYSEQNET_DEVICE const Acc* scanned(int64_t chunk) const {
     return p.causal ? part(chunk) : c.total + index * c.state_size;

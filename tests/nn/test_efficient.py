@@ -305,3 +305,11 @@ def test_dtypes(name: str, dtype: torch.dtype) -> None:
     error = (output.double() - run(layer.eval(), x.double())).abs()
     # choices of keys may fall otherwise where scores are equal but for rounding, so the typical error is judged
     assert error.median() <= 8 * torch.finfo(dtype).eps * max(1.0, output.abs().max().item())
+
+
+@pytest.mark.parametrize("name", [*MIXERS, *LINEAR])
+def test_a_mask_of_other_numbers_is_refused(name: str) -> None:
+    """A bias of keys, which softmax attention would add, is none here: not dropped in silence."""
+    x = tokens()
+    with pytest.raises(ValueError, match="0 and -inf only"):
+        make(name)(x, x, x, key_padding_mask=torch.full((B, T), -1.0, dtype=x.dtype))

@@ -28,7 +28,29 @@ def positive(**sizes: int) -> None:
             raise ValueError(f"{name} must be at least 1, got {size}")
 
 
-class TokenMixer(Module):
+class MixerArguments(Module):
+    """What every layer of this room says of causality and padding."""
+
+    never_causal: str | None = None  # why the layer cannot be causal, in words
+
+    def _refuse(self, words: str) -> None:
+        raise ValueError(f"{type(self).__name__}: {words}")
+
+    def _refuse_causal(self, is_causal: bool) -> None:
+        if is_causal and self.never_causal is not None:
+            self._refuse(f"cannot be causal: {self.never_causal}")
+
+    def _hidden(self, mask: Tensor) -> Tensor:
+        """A key_padding_mask as bool, True = ignore."""
+        if mask.dtype == torch.bool:
+            return mask
+        hidden = mask == -math.inf
+        if not mask.is_floating_point() or (may_be_looked_at(mask) and bool((mask.masked_fill(hidden, 0)).any())):
+            self._refuse("key_padding_mask must be bool (True = ignore), or hold 0 and -inf only")
+        return hidden
+
+
+class TokenMixer(MixerArguments):
     """Arguments of `torch.nn.MultiheadAttention` read into one form, for layers that mix tokens in another way.
 
     ``forward(query, key, value, key_padding_mask=None, need_weights=False, attn_mask=None, average_attn_weights=True,
@@ -38,7 +60,6 @@ class TokenMixer(Module):
     causal one (``is_causal=True``; ``attn_mask`` is then not looked at); others raise ValueError.
     """
 
-    never_causal: str | None = None  # why the layer cannot be causal, in words
     self_attention = True  # whether query, key and value must be one tensor
 
     def __init__(self, embed_dim: int, num_heads: int, dropout: float, batch_first: bool) -> None:
@@ -54,9 +75,6 @@ class TokenMixer(Module):
     def _mix(self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, causal: bool) -> Tensor:
         """From (B, L, E) and (B, S, E) to (B, L, E); `padding` (B, S) is bool, and zeros stand where it is True."""
         raise NotImplementedError
-
-    def _refuse(self, words: str) -> None:
-        raise ValueError(f"{type(self).__name__}: {words}")
 
     def _check(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
@@ -77,11 +95,7 @@ class TokenMixer(Module):
         wanted = (batch, keys) if batched else (keys,)
         if tuple(mask.shape) != wanted:
             self._refuse(f"key_padding_mask must have shape {wanted}; got {tuple(mask.shape)}")
-        if mask.dtype != torch.bool:
-            hidden = mask == -math.inf
-            if not mask.is_floating_point() or (may_be_looked_at(mask) and bool((mask.masked_fill(hidden, 0)).any())):
-                self._refuse("key_padding_mask must be bool (True = ignore), or hold 0 and -inf only")
-            mask = hidden
+        mask = self._hidden(mask)
         return mask if batched else mask.unsqueeze(0)
 
     def forward(
@@ -99,8 +113,7 @@ class TokenMixer(Module):
             self._refuse("there are no weights to return: need_weights must be False")
         if attn_mask is not None and not is_causal:
             self._refuse("takes no attn_mask but the causal one, with is_causal=True")
-        if is_causal and self.never_causal is not None:
-            self._refuse(f"cannot be causal: {self.never_causal}")
+        self._refuse_causal(is_causal)
         self._check(query, key, value)
         batched = query.dim() == 3
 

@@ -11,7 +11,7 @@ from torch.nn import Linear, Module, Parameter
 from torch.nn.functional import logsigmoid, normalize, pad
 
 from pyseqnet.nn._attention_masks import finite_padding
-from pyseqnet.nn.efficient.base import positive
+from pyseqnet.nn.efficient.base import MixerArguments, positive
 from pyseqnet.nn.linear_attention import LinearMultiheadAttention
 from pyseqnet.nn.random_features import PositiveRandomFeatures, RandomFourierFeatures
 
@@ -19,18 +19,15 @@ _CHUNK = 64
 _EPS = 1e-6
 
 
-class _Mapped(LinearMultiheadAttention):
+class _Mapped(MixerArguments, LinearMultiheadAttention):
     """Self-attention arguments of `LinearMultiheadAttention`, with what stands in padding kept out of gradients."""
-
-    never_causal: str | None = None
 
     def forward(  # type: ignore[override]
         self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None, **options: Any
     ) -> tuple[Tensor, None]:
-        if options.get("is_causal") and self.never_causal is not None:
-            raise ValueError(f"{type(self).__name__}: cannot be causal: {self.never_causal}")
-        if key_padding_mask is not None and key_padding_mask.is_floating_point():
-            key_padding_mask = key_padding_mask == -math.inf
+        self._refuse_causal(bool(options.get("is_causal")))
+        if key_padding_mask is not None:
+            key_padding_mask = self._hidden(key_padding_mask)
         batch_first = self.batch_first or query.dim() == 2
         clean = finite_padding(key, key_padding_mask, batch_first)
         value = clean if value is key else finite_padding(value, key_padding_mask, batch_first)
