@@ -209,7 +209,7 @@ struct Head {
     for (int64_t x = 0; derivative && x < p.state_size(); x++) derivative[x] = 0;
     double share = 0;
     // Causal: the state before the first key. Otherwise: with all keys in it.
-    if (rows.L > 0) read_saved(s);
+    if (rows.L > 0 || !p.causal) read_saved(s);
     if (p.softmax()) {
       log_sums = row + p.E + 1;
       for (int64_t d = 0; d < p.D; d++) log_sums[d] = s[p.D * p.E + d];
@@ -230,7 +230,7 @@ struct Head {
     }
     if (!p.causal)
       for (int64_t i = 0; i < rows.L; i++) add_query(i, r, feature, row);
-    if (p.softmax() && rows.L > 0) {
+    if (p.softmax()) {
       const A* state = static_cast<const A*>(t.saved) + rows.saved * p.state_size();
       for (int64_t d = 0; d < p.D; d++) {
         double dot = 0;
