@@ -40,7 +40,7 @@ POOLS = [
 # (cell, T, B, I, H, directions, lengths)
 RECURRENT = [
     ("lstm", 5, 3, 7, 9, 1, None),
-    ("lstm", 6, 4, 17, 33, 2, [6, 0, 3, 5]),
+    ("lstm", 6, 4, 17, 33, 2, [6, 1, 3, 5]),
     ("gru", 4, 2, 5, 16, 2, [1, 4]),
     ("rnn", 3, 7, 1, 1, 1, None),
     ("rnn", 2, 70, 19, 40, 2, None),
@@ -61,8 +61,9 @@ ADDITIVE = [
     (2, 0, 3, 4, 4, None),
 ]
 # (B, H, L, S, D, E, options)
-CTC = (  # T B C S from_logits
-    (1, 1, 2, 1, True), (20, 3, 33, 7, True), (50, 2, 5, 17, False), (6, 2, 70, 0, True),
+CTC = (  # T B C S from_logits scale: the last goes through the log domain
+    (1, 1, 2, 1, True, 1), (20, 3, 33, 7, True, 1), (50, 2, 5, 17, False, 1), (6, 2, 70, 0, True, 1),
+    (40, 2, 5, 17, True, 100),
 )  # fmt: skip
 CRF = (  # B T C scale: the last go through the log domain
     (1, 1, 1, 1), (9, 7, 5, 1), (3, 4, 33, 1), (2, 3, 70, 1), (3, 6, 17, 60),
@@ -134,8 +135,8 @@ def linear_attention(case: tuple, dtype: torch.dtype) -> list[torch.Tensor]:
 
 
 def ctc(case: tuple, dtype: torch.dtype) -> list[torch.Tensor]:
-    T, B, C, S, from_logits = case
-    x = torch.randn(T, B, C).to(dtype).requires_grad_()
+    T, B, C, S, from_logits, scale = case
+    x = (scale * torch.randn(T, B, C)).to(dtype).requires_grad_()
     targets, counts = torch.randint(1, C, (B, S)), torch.randint(0, S + 1, (B,))
     loss = F.ctc_loss(x, targets, [T] * B, counts, reduction="none", zero_infinity=True, from_logits=from_logits)
     return [loss, *torch.autograd.grad(loss.sum(), x)]
@@ -148,7 +149,9 @@ def crf(case: tuple, dtype: torch.dtype) -> list[torch.Tensor]:
     mask = torch.arange(T) < torch.randint(1, T + 1, (B, 1))
     llh = F.crf_log_likelihood(emissions, torch.randint(0, C, (B, T)), mask, *scores)
     best = F.crf_decode(emissions, mask, *scores, return_scores=True)[1]
-    return [llh, best, *torch.autograd.grad(llh.sum(), (emissions, *scores))]
+    several = F.crf_decode(emissions, mask, *scores, nbest=min(C, 3), return_scores=True)[1]
+    marginals = F.crf_marginals(emissions.detach(), mask, *(score.detach() for score in scores))
+    return [llh, best, several, marginals, *torch.autograd.grad(llh.sum(), (emissions, *scores))]
 
 
 def cases() -> Iterator[tuple[str, Callable[[], list[torch.Tensor]]]]:
@@ -186,7 +189,7 @@ def run_all(operation: str = "") -> int:
                 raise
             continue
         if not all(result.isfinite().all() for result in results):
-            raise SystemExit("a result is not finite")
+            raise SystemExit(f"{family}: a result is not finite")
         ran += 1
     return ran
 

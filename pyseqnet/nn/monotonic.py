@@ -41,16 +41,22 @@ class MonotonicAttention(torch.nn.Module):
             energies: ``(..., I, J)`` of stopping at place j for output i.
             values: ``(..., J, D)``.
             chunk_energies: ``(..., I, J)`` of the soft attention inside a chunk; None: ``energies``.
-            mask: bool, broadcast to ``(..., I, J)``: on for places that exist. None: all.
+            mask: bool, broadcast to ``(..., I, J)``: on for places that exist. None: all. What stands where it is off
+                for every output is never looked at, NaN included.
         """
+        soft = energies if chunk_energies is None else chunk_energies
+        if mask is not None:
+            # In front of everything: a weight of 0, or a gradient of 0, times NaN would be NaN.
+            hidden = ~mask.expand(energies.shape)
+            energies, soft = energies.masked_fill(hidden, 0), soft.masked_fill(hidden, -math.inf)
+            values = values.masked_fill(hidden.all(-2).unsqueeze(-1), 0)
         if self.training and self.noise:
             noisy = energies + self.noise * torch.randn_like(energies)
         else:
             noisy = energies
         p = noisy.sigmoid()
-        soft = energies if chunk_energies is None else chunk_energies
         if mask is not None:
-            p, soft = p.masked_fill(~mask, 0), soft.masked_fill(~mask, -math.inf)
+            p = p.masked_fill(hidden, 0)
         weights = chain.monotonic_alignment(p) if self.training else chain.hard_monotonic_alignment(p)
         if self.chunk != 1:
             weights = chain.chunkwise_alignment(weights, soft, self.chunk)

@@ -127,3 +127,26 @@ def test_bad_input() -> None:
         chain.hard_monotonic_alignment(torch.zeros(2, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match="energies must have the alignment's shape"):
         chain.chunkwise_alignment(torch.zeros(2, 3), torch.zeros(2, 4), 2)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("chunk", [1, 3, None])
+def test_nan_behind_the_end_does_not_leak(chunk: int | None, training: bool) -> None:
+    layer = nn.MonotonicAttention(chunk, noise=0.0).train(training)
+    energies, values, soft = torch.randn(2, 4, 6), torch.randn(2, 6, 3), torch.randn(2, 4, 6)
+    lengths = torch.tensor([6, 4])
+    mask = (torch.arange(6) < lengths[:, None])[:, None, :]
+
+    def results(filler: float) -> list[torch.Tensor]:
+        leaves = [energies.clone(), values.clone(), soft.clone()]
+        for leaf, index in zip(leaves, ((1, slice(None), slice(4, 6)), (1, slice(4, 6)), (1, slice(None), slice(4, 6))),
+                               strict=True):  # fmt: skip
+            leaf[index] = filler
+        leaves = [leaf.requires_grad_() for leaf in leaves]
+        context, weights = layer(leaves[0], leaves[1], leaves[2], mask)
+        grads = torch.autograd.grad(context.square().sum(), leaves, allow_unused=True)
+        return [context, weights, *(torch.zeros(1) if grad is None else grad for grad in grads)]
+
+    for a, b in zip(results(float("nan")), results(0.5), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+        assert not a.isnan().any()
