@@ -68,7 +68,7 @@ def growth(call: Callable[[], Any], calls: int = CALLS, seconds: float = SECONDS
     for _ in range(WARM_UP):
         call()
     cost = (time.perf_counter() - begin) / WARM_UP
-    number = max(200, min(calls, int(seconds / cost)))
+    number = int(max(200, min(calls, seconds / cost)))
     objects, before = sys.getallocatedblocks(), allocated()
     for _ in range(number):
         call()
