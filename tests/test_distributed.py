@@ -51,6 +51,8 @@ def test_refusals() -> None:
         spread.linear_attention(q, q, q, causal=True, cu_seqlens=torch.tensor([0, 4]))
     with pytest.raises(ValueError, match="decay needs causal"):
         spread.linear_attention(q, q, q, decay=0.5)
+    with pytest.raises(ValueError, match="a constant across ranks"):
+        spread.linear_attention(q, q, q, causal=True, decay=torch.full((2,), 0.5, requires_grad=True))
     with pytest.raises(ValueError, match="same positions"):
         spread.local_attention(q, q[:, :, :3], q, 2)
     with pytest.raises(ValueError, match="left"):

@@ -97,7 +97,7 @@ def linear_attention(
         feature_map: as in `pyseqnet.functional.linear_attention`, but not ``"softmax"``. A callable must not depend on
             the other positions.
         causal: a query sees the keys of earlier ranks, and of its own rank those up to its position; needs L == S.
-        normalize, decay, scale, eps: as there; the same on every rank.
+        normalize, decay, scale, eps: as there; the same on every rank. ``decay`` gets no gradient here.
         key_lengths: ``(B,)``: how many keys of this rank's slice take part. With ``decay`` nothing fades beyond them.
         cu_seqlens: refused: sequences packed one behind the other need no exchange where each rank has whole ones.
 
@@ -123,6 +123,8 @@ def linear_attention(
         )
     if decay is not None and not causal:
         raise ValueError("distributed.linear_attention: decay needs causal=True: it fades what came earlier")
+    if isinstance(decay, Tensor) and decay.requires_grad:
+        raise ValueError("distributed.linear_attention: decay is a constant across ranks: pass decay.detach()")
     if not dist.is_initialized():
         raise RuntimeError("distributed.linear_attention: torch.distributed.init_process_group has not been called")
     options: dict[str, Any] = {"feature_map": feature_map, "normalize": normalize, "scale": scale, "eps": eps}
