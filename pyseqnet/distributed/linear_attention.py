@@ -133,8 +133,6 @@ def linear_attention(
     counts = key.new_full(key.shape[:1], key.shape[2], dtype=torch.int64) if key_lengths is None else key_lengths.long()
     if decay is not None:
         faded = read_decay(decay, query, query.shape[1])
-        if faded.requires_grad:  # what other ranks' states say to it is not exchanged
-            raise ValueError("distributed.linear_attention: decay has no gradient here: pass decay.detach()")
         fades = _fades(faded, counts, group)
     mine = _leaving(key, value, faded, counts, options)
     fades = None if fades is None else fades.to(mine.dtype)
