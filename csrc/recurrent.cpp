@@ -13,6 +13,7 @@
 
 #include "common/numerics.h"
 #include "run_on_cpu.h"
+#include "string_argument.h"
 #if defined(PYSEQNET_WITH_CUDA)
 #include "run_on_cuda.h"
 #endif
@@ -26,11 +27,11 @@ using Optional = std::optional<Tensor>;
 
 // The raw operations' arguments that say what layer it is, in the schema's order.
 struct Options {
-  const std::string& cell;
+  const std::string cell;
   int64_t directions;
   bool has_biases, batch_first;
   const Optional &zone_h, &zone_c;
-  const std::string& across;
+  const std::string across;
 };
 
 RecurrentCell cell_named(const std::string& name) {
@@ -454,18 +455,18 @@ Backward backward(const Optional& grad_output, const Optional& grad_h_n, const O
 }
 
 // The schema's arguments, once for each device.
-#define OPTION_PARAMETERS const Optional &zone_h, const Optional &zone_c, const std::string &options
-#define OPTIONS {cell, directions, has_biases, batch_first, zone_h, zone_c, options}
-#define FORWARD_PARAMETERS                                                                               \
-  const Tensor &input, const Optional &h0, const Optional &c0, const Tensors &weights,                   \
-      const Optional &lengths, const Optional &batch_sizes, const std::string &cell, int64_t directions, \
+#define OPTION_PARAMETERS const Optional &zone_h, const Optional &zone_c, StringHandle options
+#define OPTIONS {taken(cell), directions, has_biases, batch_first, zone_h, zone_c, taken(options)}
+#define FORWARD_PARAMETERS                                                                         \
+  const Tensor &input, const Optional &h0, const Optional &c0, const Tensors &weights,             \
+      const Optional &lengths, const Optional &batch_sizes, StringHandle cell, int64_t directions, \
       bool has_biases, bool batch_first, bool reserve, OPTION_PARAMETERS
 #define FORWARD_ON(run) forward(input, h0, c0, weights, lengths, batch_sizes, OPTIONS, reserve, run)
 #define BACKWARD_PARAMETERS                                                                             \
   const Optional &grad_output, const Optional &grad_h_n, const Optional &grad_c_n, const Tensor &input, \
       const Tensor &result, const Optional &h0, const Optional &c0, const Tensors &weights,             \
       const Tensor &gates, const Tensor &cells, const Optional &lengths, const Optional &batch_sizes,   \
-      const std::string &cell, int64_t directions, bool has_biases, bool batch_first, bool need_input,  \
+      StringHandle cell, int64_t directions, bool has_biases, bool batch_first, bool need_input,        \
       bool need_h0, bool need_c0, bool need_weights, OPTION_PARAMETERS
 #define BACKWARD_ON(run)                                                                           \
   backward(grad_output, grad_h_n, grad_c_n, input, result, h0, c0, weights, gates, cells, lengths, \

@@ -9,6 +9,7 @@
 
 #include "recurrent/recurrent.h"
 #include "run_on_cpu.h"
+#include "string_argument.h"
 #if defined(PYSEQNET_WITH_CUDA)
 #include "run_on_cuda.h"
 #endif
@@ -87,12 +88,12 @@ States step(const Tensor& input, const Optional& h, const Optional& c, const Ten
 
 #define STEP_PARAMETERS                                                                              \
   const Tensor &input, const Optional &h, const Optional &c, const Tensor &w_ih, const Tensor &w_hh, \
-      const Optional &b_ih, const Optional &b_hh, const std::string &cell
+      const Optional &b_ih, const Optional &b_hh, StringHandle cell
 
 constexpr RecurrentPass forward = RecurrentPass::forward;
 
 States step_cpu(STEP_PARAMETERS) {
-  return step(input, h, c, w_ih, w_hh, b_ih, b_hh, cell,
+  return step(input, h, c, w_ih, w_hh, b_ih, b_hh, taken(cell),
               [](const RecurrentProblem& p, const RecurrentTensors& t, const Tensor& like) {
                 run_on_cpu("recurrent", operation_of(forward), recurrent_cpu_table(forward), p, t, like);
               });
@@ -102,7 +103,7 @@ STABLE_TORCH_LIBRARY_IMPL(pyseqnet, CPU, m) { m.impl("recurrent_step", TORCH_BOX
 
 #if defined(PYSEQNET_WITH_CUDA)
 States step_cuda(STEP_PARAMETERS) {
-  return step(input, h, c, w_ih, w_hh, b_ih, b_hh, cell,
+  return step(input, h, c, w_ih, w_hh, b_ih, b_hh, taken(cell),
               [](const RecurrentProblem& p, const RecurrentTensors& t, const Tensor& like) {
                 run_on_cuda("recurrent", operation_of(forward), recurrent_cuda_table(forward), p, t, like);
               });

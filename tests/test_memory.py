@@ -75,13 +75,7 @@ def growth(call: Callable[[], Any], calls: int = CALLS, seconds: float = SECONDS
     return number, allocated() - before, sys.getallocatedblocks() - objects
 
 
-RECURRENT = {name for kind in ("rnn", "gru", "lstm", "jordan") for name in (kind, f"{kind}_cell")}
-LEAKS = pytest.mark.xfail(reason="200 bytes a step of training stay: their operations take strings", strict=False)
-
-
-@pytest.mark.parametrize(
-    "function", [pytest.param(f, marks=LEAKS if f.name in RECURRENT else (), id=f.name) for f in FUNCTIONS]
-)
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.name)
 def test_calls_leave_nothing_behind(function: Function) -> None:
     """As many as half a second holds, at most 10 000; `python tests/test_memory.py` makes 10 000 of each."""
     inputs = function.inputs()
