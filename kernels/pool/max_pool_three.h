@@ -60,6 +60,18 @@ PYSEQNET_INLINE Best row_of_three(const ThreeColumns& c, const T* row, Extent<T>
   return best;
 }
 
+// Asks for the two rows that a vector of windows adds, some rows before they are read. Strips of columns jump from row to
+// row, which hardware does not foresee on every machine: without this an image beyond the caches comes at a seventh of
+// the speed on Zen 5.
+template <class T>
+PYSEQNET_INLINE void ask_ahead(const MaxPoolProblem& p, const T* row, int64_t column) {
+  constexpr int64_t bytes_ahead = 8192, line = 64 / int64_t(sizeof(T));
+  const T* ahead = row + column + bytes_ahead / int64_t(sizeof(T));
+#pragma GCC unroll 4
+  for (int64_t c = 0; c < 2 * VL; c += line)
+    __builtin_prefetch(ahead + c), __builtin_prefetch(ahead + p.W + c);
+}
+
 // Output rows [i0, i1) of one plane.
 template <class T, int pad, bool with_arg>
 void rows_of_three(const MaxPoolProblem& p, const T* x, Extent<T> all, int64_t i0, int64_t i1, T* y,
@@ -78,6 +90,7 @@ void rows_of_three(const MaxPoolProblem& p, const T* x, Extent<T> all, int64_t i
       for (int64_t k = 0; k < count; k++) {
         const ThreeColumns& c = columns[k];
         const int64_t j = j0 + k * VL;
+        ask_ahead(p, row + p.W, c.column);
         Best best;
         Lanes nan = {}, nan_of_row;
         if (top) {
