@@ -110,7 +110,8 @@ def compare(
         # The output that a backward reads was rounded to the dtype: where its terms cancel, that is what is left.
         coarse = max(ACCUMULATED * accumulated, 2 * torch.finfo(dtype).eps) * scale
         bound = TORCH * torchs + ULPS * torch.finfo(dtype).eps * size + coarse + least
-        bound += 0 if moved is None else INPUTS * moved[number]
+        # In float64 the exact results have such an error of their own.
+        bound += 0 if moved is None else INPUTS * moved[number] * (2 if dtype == torch.float64 else 1)
         if not error <= bound or math.isnan(error):
             raise Off(f"{where}: error {error:.3g}, bound {bound:.3g} (torch's {torchs:.3g}, size {size:.3g})")
 

@@ -1,10 +1,14 @@
-"""bench/results/fuzz.md from logs of tests/fuzz.py: python tests/fuzz_summary.py LOG... > bench/results/fuzz.md"""
+"""bench/results/fuzz.md from logs of tests/fuzz.py.
+
+python tests/fuzz_summary.py LOG... [--crash WORDS]... > bench/results/fuzz.md
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from fuzz_problems import DTYPES, FUNCTIONS
@@ -14,7 +18,8 @@ def table(title: str, counts: dict[str, int]) -> list[str]:
     return ["", f"| {title} | problems |", "|---|---|", *(f"| {name} | {number} |" for name, number in counts.items())]
 
 
-def summary(batches: list[dict]) -> str:
+def summary(batches: list[dict], crashes: Sequence[str] = ()) -> str:
+    """`crashes`: what a log cannot tell, processes that died."""
     total: Counter[str] = Counter()
     for batch in batches:
         total.update(batch["counts"])
@@ -43,10 +48,20 @@ def summary(batches: list[dict]) -> str:
         *(f"- seed {b['seed']} at {b['commit']}: {b['miss'].splitlines()[0]}" for b in misses),
         *([] if misses else ["- none"]),
         "",
+        "Processes that died:",
+        "",
+        *([f"- {crash}" for crash in crashes] or ["- none"]),
+        "",
         "Seeds: " + " ".join(str(batch["seed"]) for batch in batches),
     ]
     return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
-    print(summary([json.loads(line) for name in sys.argv[1:] for line in Path(name).read_text().splitlines()]), end="")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("logs", nargs="+", type=Path)
+    parser.add_argument("--crash", action="append", default=[])
+    given = parser.parse_args()
+    print(
+        summary([json.loads(line) for log in given.logs for line in log.read_text().splitlines()], given.crash), end=""
+    )

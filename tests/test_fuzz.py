@@ -73,6 +73,14 @@ def run(name: str, *shapes: tuple[int, ...], call: Callable[..., Any], **more: A
     return fuzz.check(fuzz.Problem(name, shapes, call=call, **plain))
 
 
+def test_float64_is_allowed_what_the_exact_results_err_themselves() -> None:
+    # Found in a layer-normalised LSTM: both sides are float64, and a nearby input moved the results half as far.
+    exact, near, far = (torch.tensor([1.0 + e], dtype=torch.float64) for e in (0.0, 3.5e-12, 5e-12))
+    fuzz.compare([near], [exact], [exact], 1, [1e-12])
+    with pytest.raises(fuzz.Off):
+        fuzz.compare([far], [exact], [exact], 1, [1e-12])
+
+
 def test_a_chain_of_one_tag_has_gradients_of_rounding_only() -> None:
     for batch, steps, dtype in ((6, 1, torch.float32), (4, 15, torch.float64)):
         potentials = ((batch, steps, 1), (1,), (1,), (1, 1))
