@@ -15,6 +15,7 @@
 
 #include "../cuda_on_cpu/attention_pattern.h"
 #include "attention/attention_math.h"
+#include "kernel_test.h"
 
 namespace pyseqnet {
 extern const AttentionCpuKernel attention_reference_forward, attention_reference_weights,
@@ -24,31 +25,14 @@ extern const AttentionCpuKernel attention_reference_forward, attention_reference
 namespace {
 using namespace pyseqnet;
 
-using Random = std::mt19937_64;
 using Bytes = std::vector<std::byte>;
 
-int64_t uniform(Random& random, int64_t low, int64_t high) {
-  return low + int64_t(random() % uint64_t(high - low + 1));
-}
 bool one_in(Random& random, int64_t n) { return uniform(random, 1, n) == 1; }
 template <class T>
 T pick(Random& random, std::initializer_list<T> choices) {
   return choices.begin()[uniform(random, 0, int64_t(choices.size()) - 1)];
 }
 double spread(Random& random) { return double(random() >> 11) * 0x1p-52 - 1.0; }
-
-double read(const std::byte* p, DType t, int64_t i) {
-  return t == DType::f32    ? double(reinterpret_cast<const float*>(p)[i])
-         : t == DType::bf16 ? to_double(reinterpret_cast<const bfloat16*>(p)[i])
-         : t == DType::f16  ? to_double(reinterpret_cast<const float16*>(p)[i])
-                            : reinterpret_cast<const double*>(p)[i];
-}
-void write(std::byte* p, DType t, int64_t i, double v) {
-  if (t == DType::f32) round_to(reinterpret_cast<float*>(p)[i], v);
-  if (t == DType::bf16) round_to(reinterpret_cast<bfloat16*>(p)[i], v);
-  if (t == DType::f16) round_to(reinterpret_cast<float16*>(p)[i], v);
-  if (t == DType::f64) round_to(reinterpret_cast<double*>(p)[i], v);
-}
 
 // A (B, H, N, X) tensor with some strides, all NaN at first, between guards.
 struct Strided {
@@ -107,39 +91,6 @@ double difference(Strided& a, Strided& b, double floor) {
     }
   });
   return worst / largest;
-}
-
-struct Workspace {
-  Bytes bytes;
-  explicit Workspace(int64_t size) : bytes(size_t(size + workspace_alignment), std::byte{0xff}) {}
-  std::byte* data() {
-    const int64_t at = int64_t(reinterpret_cast<uintptr_t>(bytes.data()));
-    return bytes.data() + (align_up(at) - at);
-  }
-};
-
-// All items at once, or in randomly cut ranges in random order, each with scratch of its own.
-void execute(const AttentionCpuKernel& kernel, const AttentionProblem& p, const AttentionTensors& t,
-             Random* cuts) {
-  const WorkPlan plan = kernel.plan(p);
-  Workspace shared(plan.shared_bytes);
-  for (int phase = 0; phase < plan.phases; phase++) {
-    const int64_t items = plan.phase[phase].items;
-    std::vector<int64_t> ends = {items};
-    for (int i = 0; cuts && i < 3; i++) ends.push_back(uniform(*cuts, 0, items));
-    std::sort(ends.begin(), ends.end());
-    std::vector<std::pair<int64_t, int64_t>> ranges;
-    int64_t begin = 0;
-    for (int64_t end : ends) {
-      if (end > begin) ranges.push_back({begin, end});
-      begin = end;
-    }
-    if (cuts) std::shuffle(ranges.begin(), ranges.end(), *cuts);
-    for (auto [from, to] : ranges) {
-      Workspace scratch(plan.thread_bytes);
-      kernel.run(p, t, {phase, from, to, shared.data(), scratch.data()});
-    }
-  }
 }
 
 struct Report {

@@ -16,93 +16,12 @@
 #include "chain/crf.h"
 #include "chain/ctc.h"
 #include "common/numerics.h"
+#include "kernel_test.h"
 
 namespace {
 using namespace pyseqnet;
-using Random = std::mt19937_64;
 
-int64_t uniform(Random& random, int64_t low, int64_t high) {
-  return low + int64_t(random() % uint64_t(high - low + 1));
-}
-bool chance(Random& random, int64_t one_in) { return uniform(random, 1, one_in) == 1; }
-double normal(Random& random) {
-  double sum = -6;
-  for (int i = 0; i < 12; i++) sum += double(random() >> 11) * 0x1p-53;
-  return sum;
-}
-
-// Numbers of any dtype; outputs between guards.
-struct Array {
-  static constexpr size_t guard = 256;
-  static constexpr std::byte guard_byte{0x5a};
-  DType dtype;
-  int64_t count;
-  bool guarded;
-  std::vector<std::byte> bytes;
-
-  Array(DType type, int64_t n, bool output) : dtype(type), count(n), guarded(output) {
-    const size_t size = size_t(n * bytes_of(type));
-    bytes.assign(size + (output ? 2 * guard : 0), guard_byte);
-    std::fill_n(bytes.begin() + (output ? guard : 0), size, std::byte{0xff});
-  }
-  void* data() { return bytes.data() + (guarded ? guard : 0); }
-  double at(int64_t i) {
-    const void* p = data();
-    return dtype == DType::f32    ? double(static_cast<const float*>(p)[i])
-           : dtype == DType::bf16 ? to_double(static_cast<const bfloat16*>(p)[i])
-           : dtype == DType::f16  ? to_double(static_cast<const float16*>(p)[i])
-                                  : static_cast<const double*>(p)[i];
-  }
-  void set(int64_t i, double v) {
-    if (dtype == DType::f32) round_to(static_cast<float*>(data())[i], v);
-    if (dtype == DType::bf16) round_to(static_cast<bfloat16*>(data())[i], v);
-    if (dtype == DType::f16) round_to(static_cast<float16*>(data())[i], v);
-    if (dtype == DType::f64) round_to(static_cast<double*>(data())[i], v);
-  }
-  bool guards_hold() const {
-    for (size_t i = 0; guarded && i < guard; i++)
-      if (bytes[i] != guard_byte || bytes[bytes.size() - 1 - i] != guard_byte) return false;
-    return true;
-  }
-};
-Array random_array(DType type, int64_t n, double scale, Random& random) {
-  Array a(type, n, false);
-  for (int64_t i = 0; i < n; i++) a.set(i, scale * normal(random));
-  return a;
-}
 DType sum_type(DType dtype) { return dtype == DType::f64 ? DType::f64 : DType::f32; }
-
-struct Workspace {
-  std::vector<std::byte> bytes;
-  explicit Workspace(int64_t size) : bytes(size_t(size + workspace_alignment), std::byte{0xff}) {}
-  std::byte* data() {
-    const int64_t at = int64_t(reinterpret_cast<uintptr_t>(bytes.data()));
-    return bytes.data() + (align_up(at) - at);
-  }
-};
-// All items at once, or in randomly cut ranges in random order, each with scratch of its own.
-template <class Kernel, class Problem, class Tensors>
-void execute(const Kernel& kernel, const Problem& p, const Tensors& t, Random* cuts) {
-  const WorkPlan plan = kernel.plan(p);
-  Workspace shared(plan.shared_bytes);
-  for (int phase = 0; phase < plan.phases; phase++) {
-    const int64_t items = plan.phase[phase].items;
-    std::vector<int64_t> ends = {items};
-    for (int i = 0; cuts && i < 3; i++) ends.push_back(uniform(*cuts, 0, items));
-    std::sort(ends.begin(), ends.end());
-    std::vector<std::pair<int64_t, int64_t>> ranges;
-    int64_t begin = 0;
-    for (int64_t end : ends) {
-      if (end > begin) ranges.push_back({begin, end});
-      begin = end;
-    }
-    if (cuts) std::shuffle(ranges.begin(), ranges.end(), *cuts);
-    for (auto [from, to] : ranges) {
-      Workspace scratch(plan.thread_bytes);
-      kernel.run(p, t, {phase, from, to, shared.data(), scratch.data()});
-    }
-  }
-}
 
 int checks = 0, failures = 0;
 void fail(const std::string& problem, const char* kernel, const std::string& words) {
@@ -124,11 +43,6 @@ void compare(const std::string& problem, const char* kernel, const char* name, A
                     std::to_string(b));
   }
 }
-template <class Kernel>
-bool available(const Kernel& kernel) {
-  return kernel.isa <= best_isa();
-}
-
 // ---------------------------------------------------------------- CTC
 
 struct CtcCall {
@@ -138,7 +52,7 @@ struct CtcCall {
   std::vector<int64_t> targets, offsets, steps, counts;
 
   CtcCall(CtcProblem problem, double scale, bool faint, Random& random)
-      : p(problem), x(random_array(p.dtype, p.T * p.B * p.C, scale, random)) {
+      : p(problem), x(random_array(p.dtype, p.T * p.B * p.C, random, scale)) {
     words = describe(p) + " scale " + std::to_string(scale) + (faint ? " faint" : "");
     p.x_t = p.B * p.C, p.x_b = p.C, p.longest = p.S;
     for (int64_t b = 0; b < p.B; b++) {
@@ -236,11 +150,11 @@ struct CrfCall {
 
   CrfCall(CrfProblem problem, double scale, bool forbidden, Random& random)
       : p(problem),
-        e(random_array(p.dtype, p.B * p.T * p.C, scale, random)),
-        start(random_array(sum_type(p.dtype), p.C, 1, random)),
-        end(random_array(sum_type(p.dtype), p.C, 1, random)),
-        transitions(random_array(sum_type(p.dtype), p.C * p.C, scale, random)),
-        g(random_array(sum_type(p.dtype), p.B, 1, random)) {
+        e(random_array(p.dtype, p.B * p.T * p.C, random, scale)),
+        start(random_array(sum_type(p.dtype), p.C, random)),
+        end(random_array(sum_type(p.dtype), p.C, random)),
+        transitions(random_array(sum_type(p.dtype), p.C * p.C, random, scale)),
+        g(random_array(sum_type(p.dtype), p.B, random)) {
     words = describe(p) + " scale " + std::to_string(scale) + (forbidden ? " forbidden" : "");
     p.e_b = p.T * p.C, p.e_t = p.C;
     for (int64_t b = 0; b < p.B; b++) lengths.push_back(uniform(random, 1, p.T));

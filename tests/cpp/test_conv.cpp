@@ -17,6 +17,7 @@
 
 #include "common/numerics.h"
 #include "conv/conv.h"
+#include "kernel_test.h"
 
 namespace pyseqnet {
 extern const ConvCpuKernel conv_reference_forward, conv_reference_input_gradient,
@@ -26,7 +27,6 @@ extern const ConvCpuKernel conv_reference_forward, conv_reference_input_gradient
 namespace {
 using namespace pyseqnet;
 
-using Random = std::mt19937_64;
 constexpr ConvPass passes[] = {ConvPass::forward, ConvPass::input_gradient, ConvPass::weight_gradient,
                                ConvPass::bias_gradient};
 const ConvCpuKernel* const oracle[] = {&conv_reference_forward, &conv_reference_input_gradient,
@@ -35,36 +35,6 @@ const ConvCpuKernel* const oracle[] = {&conv_reference_forward, &conv_reference_
 // Winograd kernels round differently: their bound is the one that DESIGN states, relative to the largest
 // result.
 constexpr double WINOGRAD_TOLERANCE = 5e-6;
-
-int64_t uniform(Random& random, int64_t low, int64_t high) {
-  return low + int64_t(random() % uint64_t(high - low + 1));
-}
-
-double read(const void* p, DType t, int64_t i) {
-  switch (t) {
-    case DType::f32:
-      return static_cast<const float*>(p)[i];
-    case DType::bf16:
-      return to_double(static_cast<const bfloat16*>(p)[i]);
-    case DType::f16:
-      return to_double(static_cast<const float16*>(p)[i]);
-    case DType::f64:
-      return static_cast<const double*>(p)[i];
-  }
-  return 0;
-}
-void write(void* p, DType t, int64_t i, double v) {
-  switch (t) {
-    case DType::f32:
-      return round_to(static_cast<float*>(p)[i], v);
-    case DType::bf16:
-      return round_to(static_cast<bfloat16*>(p)[i], v);
-    case DType::f16:
-      return round_to(static_cast<float16*>(p)[i], v);
-    case DType::f64:
-      return round_to(static_cast<double*>(p)[i], v);
-  }
-}
 
 // Exactly as large as the tensor, so that a sanitizer sees every access beyond it.
 struct Tensor {
@@ -98,37 +68,6 @@ struct Output {
     return true;
   }
 };
-
-struct Workspace {
-  explicit Workspace(int64_t size) : bytes(size_t(size + workspace_alignment), std::byte{0xff}) {}
-  std::byte* data() {
-    const uintptr_t at = reinterpret_cast<uintptr_t>(bytes.data());
-    return bytes.data() + (align_up(int64_t(at)) - int64_t(at));
-  }
-  std::vector<std::byte> bytes;
-};
-
-// All items at once, or in randomly cut ranges in random order, each with scratch of its own.
-void execute(const ConvCpuKernel& kernel, const ConvProblem& p, const ConvTensors& t, Random* cuts) {
-  const WorkPlan plan = kernel.plan(p);
-  Workspace shared(plan.shared_bytes);
-  for (int phase = 0; phase < plan.phases; phase++) {
-    std::vector<int64_t> ends = {plan.phase[phase].items};
-    for (int i = 0; cuts && i < 3; i++) ends.push_back(uniform(*cuts, 0, plan.phase[phase].items));
-    std::sort(ends.begin(), ends.end());
-    std::vector<std::pair<int64_t, int64_t>> ranges;
-    int64_t begin = 0;
-    for (int64_t end : ends) {
-      if (end > begin) ranges.push_back({begin, end});
-      begin = end;
-    }
-    if (cuts) std::shuffle(ranges.begin(), ranges.end(), *cuts);
-    for (auto [from, to] : ranges) {
-      Workspace scratch(plan.thread_bytes);
-      kernel.run(p, t, {phase, from, to, shared.data(), scratch.data()});
-    }
-  }
-}
 
 struct Group {
   const char* name;

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "conv/conv.h"
+#include "kernel_test.h"
 
 namespace {
 using namespace pyseqnet;
@@ -106,15 +107,6 @@ struct Data {
       }
     return sum;
   }
-};
-
-struct Workspace {
-  explicit Workspace(int64_t size) : bytes(size_t(size + workspace_alignment), std::byte{0xff}) {}
-  std::byte* data() {
-    const uintptr_t at = reinterpret_cast<uintptr_t>(bytes.data());
-    return bytes.data() + (align_up(int64_t(at)) - int64_t(at));
-  }
-  std::vector<std::byte> bytes;
 };
 
 // Each phase in `ranges` ranges, the last first, each with poisoned scratch; the result starts as NaN.

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "common/numerics.h"
+#include "kernel_test.h"
 #include "linear_attention/linear_attention.h"
 
 namespace pyseqnet {
@@ -24,89 +25,6 @@ namespace {
 using namespace pyseqnet;
 using Problem = LinearAttentionProblem;
 using Tensors = LinearAttentionTensors;
-using Random = std::mt19937_64;
-
-int64_t uniform(Random& random, int64_t low, int64_t high) {
-  return low + int64_t(random() % uint64_t(high - low + 1));
-}
-bool chance(Random& random, int64_t one_in) { return uniform(random, 1, one_in) == 1; }
-double normal(Random& random) {
-  double sum = -6;
-  for (int i = 0; i < 12; i++) sum += double(random() >> 11) * 0x1p-53;
-  return sum;
-}
-
-double read(const void* p, DType t, int64_t i) {
-  return t == DType::f32    ? double(static_cast<const float*>(p)[i])
-         : t == DType::bf16 ? to_double(static_cast<const bfloat16*>(p)[i])
-         : t == DType::f16  ? to_double(static_cast<const float16*>(p)[i])
-                            : static_cast<const double*>(p)[i];
-}
-void write(void* p, DType t, int64_t i, double v) {
-  if (t == DType::f32) round_to(static_cast<float*>(p)[i], v);
-  if (t == DType::bf16) round_to(static_cast<bfloat16*>(p)[i], v);
-  if (t == DType::f16) round_to(static_cast<float16*>(p)[i], v);
-  if (t == DType::f64) round_to(static_cast<double*>(p)[i], v);
-}
-
-struct Array {
-  static constexpr size_t guard = 256;
-  static constexpr std::byte guard_byte{0x5a};
-  DType dtype;
-  int64_t count;
-  std::vector<std::byte> bytes;  // between guards where it is an output
-  bool guarded;
-
-  Array(DType type, int64_t n, bool output) : dtype(type), count(n), guarded(output) {
-    const size_t size = size_t(n * bytes_of(type));
-    bytes.assign(size + (output ? 2 * guard : 0), guard_byte);
-    std::fill_n(bytes.begin() + (output ? guard : 0), size, std::byte{0xff});
-  }
-  void* data() { return bytes.data() + (guarded ? guard : 0); }
-  double at(int64_t i) { return read(data(), dtype, i); }
-  void set(int64_t i, double v) { write(data(), dtype, i, v); }
-  bool guards_hold() const {
-    for (size_t i = 0; guarded && i < guard; i++)
-      if (bytes[i] != guard_byte || bytes[bytes.size() - 1 - i] != guard_byte) return false;
-    return true;
-  }
-};
-Array random_array(DType type, int64_t n, Random& random) {
-  Array a(type, n, false);
-  for (int64_t i = 0; i < n; i++) a.set(i, normal(random));
-  return a;
-}
-
-struct Workspace {
-  std::vector<std::byte> bytes;
-  explicit Workspace(int64_t size) : bytes(size_t(size + workspace_alignment), std::byte{0xff}) {}
-  std::byte* data() {
-    const int64_t at = int64_t(reinterpret_cast<uintptr_t>(bytes.data()));
-    return bytes.data() + (align_up(at) - at);
-  }
-};
-// All items at once, or in randomly cut ranges in random order, each with scratch of its own.
-void execute(const LinearAttentionCpuKernel& kernel, const Problem& p, const Tensors& t, Random* cuts) {
-  const WorkPlan plan = kernel.plan(p);
-  Workspace shared(plan.shared_bytes);
-  for (int phase = 0; phase < plan.phases; phase++) {
-    const int64_t items = plan.phase[phase].items;
-    std::vector<int64_t> ends = {items};
-    for (int i = 0; cuts && i < 3; i++) ends.push_back(uniform(*cuts, 0, items));
-    std::sort(ends.begin(), ends.end());
-    std::vector<std::pair<int64_t, int64_t>> ranges;
-    int64_t begin = 0;
-    for (int64_t end : ends) {
-      if (end > begin) ranges.push_back({begin, end});
-      begin = end;
-    }
-    if (cuts) std::shuffle(ranges.begin(), ranges.end(), *cuts);
-    for (auto [from, to] : ranges) {
-      Workspace scratch(plan.thread_bytes);
-      kernel.run(p, t, {phase, from, to, shared.data(), scratch.data()});
-    }
-  }
-}
 
 struct Options {
   bool lengths, states, rows_first;
@@ -268,8 +186,6 @@ void check_oracle(Call& c, Results& r) {
         }
       }
 }
-
-bool available(const LinearAttentionCpuKernel& kernel) { return kernel.isa <= best_isa(); }
 
 void check_problem(const Problem& p, const Options& o, Random& random) {
   Call c(p, o, random);

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "common/numerics.h"
+#include "kernel_test.h"
 #include "pool/max_pool.h"
 
 namespace pyseqnet {
@@ -26,28 +27,11 @@ extern const MaxPoolCpuKernel max_pool_reference_forward, max_pool_reference_bac
 namespace {
 using namespace pyseqnet;
 
-using Random = std::mt19937_64;
 constexpr DType dtypes[] = {DType::f32, DType::bf16, DType::f16, DType::f64};
 
-int64_t uniform(Random& random, int64_t low, int64_t high) {
-  return low + int64_t(random() % uint64_t(high - low + 1));
-}
 template <class T>
 T pick(Random& random, std::initializer_list<T> choices) {
   return choices.begin()[uniform(random, 0, int64_t(choices.size()) - 1)];
-}
-
-double read(const void* p, DType t, int64_t i) {
-  return t == DType::f32    ? double(static_cast<const float*>(p)[i])
-         : t == DType::bf16 ? to_double(static_cast<const bfloat16*>(p)[i])
-         : t == DType::f16  ? to_double(static_cast<const float16*>(p)[i])
-                            : static_cast<const double*>(p)[i];
-}
-void write(void* p, DType t, int64_t i, double v) {
-  if (t == DType::f32) round_to(static_cast<float*>(p)[i], v);
-  if (t == DType::bf16) round_to(static_cast<bfloat16*>(p)[i], v);
-  if (t == DType::f16) round_to(static_cast<float16*>(p)[i], v);
-  if (t == DType::f64) round_to(static_cast<double*>(p)[i], v);
 }
 
 // An input exactly as large as its tensor, so that a sanitizer sees every access beyond it.
@@ -68,38 +52,6 @@ struct Output {
     return true;
   }
 };
-
-struct Workspace {
-  Bytes bytes;
-  explicit Workspace(int64_t size) : bytes(size_t(size + workspace_alignment), std::byte{0xff}) {}
-  std::byte* data() {
-    const int64_t at = int64_t(reinterpret_cast<uintptr_t>(bytes.data()));
-    return bytes.data() + (align_up(at) - at);
-  }
-};
-
-// All items at once, or in randomly cut ranges in random order, each with scratch of its own.
-void execute(const MaxPoolCpuKernel& kernel, const MaxPoolProblem& p, const MaxPoolTensors& t, Random* cuts) {
-  const WorkPlan plan = kernel.plan(p);
-  Workspace shared(plan.shared_bytes);
-  for (int phase = 0; phase < plan.phases; phase++) {
-    const int64_t items = plan.phase[phase].items;
-    std::vector<int64_t> ends = {items};
-    for (int i = 0; cuts && i < 3; i++) ends.push_back(uniform(*cuts, 0, items));
-    std::sort(ends.begin(), ends.end());
-    std::vector<std::pair<int64_t, int64_t>> ranges;
-    int64_t begin = 0;
-    for (int64_t end : ends) {
-      if (end > begin) ranges.push_back({begin, end});
-      begin = end;
-    }
-    if (cuts) std::shuffle(ranges.begin(), ranges.end(), *cuts);
-    for (auto [from, to] : ranges) {
-      Workspace scratch(plan.thread_bytes);
-      kernel.run(p, t, {phase, from, to, shared.data(), scratch.data()});
-    }
-  }
-}
 
 // What an image is filled with.
 enum class Values { spread, ties, minus_infinity, nan };
