@@ -10,14 +10,11 @@ inline namespace PYSEQNET_ISA {
 namespace {
 
 template <class T>
-struct Sequence {
-  const CtcProblem& p;
-  const CtcTensors& t;
+struct Sequence : CtcSequence<T> {
   const CtcScaledScratch& scaled;
   const CtcLogScratch& logs;
-  int64_t b, n, m;
-
-  T* gx(int64_t step) const { return static_cast<T*>(t.gx) + (step * p.B + b) * p.C; }
+  using CtcSequence<T>::p, CtcSequence<T>::t, CtcSequence<T>::b, CtcSequence<T>::n, CtcSequence<T>::m;
+  using CtcSequence<T>::gx;
 
   void fill_gradient(int64_t first, int64_t last, float value) const {
     for (int64_t step = first; step < last; step++)
@@ -29,7 +26,7 @@ struct Sequence {
   // Loss in log2 of the sum over paths, and the gradient where there is one.
   Outcome solve(double& total) const {
     const int64_t* targets = t.targets + t.target_offsets[b];
-    const CtcScaled<T> fast{p, t, scaled, b, n, m};
+    const CtcScaled<T> fast{*this, scaled};
     fast.set_up(targets);
     switch (fast.sum_of_paths(total)) {
       case CtcScaled<T>::Verdict::not_a_number:
@@ -41,7 +38,7 @@ struct Sequence {
       case CtcScaled<T>::Verdict::lost:
         break;
     }
-    const CtcLogDomain<T> exact{p, t, logs, b, n, m};
+    const CtcLogDomain<T> exact{*this, logs};
     exact.set_up(targets);
     if (!exact.sum_of_paths(total)) return Outcome::not_a_number;
     if (!(total > unreachable)) return Outcome::unreachable;
@@ -97,7 +94,7 @@ void run(const CtcProblem& p, const CtcTensors& t, const WorkSlice& slice) {
   with_element(p.dtype, [&](auto element) {
     for (int64_t b = slice.begin; b < slice.end; b++)
       Sequence<decltype(element)>{
-          p, t, scratch.scaled, scratch.logs, b, t.input_lengths[b], t.target_lengths[b]}
+          {p, t, b, t.input_lengths[b], t.target_lengths[b]}, scratch.scaled, scratch.logs}
           .run();
   });
 }

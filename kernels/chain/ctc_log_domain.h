@@ -34,6 +34,18 @@ PYSEQNET_INLINE vf log2_sum(vf a, vf b, vf c) {
   const vf m = vmax(vmax(a, b), c);
   return m + log2v(exp2v(a - m) + exp2v(b - m) + exp2v(c - m));
 }
+// A sequence of n steps and m labels, where it lies; each way of summing keeps all steps for a gradient, else two.
+template <class T>
+struct CtcSequence {
+  const CtcProblem& p;
+  const CtcTensors& t;
+  int64_t b, n, m;
+
+  const T* x(int64_t step) const { return static_cast<const T*>(t.x) + step * p.x_t + b * p.x_b; }
+  T* gx(int64_t step) const { return static_cast<T*>(t.gx) + (step * p.B + b) * p.C; }
+  int64_t kept(int64_t step) const { return p.with_gradient ? step : step % 2; }
+};
+
 constexpr int64_t whole_vectors(int64_t n) { return (n + VL - 1) / VL * VL; }
 PYSEQNET_INLINE int lanes_left(int64_t n) { return n < VL ? int(n) : VL; }
 
@@ -62,15 +74,11 @@ struct CtcLogScratch {
 };
 
 template <class T>
-struct CtcLogDomain {
-  const CtcProblem& p;
-  const CtcTensors& t;
+struct CtcLogDomain : CtcSequence<T> {
   const CtcLogScratch& s;
-  int64_t b, n, m;
+  using CtcSequence<T>::p, CtcSequence<T>::b, CtcSequence<T>::n, CtcSequence<T>::m;
+  using CtcSequence<T>::x, CtcSequence<T>::gx, CtcSequence<T>::kept;
 
-  const T* x(int64_t step) const { return static_cast<const T*>(t.x) + step * p.x_t + b * p.x_b; }
-  T* gx(int64_t step) const { return static_cast<T*>(t.gx) + (step * p.B + b) * p.C; }
-  int64_t kept(int64_t step) const { return p.with_gradient ? step : step % 2; }
   float* blanks(int64_t step) const { return s.blank + kept(step) * s.width + VL; }
   float* labels(int64_t step) const { return s.label + kept(step) * s.width + VL; }
   float* emissions(int64_t step) const { return s.emission + kept(step) * s.states; }

@@ -96,21 +96,17 @@ struct CtcScaledScratch {
 };
 
 template <class T>
-struct CtcScaled {
+struct CtcScaled : CtcSequence<T> {
   enum class Verdict { number, not_a_number, lost };
   static constexpr double noticed = 0x1p-900;
   static constexpr int noticed_exponent = -900;
   static constexpr float least = 0x1p-100f, greatest = 0x1p100f;  // of a probability
   static constexpr int worth = -40;  // what was noticed must stay below 2^worth of the sum over all paths
 
-  const CtcProblem& p;
-  const CtcTensors& t;
   const CtcScaledScratch& s;
-  int64_t b, n, m;
+  using CtcSequence<T>::p, CtcSequence<T>::b, CtcSequence<T>::n, CtcSequence<T>::m;
+  using CtcSequence<T>::x, CtcSequence<T>::gx, CtcSequence<T>::kept;
 
-  const T* x(int64_t step) const { return static_cast<const T*>(t.x) + step * p.x_t + b * p.x_b; }
-  T* gx(int64_t step) const { return static_cast<T*>(t.gx) + (step * p.B + b) * p.C; }
-  int64_t kept(int64_t step) const { return p.with_gradient ? step : step % 2; }
   double* blanks(int64_t step) const { return s.blank + kept(step) * s.width + DL; }
   double* labels(int64_t step) const { return s.label + kept(step) * s.width + DL; }
   float* emissions(int64_t step) const { return s.emission + step * s.states; }
