@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyseqnet import nn
-from pyseqnet.decoding import Generated, generate
+from pyseqnet.decoding import Generated
 from pyseqnet.models.recurrent_translator import RecurrentState, RecurrentTranslator
 
 
@@ -84,6 +84,4 @@ class CopyingTranslator(RecurrentTranslator):
         self, source: Tensor, places: Tensor, max_length: int, *, extra: int, **options: Any
     ) -> Generated:
         """What the model writes, by extended number; options as of `pyseqnet.decoding.generate`."""
-        begin = source.new_full((source.shape[0],), self.begin)
-        common: dict[str, Any] = {"begin": begin, "end": self.end, "padding": self.padding, "max_length": max_length}
-        return generate(self, self.start_with(source, places, extra), **common, **options)
+        return self.generate_from(self.start_with(source, places, extra), source, max_length, **options)

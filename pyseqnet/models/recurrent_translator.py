@@ -147,6 +147,10 @@ class RecurrentTranslator(torch.nn.Module):
     @torch.no_grad()
     def search(self, source: Tensor, max_length: int, **options: Any) -> Generated:
         """What the model writes, by any method of `pyseqnet.decoding.generate`, whose options these are."""
+        return self.generate_from(self.start(source), source, max_length, **options)
+
+    def generate_from(self, state: Any, source: Tensor, max_length: int, **options: Any) -> Generated:
+        """`search` from a state that is already there."""
         begin = torch.full((source.shape[0],), self.begin, device=source.device)
         common: dict[str, Any] = {"begin": begin, "end": self.end, "padding": self.padding, "max_length": max_length}
-        return generate(self, self.start(source), **common, **options)
+        return generate(self, state, **common, **options)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyseqnet.data.text import PADDING, Vocabulary, padded
+from pyseqnet.decoding import Generated
 from pyseqnet.recipes import Settings
 from pyseqnet.training import History, batches, fit
 
@@ -48,19 +49,31 @@ def cross_entropy(scores: Tensor, target: Tensor, smoothing: float = 0.0) -> Ten
     )
 
 
-def write(model: Any, pairs: Pairs, most: int, *, batch: int = 64, count: int | None = None,
-          **options: Any) -> list[list[Hashable]]:  # fmt: skip
-    """What the model writes for the first ``count`` sources, in batches of similar length, without END."""
-    model.eval()
+def rows(
+    pairs: Pairs, search: Callable[[list[int]], Generated], *, batch: int = 64, count: int | None = None
+) -> list[list[int]]:
+    """What ``search`` finds best for the first ``count`` sources, without END; it is given the numbers of a batch of
+    similar length."""
     count = len(pairs) if count is None else min(count, len(pairs))
     order = sorted(range(count), key=lambda i: len(pairs.sources[i]))
-    found: list[list[Hashable]] = [[] for _ in range(count)]
+    found: list[list[int]] = [[] for _ in range(count)]
     for first in range(0, count, batch):
         chosen = order[first : first + batch]
-        result = model.search(padded([pairs.sources[i] for i in chosen])[0], most, **options)
-        for i, (best, *_) in zip(chosen, result.sequences(end=pairs.written[END]), strict=True):
-            found[i] = pairs.written.decode(best)
+        for i, (best, *_) in zip(chosen, search(chosen).sequences(end=pairs.written[END]), strict=True):
+            found[i] = best
     return found
+
+
+def write(model: Any, pairs: Pairs, most: int, *, batch: int = 64, count: int | None = None,
+          **options: Any) -> list[list[Hashable]]:  # fmt: skip
+    """What the model writes for the first ``count`` sources, at most ``most`` symbols each."""
+    model.eval()
+
+    def search(chosen: list[int]) -> Generated:
+        found: Generated = model.search(padded([pairs.sources[i] for i in chosen])[0], most, **options)
+        return found
+
+    return [pairs.written.decode(row) for row in rows(pairs, search, batch=batch, count=count)]
 
 
 def train(
@@ -69,29 +82,39 @@ def train(
     pairs: Pairs,
     settings: Settings,
     *,
-    epochs: int,
+    epochs: int = 1,
     quick_steps: int,
     rate: float,
     batch: int = 64,
     smoothing: float = 0.0,
+    loss: Callable[[list[int]], Tensor] | None = None,
+    steps: int | None = None,
+    cycle: bool = True,
+    stateful: Sequence[Any] = (),
     evaluate: Callable[[], Mapping[str, float]] | None = None,
     looks: int = 5,
 ) -> History:
-    """Teacher forcing for so many epochs, with what a recipe's settings ask for."""
+    """So many epochs, or ``steps``, with what a recipe's settings ask for.
+
+    ``loss``: of the pairs with these numbers; by default teacher forcing. ``steps``: in place of epochs. The rest as of
+    `pyseqnet.training.fit`.
+    """
     draw = batches(len(pairs), batch, settings.seed, lengths=[len(source) for source in pairs.sources])
 
-    def loss() -> Tensor:
-        source, target = pairs.batch(draw().tolist())
+    def forced(chosen: list[int]) -> Tensor:
+        source, target = pairs.batch(chosen)
         return cross_entropy(model(source, target[:, :-1]), target, smoothing)
 
+    of_batch = forced if loss is None else loss
     return fit(
         model,
-        loss,
-        settings.steps(epochs * len(draw), quick_steps),
+        lambda: of_batch(draw().tolist()),
+        settings.steps(epochs * len(draw) if steps is None else steps, quick_steps),
         learning_rate=rate,
+        cycle=cycle,
         evaluate=evaluate,
         looks=looks,
-        stateful=[draw],
+        stateful=[draw, *stateful],
         folder=settings.checkpoints(name),
         name=name,
         progress=settings.progress,

@@ -19,16 +19,15 @@ from pyseqnet.data import corpora
 from pyseqnet.data.text import OTHER, Vocabulary, padded, words
 from pyseqnet.models import CopyingTranslator, RecurrentTranslator, SequenceTranslator
 from pyseqnet.recipes import Score, Settings
-from pyseqnet.recipes.sequence_pairs import BEGIN, END, SPECIAL, cross_entropy, symbols
+from pyseqnet.recipes.sequence_pairs import BEGIN, END, SPECIAL, Pairs, cross_entropy, rows, symbols, train
 from pyseqnet.training import (
     History,
     ScheduledSampling,
-    batches,
     corpus_bleu,
-    fit,
     self_critical_loss,
     sentence_bleu,
     sequence_log_probs,
+    teacher_forcing,
 )  # fmt: skip
 
 MOST_WORDS = 5000  # of each language; the others are "other", or copied
@@ -45,28 +44,27 @@ MODELS = ("LSTM", "LSTM, attention", "LSTM, copying", "Transformer")
 QUICK_MODELS = MODELS[:2]
 
 
-class Corpus:
+class Corpus(Pairs):
     """Sentence pairs as numbers; those of copied words are counted for each source on its own."""
 
     def __init__(self, pairs: Sequence[tuple[str, str]], german: Vocabulary, english: Vocabulary) -> None:
-        self.english = english
+        split = [(words(source), words(target)) for source, target in pairs]
+        super().__init__(split, german, english)
         self.references = [reference.lower() for _, reference in pairs]
-        self.sources, self.targets, self.places, self.copied = [], [], [], []
+        self.places: list[Tensor] = []
+        self.copied: list[Tensor] = []
         self.own: list[list[str]] = []  # words of the source that the English vocabulary does not have
-        for source, target in ((words(one), words(other)) for one, other in pairs):
+        for source, target in split:
             own = list(dict.fromkeys(word for word in source if english[word] == OTHER))
             extended = {word: len(english) + number for number, word in enumerate(own)}
-            wanted = [BEGIN, *target, END]
             self.own.append(own)
-            self.sources.append(german.encode(source))
-            self.targets.append(english.encode(wanted))
             self.places.append(torch.tensor([extended.get(word, english[word]) for word in source]))
-            self.copied.append(torch.tensor([extended.get(word, english[word]) for word in wanted]))
+            self.copied.append(torch.tensor([extended.get(word, english[word]) for word in (BEGIN, *target, END)]))
 
     def text(self, row: Sequence[int], number: int) -> str:
         """What was written for the source `number`, as a text: hyphens close up."""
-        size = len(self.english)
-        found = [str(self.english.entries[n]) if n < size else self.own[number][n - size] for n in row]
+        size = len(self.written)
+        found = [str(self.written.entries[n]) if n < size else self.own[number][n - size] for n in row]
         return re.sub(r"(?<=\w) - (?=\w)", "-", " ".join(found))
 
 
@@ -93,16 +91,10 @@ def search(model: Any, corpus: Corpus, chosen: Sequence[int], **options: Any) ->
 
 
 def write(model: Any, corpus: Corpus, count: int, **options: Any) -> list[str]:
-    """The translations of the first `count` sources; batches of similar length."""
+    """The translations of the first `count` sources."""
     model.eval()
-    order = sorted(range(count), key=lambda i: len(corpus.sources[i]))
-    found = [""] * count
-    for first in range(0, count, BATCH):
-        chosen = order[first : first + BATCH]
-        rows = search(model, corpus, chosen, **options).sequences(end=corpus.english[END])
-        for i, row in zip(chosen, rows, strict=True):
-            found[i] = corpus.text(row[0], i)
-    return found
+    found = rows(corpus, lambda chosen: search(model, corpus, chosen, **options), batch=BATCH, count=count)
+    return [corpus.text(row, i) for i, row in enumerate(found)]
 
 
 def bleu(model: Any, corpus: Corpus, count: int, **options: Any) -> float:
@@ -113,11 +105,10 @@ def forced(model: Any, corpus: Corpus) -> Callable[[list[int]], Tensor]:
     """Teacher forcing."""
 
     def loss(chosen: list[int]) -> Tensor:
-        source = padded([corpus.sources[i] for i in chosen])[0]
+        source, target = corpus.batch(chosen)
         if isinstance(model, CopyingTranslator):
-            places, target = (padded([part[i] for i in chosen])[0] for part in (corpus.places, corpus.copied))
-            return model.loss(source, places, target)
-        target = padded([corpus.targets[i] for i in chosen])[0]
+            places, copied = (padded([part[i] for i in chosen])[0] for part in (corpus.places, corpus.copied))
+            return model.loss(source, places, copied)
         return cross_entropy(model(source, target[:, :-1]), target, SMOOTHING)
 
     return loss
@@ -131,8 +122,7 @@ class Sampled:
         self.schedule = ScheduledSampling("linear", 2.0 * steps)
 
     def __call__(self, chosen: list[int]) -> Tensor:
-        parts = (self.corpus.sources, self.corpus.targets)
-        source, target = (padded([part[i] for i in chosen])[0] for part in parts)
+        source, target = self.corpus.batch(chosen)
         scores = self.schedule.rollout(self.model, self.model.start(source), target[:, :-1], self.step)
         self.step += 1
         return cross_entropy(scores, target, SMOOTHING)
@@ -148,16 +138,15 @@ def self_critical(model: Any, corpus: Corpus) -> Callable[[list[int]], Tensor]:
     """Policy gradients on each sentence's BLEU, against what the greedy translation gets."""
 
     def loss(chosen: list[int]) -> Tensor:
-        source = padded([corpus.sources[i] for i in chosen])[0]
+        source, _ = corpus.batch(chosen)
         model.eval()  # dropout off: the sample is drawn from the model whose gradient is taken
 
         def log_probs(tokens: Tensor, lengths: Tensor) -> Tensor:
-            begun = torch.cat([torch.full_like(tokens[:, :1], model.begin), tokens[:, :-1]], 1)
-            return sequence_log_probs(model(source, begun), tokens, lengths)
+            return sequence_log_probs(model(source, teacher_forcing(tokens, model.begin)), tokens, lengths)
 
         def reward(result: Any) -> Tensor:
-            rows = [best for (best,) in result.sequences(end=model.end)]
-            texts = [corpus.text(row, i) for row, i in zip(rows, chosen, strict=True)]
+            best = (row for (row,) in result.sequences(end=model.end))
+            texts = [corpus.text(row, i) for row, i in zip(best, chosen, strict=True)]
             return sentence_bleu(texts, [corpus.references[i] for i in chosen])
 
         drawn, greedy = model.search(source, LONGEST, sample=True), model.search(source, LONGEST)
@@ -166,24 +155,24 @@ def self_critical(model: Any, corpus: Corpus) -> Callable[[list[int]], Tensor]:
     return loss
 
 
-def train(
+def train_translator(
     name: str, model: Any, loss: Callable[[list[int]], Tensor], steps: int, rate: float, training: Corpus,
     glance: Corpus, settings: Settings, cycle: bool = True,
 ) -> History:  # fmt: skip
-    draw = batches(len(training.sources), BATCH, settings.seed, lengths=[len(one) for one in training.sources])
-    looked = min(GLANCE, len(glance.sources))
-    return fit(
+    return train(
+        name,
         model,
-        lambda: loss(draw().tolist()),
-        settings.steps(steps, min(steps, QUICK_STEPS)),
-        learning_rate=rate,
+        training,
+        settings,
+        loss=loss,
+        steps=steps,
+        quick_steps=min(steps, QUICK_STEPS),
+        rate=rate,
+        batch=BATCH,
         cycle=cycle,
-        evaluate=lambda: {"bleu": bleu(model, glance, looked)},
+        stateful=[loss] if isinstance(loss, Sampled) else [],
+        evaluate=lambda: {"bleu": bleu(model, glance, min(GLANCE, len(glance)))},
         looks=4,
-        stateful=[draw, *([loss] if isinstance(loss, Sampled) else [])],
-        folder=settings.checkpoints(name),
-        name=name,
-        progress=settings.progress,
     )
 
 
@@ -198,7 +187,7 @@ def run(settings: Settings) -> list[Score]:
     training, glance, test = (
         Corpus(some, german, english) for some in (pairs, corpora.multi30k("val"), corpora.multi30k("test_2016_flickr"))
     )
-    count = settings.steps(len(test.sources), QUICK_TEST)
+    count = settings.steps(len(test), QUICK_TEST)
     if settings.quick:
         glance = Corpus(corpora.multi30k("val")[:QUICK_TEST], german, english)
     scores, histories, found, models = [], {}, {}, {}
@@ -212,7 +201,9 @@ def run(settings: Settings) -> list[Score]:
         models[name] = model = build(name, german, english)
         epochs = TRANSFORMER_EPOCHS if name == "Transformer" else EPOCHS
         steps, rate = epochs * -(-len(pairs) // BATCH), RATES.get(name, OTHER_RATE)
-        histories[name] = train(name, model, forced(model, training), steps, rate, training, glance, settings)
+        histories[name] = train_translator(
+            name, model, forced(model, training), steps, rate, training, glance, settings
+        )
         measure(name, model)
         scores.append(Score.fall(name, histories[name]))
     scores.append(Score("BLEU that attention is worth", found["LSTM, attention"] - found["LSTM"], 5.0))
@@ -238,9 +229,9 @@ def train_on(model: Any, training: Corpus, glance: Corpus, test: Corpus, setting
         torch.manual_seed(settings.seed)
         further = copy.deepcopy(model)
         rate = SELF_CRITICAL_RATE if way == "self-critical" else TRAIN_ON_RATE
-        train(way, further, loss(further), TRAIN_ON, rate, training, glance, settings, cycle=False)
+        train_translator(way, further, loss(further), TRAIN_ON, rate, training, glance, settings, cycle=False)
         for method, options in (("greedy", {}), (f"{BEAMS} beams", {"beams": BEAMS, "length_penalty": PENALTY})):
-            value = bleu(further, test, len(test.sources), **options)
+            value = bleu(further, test, len(test), **options)
             scores.append(Score(f"BLEU, LSTM, attention, then {way}, {method}", value))
-    value = bleu(model, test, len(test.sources))
+    value = bleu(model, test, len(test))
     return [Score("BLEU, LSTM, attention, greedy", value), *scores]
