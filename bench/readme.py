@@ -11,6 +11,7 @@ import pathlib
 import statistics
 
 from bench.compare import load
+from bench.curves import curves
 from bench.machine import RECIPES, RESULTS, ROOT, device_results
 from bench.plot import chart
 
@@ -86,8 +87,11 @@ def heading(results: dict) -> list[str]:
 
 
 def picture(path: pathlib.Path, folder: pathlib.Path) -> list[str]:
-    found = chart(path)
-    return [f"![Speed-up over torch eager]({os.path.relpath(found, folder)})", ""] if found else []
+    return shown("Speed-up over torch eager", chart(path), folder)
+
+
+def shown(words: str, found: pathlib.Path | None, folder: pathlib.Path) -> list[str]:
+    return [f"![{words}]({os.path.relpath(found, folder)})", ""] if found else []
 
 
 def recipes() -> list[str]:
@@ -122,7 +126,8 @@ def readme() -> int:
     for file in files:
         results = load(file)
         short += [*heading(results), *picture(file, ROOT), *summary(results), ""]
-        full += [*heading(results), *picture(file, RESULTS), *table(results), ""]
+        over_positions = shown("Time and memory over positions", curves(file), RESULTS)
+        full += [*heading(results), *picture(file, RESULTS), *over_positions, *table(results), ""]
     if files:
         short += [f"Every row: [{all_rows.relative_to(ROOT)}]({all_rows.relative_to(ROOT)}).", ""]
         all_rows.write_text("\n".join(full))
